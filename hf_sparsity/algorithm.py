@@ -1,0 +1,217 @@
+"""The contracts: what an allocator, a row allocator and a pruner are, and the `Layer` they see.
+
+Algorithms are frozen dataclasses whose fields are their hyperparameters. Nothing is registered:
+the tables in `allocators/__init__.py` and `pruners/__init__.py` name ours, and an instance of a
+class from anywhere else may be passed wherever a name is accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .core import masks
+from .core.stats import GRAM, NORMS, SAMPLES, InputStats
+
+__all__ = [
+    "FISHER",
+    "GRAM",
+    "LOSS",
+    "NORMS",
+    "REMEASURE",
+    "SAMPLES",
+    "SCORES",
+    "Allocator",
+    "Layer",
+    "Pattern",
+    "Probe",
+    "Pruner",
+    "RowAllocator",
+]
+
+# What an algorithm may need beyond the weight. NORMS, GRAM and SAMPLES are facts about a layer's
+# inputs (`core/stats.py`); the rest is supplied by whoever walks the model.
+SCORES = "scores"  # the pruner's importance of every weight, in `Layer.scores`
+FISHER = "fisher"  # squared gradients of the loss, in `Layer.fisher`
+LOSS = "loss"  # `Probe.loss`
+REMEASURE = "remeasure"  # `Probe.remeasure`
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may stand: anywhere, or at most `kept` non-zeros in each `group` of consecutive inputs.
+
+    Written `"unstructured"`, `"2:4"` (2 **kept** of 4) or `"*:8"` (the number kept is chosen per layer).
+    """
+
+    kept: int | None = None
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | Pattern) -> Pattern:
+        """Reads a pattern; `ValueError` says what is allowed."""
+        if isinstance(text, Pattern):
+            return text
+        if text == "unstructured":
+            return cls()
+        match = re.fullmatch(r"(\d+|\*):(\d+)", text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(
+                f"pattern {text!r} is unknown; use 'unstructured', 'N:M' such as '2:4', or '*:M' such as '*:8'"
+            )
+        kept, group = None if match[1] == "*" else int(match[1]), int(match[2])
+        if not 2 <= group <= 128 or (kept is not None and not 1 <= kept < group):
+            raise ValueError(f"pattern {text!r}: N kept of M needs 1 <= N < M and 2 <= M <= 128")
+        return cls(kept, group)
+
+    def __str__(self) -> str:
+        if self.group is None:
+            return "unstructured"
+        return f"{'*' if self.kept is None else self.kept}:{self.group}"
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity that a fixed N:M implies, else None."""
+        return None if self.kept is None or self.group is None else 1 - self.kept / self.group
+
+    def at(self, sparsity: float) -> Pattern:
+        """The pattern of a layer with this sparsity: N is resolved in `*:M`; nothing to prune is unstructured."""
+        if self.group is None or self.kept is not None:
+            return self
+        kept = round((1 - sparsity) * self.group)
+        return Pattern() if kept >= self.group else Pattern(max(kept, 1), self.group)
+
+    @property
+    def is_mixed(self) -> bool:
+        """True for `*:M`."""
+        return self.group is not None and self.kept is None
+
+
+@dataclass
+class Layer:
+    """One prunable weight matrix, as an algorithm sees it.
+
+    `weight` is `[out, in]` in the model's dtype, whatever the storage order, and is not to be
+    modified. `stats` holds what was asked for by `needs`; layers fed by the same tensor share it.
+    `sparsity`, `pattern` and `rows` are what the plan wants of this layer (unset while measuring).
+    """
+
+    name: str
+    weight: Tensor
+    stats: InputStats | None = None
+    scores: Tensor | None = None  # [out, in] float32, higher = keep; only when SCORES is needed
+    fisher: float | None = None  # mean over sequences of the squared gradient norm; only for FISHER
+    sparsity: float = 0.0
+    pattern: Pattern = Pattern()
+    rows: Tensor | None = None  # [out] float32 sparsity of each row, from the row allocator
+
+    @property
+    def counts(self) -> int | Tensor:
+        """How many weights of a row to prune: an int, or one int64 per row `[out]`.
+
+        Truncated toward zero, in double precision for a layer's sparsity and in float32 for row
+        sparsities, as the authors' code does (`algorithms`: Wanda; TRIM).
+        """
+        width = self.weight.shape[1]
+        if self.rows is None:
+            return int(width * self.sparsity)
+        return (self.rows.to(torch.float32) * width).trunc().clamp_(0, width).to(torch.int64)
+
+
+class Algorithm:
+    """What allocators, row allocators and pruners have in common: a name, a paper, `needs`, JSON."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"name": ..., hyperparameters}`, plain JSON types."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What an allocator may ask of the model while it assigns; each call costs forward passes.
+
+    `loss(sparsities)`: calibration loss of the model masked to these sparsities (LOSS).
+    `remeasure(sparsities)`: `measure` again, on the model masked to these sparsities (REMEASURE).
+    """
+
+    seed: int = 0
+    loss: Callable[[Mapping[str, float]], float] | None = None
+    remeasure: Callable[[Mapping[str, float]], list[dict[str, Any]]] | None = None
+
+
+class Allocator(Algorithm, ABC):
+    """Decides the sparsity of each layer: `measure` a block at a time, then `assign` all at once."""
+
+    mixes: ClassVar[bool] = False  # `assign` itself returns multiples of 1/group for `*:M`
+
+    def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
+        """One block's layers -> a value per layer. Called in model order, on the dense model."""
+        return dict.fromkeys(block, 0.0)
+
+    @abstractmethod
+    def assign(
+        self,
+        measures: Sequence[Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        target: float,
+        *,
+        group: int | None = None,
+        probe: Probe | None = None,
+    ) -> dict[str, float]:
+        """All blocks' measures -> the sparsity of each layer.
+
+        `measures` has one mapping a block, in model order; `sizes` the weights of each layer;
+        `group` is M when the pattern is `*:M`. The caller meets the target exactly afterwards
+        (`core/budget.py`), so a paper's own rounding and clamping may stay as published.
+        """
+
+    def number(self, measure: Any) -> float | None:
+        """The one number of a measure that the plan records."""
+        return None if measure is None else float(measure)
+
+
+class RowAllocator(Algorithm, ABC):
+    """Decides the sparsity of each row inside a layer whose sparsity is given."""
+
+    @abstractmethod
+    def rows(self, layer: Layer) -> Tensor:
+        """`layer.sparsity` and what `needs` names -> sparsity of each row, float32 `[out]`."""
+
+
+class Pruner(Algorithm, ABC):
+    """Decides which weights of a layer go, and what becomes of the others."""
+
+    def check(self, pattern: Pattern, has_rows: bool) -> None:
+        """`ValueError` when this pruner cannot honour the pattern, or row sparsities."""
+
+    @abstractmethod
+    def scores(self, layer: Layer) -> Tensor:
+        """Importance of each weight, float32 `[out, in]`, higher = keep."""
+
+    def mask(self, layer: Layer, scores: Tensor) -> Tensor:
+        """The weights that stay, bool `[out, in]`, True = kept, for `layer.sparsity`, `pattern` and `rows`."""
+        if layer.pattern.group is not None:
+            if layer.pattern.kept is None:
+                raise ValueError(f"{layer.name}: pattern {layer.pattern} must be resolved to N:M before pruning")
+            return masks.keep_groups(scores, layer.pattern.kept, layer.pattern.group)
+        return masks.keep_rows(scores, layer.counts)
+
+    def prune(self, layer: Layer) -> Tensor:
+        """The new weight `[out, in]`, in the layer's dtype, zero where pruned."""
+        scores = self.scores(layer) if layer.scores is None else layer.scores
+        return layer.weight.masked_fill(~self.mask(layer, scores), 0)
+
+    def prune_together(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """`prune` for layers that share one `stats`; override it where sharing saves work."""
+        return [self.prune(layer) for layer in layers]

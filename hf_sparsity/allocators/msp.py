@@ -1,0 +1,201 @@
+"""MSP: mixed sparsity pruning.
+
+Xu et al., https://arxiv.org/abs/2503.11164. The authors released no code: this is **reconstructed**
+from the paper, and every choice it leaves open is a field.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any
+
+from ..algorithm import FISHER, LOSS, Allocator, Layer, Probe, Pruner
+
+logger = logging.getLogger(__name__)
+
+Genotype = tuple[int, ...]  # how many of each group of weights each gene's layers keep
+
+
+@dataclass(frozen=True)
+class MSP(Allocator):
+    """Evolves the number kept of each group of weights, from what the loss' gradient says of each layer.
+
+    With `*:M` a gene is the N of its layers' N:M, 1 to M; otherwise a sparsity in steps of 1 / `steps`. The first
+    population follows the Fisher information: sensitive blocks keep more. The `parents` best survive; a child
+    takes the head of one and the tail of another, mutates by single steps, and is repaired to the target.
+    The fitness is `probe.loss`, asked once per genotype.
+    """
+
+    per: str = "block"  # what a gene stands for: all layers of a "block", or one "layer"
+    steps: int = 16
+    population: int = 20
+    generations: int = 30
+    parents: int = 4
+    patience: int = 8  # generations without gain before it stops
+    mutation: float = 0.1  # probability that a gene moves one step
+    kappas: tuple[float, ...] = (0.4, 0.8, 1.2)  # levels kept more per standard deviation of log Fisher
+    noise: float = 0.35  # of the first population, in levels
+    evaluations: int | None = None  # at most so many calls of the loss
+
+    name = "msp"
+    paper = "https://arxiv.org/abs/2503.11164"
+    needs = frozenset({FISHER, LOSS})
+    mixes = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kappas", tuple(self.kappas))
+        if self.per not in ("block", "layer"):
+            raise ValueError(f"msp: per={self.per!r} is unknown; use 'block' or 'layer'")
+        if not 1 <= self.parents <= self.population or self.steps < 2 or not 0 <= self.mutation <= 1:
+            raise ValueError("msp: needs 1 <= parents <= population, steps >= 2 and 0 <= mutation <= 1")
+        if self.evaluations is not None and self.evaluations < 1:
+            raise ValueError("msp: evaluations must be at least 1, or None")
+
+    def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
+        """Each layer's Fisher trace: mean over sequences of the squared norm of the loss' gradient."""
+        for layer in block.values():
+            if layer.fisher is None or not math.isfinite(layer.fisher):
+                raise ValueError(f"{layer.name}: msp needs the Fisher information, and it is {layer.fisher}")
+        return {name: float(layer.fisher or 0.0) for name, layer in block.items()}
+
+    def assign(
+        self,
+        measures: Sequence[Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        target: float,
+        *,
+        group: int | None = None,
+        probe: Probe | None = None,
+    ) -> dict[str, float]:
+        """The best genotype's sparsities. Never keeps more weights than the target allows, and less by less than
+        the smallest gene. A target that leaves less than one of each group gives that one, or, without `group`,
+        the target everywhere.
+        """
+        if probe is None or probe.loss is None:
+            raise ValueError("msp compares candidates by the model's loss (`probe.loss`); plan with calibration data")
+        loss, levels = probe.loss, group or self.steps
+        genes = [list(block) for block in measures if block]
+        if self.per == "layer":
+            genes = [[name] for names in genes for name in names]
+        fisher = {name: value for block in measures for name, value in block.items()}
+        space = Genes(
+            sizes=[sum(sizes[name] for name in names) for names in genes],
+            fisher=[math.fsum(float(fisher[name]) for name in names) for names in genes],
+            levels=levels,
+            target=target,
+            random=Random(probe.seed),
+        )
+
+        def sparsities(genotype: Genotype) -> dict[str, float]:
+            return {name: 1 - n / levels for names, n in zip(genes, genotype, strict=True) for name in names}
+
+        if space.budget < sum(space.sizes) and group is None:
+            return {name: target for names in genes for name in names}
+        if space.budget <= sum(space.sizes) or target == 0:
+            return sparsities(space.uniform())
+        best, history = evolve(self, space, lambda genotype: loss(sparsities(genotype)))
+        logger.info("msp: loss %.4f -> %.4f in %d generations", history[0], history[-1], len(history) - 1)
+        return sparsities(best)
+
+
+def evolve(method: MSP, space: Genes, loss: Callable[[Genotype], float]) -> tuple[Genotype, list[float]]:
+    """The best genotype found and the best loss of each generation, the first population's first."""
+    fitness: dict[Genotype, float] = {}
+
+    def ranked(population: Sequence[Genotype]) -> list[Genotype]:
+        """Best first, without those that the number of evaluations no longer allows."""
+        for genotype in population:
+            if genotype not in fitness and (method.evaluations is None or len(fitness) < method.evaluations):
+                value = float(loss(genotype))
+                fitness[genotype] = math.inf if math.isnan(value) else value
+        return sorted((g for g in population if g in fitness), key=lambda g: (fitness[g], g))
+
+    population = ranked(space.first(method.population, method.kappas, method.noise))
+    history, stale = [fitness[population[0]]], 0
+    for generation in range(method.generations):
+        if stale >= method.patience or len(fitness) == method.evaluations:
+            break
+        make = partial(space.child, population[: method.parents], method.mutation)
+        population = ranked(space.distinct(method.population, make, population[: method.parents]))
+        history.append(fitness[population[0]])
+        stale = 0 if history[-1] < history[-2] else stale + 1
+        logger.info("msp: generation %d, %d evaluations, loss %.4f", generation + 1, len(fitness), history[-1])
+    return population[0], history
+
+
+class Genes:
+    """The genotypes within a budget, and the ways to make them.
+
+    `sizes`: weights of each gene's layers. `fisher`: their trace. A gene is 1 to `levels`; the sum of
+    size times gene never exceeds `budget`, and no gene can be raised without exceeding it.
+    """
+
+    def __init__(self, *, sizes: Sequence[int], fisher: Sequence[float], levels: int, target: float, random: Random):
+        self.sizes, self.levels, self.random = sizes, levels, random
+        self.mean = (1 - target) * levels
+        self.budget = math.floor(self.mean * sum(sizes) + 1e-6)
+        # A layer that (almost) never received a gradient, such as an idle expert, counts as the least of the others.
+        tiny = 1e-12 * max(fisher)
+        floor = min((f for f in fisher if f > tiny), default=1.0)
+        self.fisher = [f if f > tiny else floor for f in fisher]
+        logs = [math.log(f) for f in self.fisher]
+        centre = math.fsum(logs) / len(logs)
+        spread = math.sqrt(math.fsum((x - centre) ** 2 for x in logs) / len(logs))
+        self.z = [(x - centre) / spread if spread > 1e-12 else 0.0 for x in logs]
+
+    def uniform(self) -> Genotype:
+        """All genes equal; where the budget lies between two levels, the higher one is dealt out evenly in depth."""
+        genotype, owed = [], 0.0
+        for size in self.sizes:
+            owed += self.mean * size
+            genotype.append(min(max(math.floor(owed / size + 1e-9), 1), self.levels))
+            owed -= genotype[-1] * size
+        return self.repair(genotype)
+
+    def seeded(self, kappa: float, noise: float) -> Genotype:
+        """`round(mean + kappa * z + noise)`, repaired: sensitive genes keep more."""
+        return self.repair([round(self.mean + kappa * z + noise * self.random.gauss(0, 1)) for z in self.z])
+
+    def first(self, count: int, kappas: Sequence[float], noise: float) -> list[Genotype]:
+        """The first population: uniform, the noiseless `kappas`, and noisy ones between 0 and their maximum."""
+        fixed = list(dict.fromkeys([self.uniform(), *(self.seeded(kappa, 0.0) for kappa in kappas)]))
+        most = max(kappas, default=0.0)
+        return self.distinct(count, lambda: self.seeded(self.random.uniform(0, most), noise), fixed)
+
+    def child(self, parents: Sequence[Genotype], mutation: float) -> Genotype:
+        """One cut through two parents, single steps with probability `mutation`, repaired."""
+        head, tail = self.random.sample(parents, 2) if len(parents) > 1 else (parents[0], parents[0])
+        cut = self.random.randint(1, max(len(head) - 1, 1))
+        joined = head[:cut] + tail[cut:]
+        return self.repair([n + self.random.choice((-1, 1)) if self.random.random() < mutation else n for n in joined])
+
+    def distinct(self, count: int, make: Callable[[], Genotype], given: Sequence[Genotype]) -> list[Genotype]:
+        """`given` and what `make` adds up to `count`, without duplicates; fewer where the space is small."""
+        found = dict.fromkeys(given)
+        for _ in range(10 * count):
+            if len(found) >= count:
+                break
+            found[make()] = None
+        return list(found)
+
+    def repair(self, genotype: Sequence[int]) -> Genotype:
+        """Clips to 1 .. levels and meets the budget: lowers genes drawn by 1 / Fisher, raises genes drawn by Fisher.
+
+        A genotype that already does is returned as it is.
+        """
+        genes = [min(max(n, 1), self.levels) for n in genotype]
+        room = self.budget - sum(n * size for n, size in zip(genes, self.sizes, strict=True))
+        while room < 0 and (able := [i for i, n in enumerate(genes) if n > 1]):
+            i = self.random.choices(able, [1 / self.fisher[i] for i in able])[0]
+            genes[i] -= 1
+            room += self.sizes[i]
+        while able := [i for i, n in enumerate(genes) if n < self.levels and self.sizes[i] <= room]:
+            i = self.random.choices(able, [self.fisher[i] for i in able])[0]
+            genes[i] += 1
+            room -= self.sizes[i]
+        return tuple(genes)

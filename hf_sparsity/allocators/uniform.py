@@ -1,0 +1,28 @@
+"""Uniform: every layer has the target sparsity. The baseline of every paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..algorithm import Allocator, Probe
+
+
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """All layers alike; looks at nothing."""
+
+    name = "uniform"
+
+    def assign(
+        self,
+        measures: Sequence[Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        target: float,
+        *,
+        group: int | None = None,
+        probe: Probe | None = None,
+    ) -> dict[str, float]:
+        """`target` for every layer of `measures`."""
+        return {name: target for block in measures for name in block}

@@ -1,0 +1,1 @@
+"""Formulas as functions of tensors; imports torch and nothing else."""

@@ -1,0 +1,72 @@
+"""Scores -> masks. Everywhere True = kept, and scores are higher = keep.
+
+Ties are broken the same way everywhere: the lowest column is pruned first, as a stable ascending
+sort does (the authors' code leaves ties inside N:M groups to `topk`, which is undefined).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_rows(scores: Tensor, counts: int | Tensor) -> Tensor:
+    """Prunes the `counts` lowest scores of each row.
+
+    `scores`: `[rows, columns]`. `counts`: an int, or int64 `[rows]`. Returns bool `[rows, columns]`
+    with exactly `columns - counts` True in each row.
+
+    A selection finds each row's threshold; only rows with ties at the threshold need the order of
+    columns. That is several times faster than the stable sort it is equal to.
+    """
+    rows, columns = scores.shape
+    if isinstance(counts, Tensor):
+        position = torch.arange(columns, device=scores.device).expand(rows, columns)
+        order = scores.argsort(dim=1, stable=True)
+        return torch.empty_like(scores, dtype=torch.bool).scatter_(1, order, position >= counts[:, None])
+    if counts <= 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if counts >= columns:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(counts, dim=1, keepdim=True).values
+    keep = scores > threshold
+    tied = keep.sum(dim=1) != columns - counts
+    if tied.any():
+        order = scores[tied].argsort(dim=1, stable=True)
+        keep[tied] = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, :counts], False)
+    return keep
+
+
+def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
+    """Prunes the lowest scores of the whole matrix: every score `<= sorted[int(n * sparsity)]`.
+
+    The threshold is inclusive, as in the authors' code (locuslab/wanda `prune_magnitude`,
+    IST-DASLab/sparsegpt): at least `int(n * sparsity) + 1` go, and all ties with the last of them.
+    `sparsity == 0` prunes nothing.
+    """
+    index = int(scores.numel() * sparsity)
+    if index <= 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.reshape(-1)
+    # kthvalue is a single-threaded selection on CPU, still far cheaper than the authors' full sort.
+    threshold = flat.kthvalue(min(index + 1, flat.numel())).values
+    return scores > threshold
+
+
+def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:
+    """Keeps the `kept` highest scores of each `group` consecutive columns.
+
+    `scores`: `[rows, columns]`, `columns` a multiple of `group` (`ValueError` otherwise).
+    """
+    rows, columns = scores.shape
+    if columns % group:
+        raise ValueError(f"pattern {kept}:{group} does not divide the layer's width {columns}")
+    return (ranks_in_groups(scores, group) >= group - kept).reshape(rows, columns)
+
+
+def ranks_in_groups(scores: Tensor, group: int) -> Tensor:
+    """Rank of each score inside its group, 0 = lowest, ties by column; uint8 `[rows, columns // group, group]`."""
+    grouped = scores.reshape(scores.shape[0], -1, group)
+    order = grouped.argsort(dim=2, stable=True)
+    rank = torch.arange(group, device=scores.device, dtype=torch.uint8).expand(grouped.shape)
+    return torch.empty_like(order, dtype=torch.uint8).scatter_(2, order, rank)

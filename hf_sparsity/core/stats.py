@@ -1,0 +1,86 @@
+"""What is kept of a layer's inputs while calibration data streams by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NORMS = "norms"
+GRAM = "gram"
+SAMPLES = "samples"
+STATS = frozenset({NORMS, GRAM, SAMPLES})
+
+
+class InputStats:
+    """Running statistics of the tokens that entered one layer (or several fed by the same tensor).
+
+    All are float32 whatever the model's dtype, on the device of the inputs, padding excluded.
+
+    * `tokens`, `sequences`: how many were seen.
+    * `mean_sq` `[in]`, unless `gram` says it: mean over **sequences** of the summed squares of each column (Wanda's
+      `scaler_row`; locuslab/wanda `lib/layerwrapper.py`, in its order of operations).
+    * `gram` `[in, in]`: sum over tokens of `x xᵀ`.
+    * `samples` `[k, in]`: the last token of each sequence (TRIM).
+    """
+
+    def __init__(self, needs: frozenset[str]):
+        self.needs = needs
+        self.tokens = 0
+        self.sequences = 0
+        self.mean_sq: Tensor | None = None
+        self.gram: Tensor | None = None
+        self._samples: list[Tensor] = []
+
+    @classmethod
+    def flat(cls, needs: frozenset[str], width: int, norm: float, device: torch.device, tokens: int = 0) -> InputStats:
+        """Statistics in which all columns have the same `norm` and are uncorrelated: scores become magnitudes."""
+        stats = cls(needs)
+        stats.sequences, stats.tokens = 1, tokens
+        if GRAM in needs:
+            stats.gram = torch.eye(width, device=device) * norm**2
+        else:
+            stats.mean_sq = torch.full((width,), norm**2, device=device)
+        return stats
+
+    def add(self, x: Tensor, *, sequences: int, last: Tensor | None = None) -> None:
+        """Adds tokens `x` `[tokens, in]` of `sequences` sequences; `last`: rows of x that end a sequence."""
+        if x.shape[0] == 0:
+            return
+        x = x.detach()
+        wide = x.to(torch.float32)
+        seen = self.sequences + sequences
+        if GRAM in self.needs:
+            if self.gram is None:
+                self.gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            self.gram.addmm_(wide.T, wide)
+        else:
+            if self.mean_sq is None:
+                self.mean_sq = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
+            self.mean_sq *= self.sequences / seen
+            self.mean_sq += torch.linalg.vector_norm(wide, dim=0) ** 2 / seen
+        if SAMPLES in self.needs:
+            self._samples.append(wide[-1:].clone() if last is None else wide[last].clone())
+        self.tokens += x.shape[0]
+        self.sequences = seen
+
+    def close(self, sequences: int) -> None:
+        """Rescales `mean_sq` to all `sequences` that passed the block (a routed expert sees only some)."""
+        if self.mean_sq is not None and 0 < self.sequences != sequences:
+            self.mean_sq *= self.sequences / sequences
+        self.sequences = sequences
+
+    @property
+    def norms(self) -> Tensor:
+        """`[in]` float32: root of the mean over sequences of each column's summed squares (Wanda's ‖x_j‖)."""
+        if self.mean_sq is not None:
+            return self.mean_sq.sqrt()
+        if self.gram is not None:
+            return (self.gram.diagonal() / max(self.sequences, 1)).sqrt()
+        raise ValueError("input norms were not collected: the algorithm must name NORMS or GRAM in `needs`")
+
+    @property
+    def samples(self) -> Tensor:
+        """`[k, in]` float32, in calibration order."""
+        if not self._samples:
+            raise ValueError("input samples were not collected: the algorithm must name SAMPLES in `needs`")
+        return torch.cat(self._samples)
