@@ -1,0 +1,395 @@
+"""Find blocks and prunable weights; read and write them, through accelerate's offload.
+
+There is no table of architectures. Blocks are found by three rules that hold for nearly all of
+transformers; a prunable weight is a *view*: a parameter, perhaps one expert of it, perhaps
+transposed, read as `[out, in]`. So `nn.Linear`, GPT-2's `Conv1D` and the fused experts of
+transformers 5 are the same thing to an algorithm.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, named_module_tensors, set_module_tensor_to_device
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+# Path components of modules that route tokens; `gate_proj` and the like are not among them.
+_ROUTER = re.compile(r"(^|_)(router|gating|gate|wg)$|router|gating", re.IGNORECASE)
+_PATCH_ATTRIBUTES = ("vision_config", "audio_config")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A prunable weight `[out, in]`: where it is stored and how to look at it.
+
+    `parameter` is the full name of the parameter, `module` and `attribute` its owner and name there;
+    `expert` the index in a fused parameter `[experts, ·, ·]`; `transposed` tells storage as `[in, out]`.
+    """
+
+    name: str
+    parameter: str
+    module: nn.Module = field(repr=False, compare=False)
+    attribute: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    def read(self) -> Tensor:
+        """The weight as a view `[out, in]` of the parameter, which must be on a device (see `onload`)."""
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        tensor = parameter.detach()
+        if self.expert is not None:
+            tensor = tensor[self.expert]
+        return tensor.T if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the model and its prunable weights by name, in definition order."""
+
+    name: str
+    module: nn.Module = field(repr=False, compare=False)
+    weights: dict[str, Weight] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a model can be pruned (`blocks`, in definition order) and what not (`skipped`: name -> reason)."""
+
+    blocks: list[Block]
+    skipped: dict[str, str]
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """All prunable weights by name, in model order."""
+        return {name: weight for block in self.blocks for name, weight in block.weights.items()}
+
+
+def find_layout(model: PreTrainedModel, ignore: Sequence[str] = ()) -> Layout:
+    """Names every matrix of the model as prunable or not.
+
+    Args:
+        model: any transformers model, on any device, offloaded or on the meta device.
+        ignore: see `SparsityConfig.ignore`.
+
+    Raises:
+        ValueError: no blocks or no prunable weight found, a quantized model, or an `ignore` that matches nothing.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise ValueError(
+            "the model is quantized; its weights cannot be pruned. Prune the original, then quantize: zeros stay zero"
+        )
+    stacks = find_stacks(model)
+    if not stacks:
+        raise ValueError(
+            f"no stack of blocks was found in {type(model).__name__}: hf_sparsity prunes models made of repeated blocks"
+        )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
+    blocks: list[Block] = []
+    skipped: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    inside: set[int] = set()
+    for name, module, reason in stacks:
+        weights: dict[str, Weight] = {}
+        for path, parameter, owner in _matrices(module, name):
+            inside.add(id(parameter))
+            if id(parameter) in seen:
+                if seen[id(parameter)] != path:
+                    skipped[path] = f"is the same parameter as {seen[id(parameter)]}"
+                continue
+            seen[id(parameter)] = path
+            why = reason or _reason_to_skip(path[len(name) + 1 :], parameter, owner, path in tied, model)
+            if why:
+                skipped[path] = why
+                continue
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{path} has dtype {parameter.dtype}: a quantized model cannot be pruned; prune the original first"
+                )
+            weights |= {w.name: w for w in _views(path, parameter, owner, model)}
+        blocks.append(Block(name, module, weights))
+    for path, parameter, _ in _matrices(model, ""):
+        if id(parameter) not in inside:
+            skipped[path] = "outside the blocks (embedding, head, projector)"
+    layout = _without(Layout(blocks, skipped), ignore)
+    if not layout.weights:
+        raise ValueError(
+            f"nothing to prune in {type(model).__name__}: "
+            + "; ".join(f"{k}: {v}" for k, v in list(layout.skipped.items())[:5])
+        )
+    return layout
+
+
+def find_stacks(model: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
+    """All blocks as (name, module, reason to skip or ""), outermost stacks only, in definition order.
+
+    Rules, first match wins: a `ModuleList` of transformers' `GradientCheckpointingLayer`; one of
+    classes named in `_no_split_modules`; one of equal modules that holds over 30 % of the parameters.
+    """
+    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    total = sum(p.numel() for p in model.parameters())
+
+    def checkpointed(stack: nn.Module) -> bool:
+        return all(isinstance(child, GradientCheckpointingLayer) for child in stack.children())
+
+    def named(stack: nn.Module) -> bool:
+        return all(type(child).__name__ in no_split for child in stack.children())
+
+    def homogeneous(stack: nn.Module) -> bool:
+        kinds = {type(child) for child in stack.children()}
+        size = sum(p.numel() for p in stack.parameters())
+        return (
+            len(kinds) == 1
+            and len(list(stack.children())) > 1
+            and size > 0.3 * total
+            and not kinds & {nn.Linear, nn.Embedding}
+        )
+
+    found: dict[str, nn.Module] = {}
+    for rule in (checkpointed, named, homogeneous):
+        for name, module in model.named_modules():
+            if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
+                continue
+            related = any(name == f or name.startswith(f + ".") or f.startswith(name + ".") for f in found)
+            if not related and rule(module):
+                found[name] = module
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    language = _language_prefix(model)
+    return [
+        (
+            f"{stack}.{key}",
+            child,
+            "" if language is None or f"{stack}.".startswith(language) else "not part of the language model",
+        )
+        for stack in sorted(found, key=order.__getitem__)
+        for key, child in found[stack].named_children()
+    ]
+
+
+def _language_prefix(model: PreTrainedModel) -> str | None:
+    """Path of the language model inside a model that also sees or hears, else None."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    if text is config or not any(getattr(config, a, None) is not None for a in _PATCH_ATTRIBUTES):
+        return None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), None)
+
+
+def _matrices(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    for path, owner in module.named_modules(prefix=prefix, remove_duplicate=False):
+        for attribute, parameter in owner._parameters.items():
+            if parameter is not None and parameter.ndim >= 2:
+                yield (f"{path}.{attribute}" if path else attribute), parameter, owner
+
+
+def _reason_to_skip(path: str, parameter: nn.Parameter, owner: nn.Module, tied: bool, model: PreTrainedModel) -> str:
+    """Why a matrix inside a block stays dense, or ""; `path` is relative to the block."""
+    if tied:
+        return "tied to another weight"
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return "convolution"
+    *components, attribute = path.split(".")
+    if "bias" in attribute.split("_"):
+        return "bias"
+    if isinstance(owner, (nn.Linear, Conv1D)) and attribute == "weight":
+        out = parameter.shape[1] if isinstance(owner, Conv1D) else parameter.shape[0]
+        routes = any(_ROUTER.search(c) for c in components) and (out == 1 or out in _expert_counts(model.config))
+        return "router" if routes else ""
+    if any(_ROUTER.search(c) for c in [*components, type(owner).__name__]) and parameter.ndim == 2:
+        return "router"
+    if parameter.ndim == 3 and _is_experts(components, owner, parameter):
+        return ""
+    return f"a parameter of {type(owner).__name__}, which is not a linear layer"
+
+
+def _expert_counts(config: Any) -> set[int]:
+    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    return {v for c in configs for k, v in vars(c).items() if "expert" in k and isinstance(v, int) and v > 1}
+
+
+def _is_experts(components: list[str], owner: nn.Module, parameter: nn.Parameter) -> bool:
+    called = "expert" in type(owner).__name__.lower() or any("expert" in c.lower() for c in components)
+    return called or hasattr(owner, "is_transposed") or getattr(owner, "num_experts", None) == parameter.shape[0]
+
+
+def _views(path: str, parameter: nn.Parameter, owner: nn.Module, model: PreTrainedModel) -> Iterator[Weight]:
+    base, attribute = path.rsplit(".", 1)
+    if parameter.ndim == 2:
+        transposed = isinstance(owner, Conv1D)
+        first, second = parameter.shape
+        shape = (second, first) if transposed else (first, second)
+        yield Weight(base, path, owner, attribute, shape, None, transposed)
+        return
+    transposed = _experts_are_transposed(attribute, parameter, owner, model)
+    shape = (parameter.shape[2], parameter.shape[1]) if transposed else (parameter.shape[1], parameter.shape[2])
+    for expert in range(parameter.shape[0]):
+        yield Weight(f"{path}[{expert}]", path, owner, attribute, shape, expert, transposed)
+
+
+def _experts_are_transposed(attribute: str, parameter: nn.Parameter, owner: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether fused experts are stored `[experts, in, out]`; the tap checks the answer on real products."""
+    if hasattr(owner, "is_transposed"):
+        return bool(owner.is_transposed)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    width = getattr(config, "hidden_size", None)
+    first, second = parameter.shape[1] == width, parameter.shape[2] == width
+    if first == second:
+        return False
+    return second if "down" in attribute or "out" in attribute else first
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer is meant: its full name, the end of it, a module path above it, or a glob."""
+    bare = name.split("[")[0]
+    return (
+        pattern in (name, bare)
+        or bare.endswith("." + pattern)
+        or name.startswith((pattern + ".", pattern + "["))
+        or fnmatch.fnmatchcase(name, pattern)
+    )
+
+
+def _without(layout: Layout, ignore: Sequence[str]) -> Layout:
+    if not ignore:
+        return layout
+    skipped, used = dict(layout.skipped), set()
+    blocks = []
+    for block in layout.blocks:
+        kept = {}
+        for name, weight in block.weights.items():
+            hits = [pattern for pattern in ignore if matches(name, pattern)]
+            used.update(hits)
+            if hits:
+                skipped[name] = f"ignored ({hits[0]})"
+            else:
+                kept[name] = weight
+        blocks.append(Block(block.name, block.module, kept))
+    for pattern in ignore:
+        # Naming what is dense anyway (lm_head) is a harmless wish, not a mistake.
+        if pattern not in used and not any(
+            matches(n, pattern) or matches(n.removesuffix(".weight"), pattern) for n in layout.skipped
+        ):
+            raise ValueError(
+                f"ignore={pattern!r} matches no layer; layers are named like {next(iter(layout.weights))!r}"
+            )
+    return Layout(blocks, skipped)
+
+
+# ---- reading and writing under accelerate's offload
+
+
+class Onloaded:
+    """The parameters of a block while it is on its device; `write` is the only way to change them."""
+
+    def __init__(self) -> None:
+        self.owners: dict[tuple[int, str], tuple[AlignDevicesHook, str]] = {}  # (module, attribute) -> hook and its key
+        self.changed: set[tuple[int, str]] = set()
+        self.modules: dict[int, nn.Module] = {}
+
+    @torch.no_grad()
+    def write(self, weight: Weight, value: Tensor) -> None:
+        """Replaces a weight, `value` `[out, in]`; an offloaded one goes to its store when the block leaves."""
+        weight.read().copy_(value)
+        key = (id(weight.module), weight.attribute)
+        if key in self.owners:
+            self.changed.add(key)
+
+
+@contextmanager
+def onload(module: nn.Module) -> Iterator[Onloaded]:
+    """Lends a block's offloaded weights to its device, and keeps them there over any number of calls.
+
+    accelerate loads each leaf at each call and drops what was changed. While lent, the hooks only
+    move inputs. On leaving, changed parameters go back to where they came from: into the CPU map in
+    place (ties stay), or to a **new** file of the offload folder; a source checkpoint is never touched.
+    Without hooks this does nothing.
+    """
+    loaded = Onloaded()
+    hooks: list[tuple[AlignDevicesHook, nn.Module]] = []
+    try:
+        for child in module.modules():
+            hook = _offload_hook(child)
+            if hook is None:
+                continue
+            hooks.append((hook, child))
+            for name, _ in list(
+                named_module_tensors(child, include_buffers=hook.offload_buffers, recurse=hook.place_submodules)
+            ):
+                set_module_tensor_to_device(child, name, hook.execution_device, value=hook.weights_map[name])
+                *path, attribute = name.split(".")
+                owner = child.get_submodule(".".join(path))
+                loaded.owners[(id(owner), attribute)] = (hook, name)
+                loaded.modules[id(owner)] = owner
+            hook.offload = False
+        for name, parameter in module.named_parameters():
+            if parameter.device.type == "meta":
+                raise ValueError(f"weight {name} is on the meta device and no offload hook of its block owns it")
+        yield loaded
+    finally:
+        for key in sorted(loaded.changed, key=str):
+            hook, name = loaded.owners[key]
+            value = loaded.modules[key[0]]._parameters[key[1]]
+            assert value is not None
+            _store(hook, name, value.detach())
+        for hook, child in hooks:
+            hook.offload = True
+            for name, _ in list(
+                named_module_tensors(child, include_buffers=hook.offload_buffers, recurse=hook.place_submodules)
+            ):
+                set_module_tensor_to_device(child, name, "meta")
+
+
+def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    for one in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+        if isinstance(one, AlignDevicesHook) and one.offload:
+            return one
+    return None
+
+
+def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
+    store, key = hook.weights_map, name
+    while isinstance(store, PrefixedDataset):
+        store, key = store.dataset, store.prefix + key
+    in_memory = store.state_dict if isinstance(store, OffloadedWeightsLoader) else store
+    if key in in_memory:
+        in_memory[key].copy_(value)
+        return
+    entry = store.index[key]
+    dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else value.dtype
+    if store.save_folder is None:
+        store.save_folder = tempfile.mkdtemp(prefix="hf_sparsity_offload_")
+    os.makedirs(store.save_folder, exist_ok=True)
+    file = os.path.join(store.save_folder, f"{key}.pruned.safetensors")
+    save_file({key: value.to("cpu", dtype).contiguous()}, file + ".partial")
+    os.replace(file + ".partial", file)
+    new = {"safetensors_file": file, "weight_name": key, "dtype": str(dtype).removeprefix("torch.")}
+    place = (entry.get("safetensors_file"), entry.get("weight_name", key))
+    for other, known in list(store.index.items()):  # names tied to this tensor follow it
+        if known is entry or (
+            entry.get("safetensors_file") and (known.get("safetensors_file"), known.get("weight_name", other)) == place
+        ):
+            store.index[other] = new

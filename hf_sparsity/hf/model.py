@@ -1,0 +1,156 @@
+"""`SparseModel.from_pretrained`: load, plan, prune; or load what is sparse already and check it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import SparsityConfig
+from ..plan import Plan
+from .calibration import LENGTH, calibration_batches
+from .evaluate import measure_sparsity, model_plan
+from .sparsify import LARGEST_DEVIATION, make_plan, prune
+
+logger = logging.getLogger(__name__)
+
+# Keywords that say where a checkpoint is; the tokenizer is found with the same.
+_LOCATION = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "trust_remote_code")
+
+
+class SparseModel:
+    """A factory, as transformers' Auto classes are: what it returns is the plain transformers model."""
+
+    def __init__(self) -> None:
+        raise TypeError("SparseModel is a factory: use SparseModel.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        sparsity_config: SparsityConfig | Mapping[str, Any] | None = None,
+        plan: Plan | str | os.PathLike[str] | None = None,
+        calibration_data: Any = None,
+        calibration_options: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        auto_class: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a model and makes it sparse; without a config or plan, loads a sparse one and checks it.
+
+        Args:
+            pretrained_model_name_or_path: a folder or Hub id.
+            sparsity_config: what is wanted; a plan is made and carried out.
+            plan: carry out this plan instead (or the one in this file or model folder).
+            calibration_data: see `calibration_batches`; also an iterable of dicts of model inputs.
+            calibration_options: keywords for `calibration_batches` (`sequences`, `length`, `column`, ...).
+            tokenizer: by default the checkpoint's own.
+            auto_class: by default `AutoModelForCausalLM`.
+            **kwargs: to transformers (`dtype`, `device_map`, `revision`, ...). `trust_remote_code` is off unless given.
+
+        Returns:
+            The transformers model; its plan is in `model.config.sparsity_config`.
+
+        Raises:
+            ValueError: contradictory or missing arguments, bad data, a plan for another model, or a checkpoint whose
+                zeros do not match its plan.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if sparsity_config is not None and plan is not None:
+            raise ValueError("give sparsity_config or plan, not both: a plan carries the config it was made with")
+        if plan is not None and not isinstance(plan, Plan):
+            plan = Plan.load(plan)
+        config = SparsityConfig.from_dict(sparsity_config) if isinstance(sparsity_config, Mapping) else sparsity_config
+        if config is not None and not isinstance(config, SparsityConfig):
+            raise ValueError(f"sparsity_config is a {type(config).__name__}; a SparsityConfig or its dict is expected")
+        location = {key: kwargs[key] for key in _LOCATION if key in kwargs}
+        model = (auto_class or AutoModelForCausalLM).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if config is None and plan is None:
+            if calibration_data is not None:
+                raise ValueError("calibration_data without sparsity_config or plan: say how sparse the model shall be")
+            check_zeros(model)
+            return model
+        batches = None
+        if calibration_data is not None:
+            options = {"seed": config.seed if config else plan.config.get("seed", 0)} | dict(calibration_options or {})  # type: ignore[union-attr]
+            batches = _batches(model, calibration_data, options, tokenizer, pretrained_model_name_or_path, location)
+        if plan is None:
+            assert config is not None
+            plan = make_plan(model, config, batches)
+        report = prune(model, plan, batches)
+        logger.info(
+            "reached a sparsity of %.4f over %d layers (target %.4f)",
+            report.sparsity,
+            len(report.layers),
+            report.target,
+        )
+        return model
+
+
+def check_zeros(model: PreTrainedModel) -> None:
+    """`ValueError` unless the model has a plan and every layer at least the zeros it promises."""
+    plan = model_plan(model)
+    if plan is None:
+        raise ValueError(
+            "this checkpoint has no sparsity plan in its config.json, so it is not a sparse model of ours; "
+            "pass sparsity_config=SparsityConfig(...) to make it sparse, or load it with transformers"
+        )
+    report = measure_sparsity(model)
+    missing = set(plan.layers) ^ set(report.layers)
+    if missing:
+        raise ValueError(
+            f"the plan in config.json is for another model: {len(missing)} layers differ, such as {sorted(missing)[0]}"
+        )
+    lost = []
+    for name, layer in report.layers.items():
+        if layer.sparsity < layer.planned - LARGEST_DEVIATION - 0.01:
+            lost.append(f"{name} has {layer.sparsity:.4f} where the plan says {layer.planned:.4f}")
+    if lost:
+        raise ValueError(
+            f"the weights do not have the zeros that their plan promises; {len(lost)} layers differ: {'; '.join(lost[:3])}. "
+            "Was the model trained, merged with an adapter, or quantized since?"
+        )
+
+
+def _batches(
+    model: PreTrainedModel,
+    data: Any,
+    options: Mapping[str, Any],
+    tokenizer: Any,
+    source: Any,
+    location: Mapping[str, Any],
+) -> Any:
+    """Calibration data in any form -> what `prepare_batches` takes; the length is at most the model's limit."""
+    if isinstance(data, Tensor):
+        return calibration_batches(data, **options)
+    if (
+        isinstance(data, (list, tuple))
+        and data
+        and isinstance(data[0], Mapping)
+        and "input_ids" in data[0]
+        and not isinstance(data[0]["input_ids"], list)
+    ):
+        return data
+    if type(data).__name__ == "DataLoader":
+        return data
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, **location)
+    options = dict(options)
+    if options.get("length") is None:
+        options["length"] = default_length(model, tokenizer)
+    return calibration_batches(data, tokenizer, **options)
+
+
+def default_length(model: PreTrainedModel, tokenizer: Any = None) -> int:
+    """2048 tokens, or the model's or tokenizer's limit if that is smaller."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limits = [LENGTH, getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    return min(int(limit) for limit in limits if limit)
