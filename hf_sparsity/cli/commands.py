@@ -1,0 +1,291 @@
+"""What each command does. A command prints for people, or returns what `--json` prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import demo as demo_model
+from ..config import SparsityConfig
+from ..core.stats import STATS
+from ..hf.batches import prepare_batches
+from ..hf.calibration import calibration_batches, read_texts
+from ..hf.checkpoint import REPORT_FILE, check_output, folder_bytes, save_checkpoint
+from ..hf.estimate import describe, estimate_memory
+from ..hf.evaluate import evaluate_text, measure_sparsity, windows
+from ..hf.layers import find_layout
+from ..hf.model import default_length
+from ..hf.sparsify import check_plan, make_plan, plan_config
+from ..hf.sparsify import prune as prune_model
+from ..plan import Plan, Report
+from . import tables
+from .main import parse_algorithm
+
+DEMO = "demo"
+DEMO_LENGTH = 512  # windows of the embedded model: what it is judged at
+DEMO_SEQUENCES = 32
+
+
+def set_up_progress() -> None:
+    """transformers' own bars only where a person looks at a terminal, as ours."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Makes a plan and writes it."""
+    if Path(options.output).exists():
+        raise ValueError(f"output {options.output!r} exists; choose another name, or remove it")
+    config = _config(options)
+    model, tokenizer = _load(options)
+    batches = _calibration(options, config, model, tokenizer, planning=True)
+    made = make_plan(model, config, batches)
+    made.save(options.output)
+    if not options.json:
+        print(tables.plan_table(made))
+        print(f"plan written to {options.output}")
+    return {"plan": options.output, "sparsity": made.sparsity, "target": made.target, "layers": len(made.layers)}
+
+
+def prune(options: argparse.Namespace) -> dict[str, Any]:
+    """Plans unless a plan is given, prunes, saves."""
+    output = check_output(options.output)
+    made = Plan.load(options.plan) if options.plan else None
+    if made is not None and options.sparsity is not None:
+        raise ValueError("give --plan or --sparsity, not both: a plan carries its config")
+    config = plan_config(made) if made else _config(options)
+    model, tokenizer = _load(options)
+    layout = find_layout(model, config.ignore)
+    if made is not None:
+        check_plan(made, model, layout)
+    batches = _calibration(options, config, model, tokenizer, planning=made is None)
+    needs = _needs(config, planning=made is None)
+    prepared = prepare_batches(model, batches) if batches is not None else []
+    if not options.json:
+        print(tables.before(describe(layout, model), estimate_memory(model, layout, prepared, needs & STATS)))
+    if made is None:
+        made = make_plan(model, config, batches)
+    report = prune_model(model, made, batches)
+    save_checkpoint(model, output, report=report, tokenizer=tokenizer)
+    if not options.json:
+        print(tables.plan_table(made, report))
+        print(tables.after(report))
+        print(f"saved to {output} ({folder_bytes(output) / 2**20:.1f} MiB: zeros are stored like other numbers)")
+    return {
+        "output": str(output),
+        "sparsity": report.sparsity,
+        "target": report.target,
+        "seconds": report.seconds,
+        "notes": report.notes,
+        "skipped": report.skipped,
+        "bytes": folder_bytes(output),
+    }
+
+
+def eval(options: argparse.Namespace) -> dict[str, Any]:  # noqa: A001  (the command's name)
+    """Perplexity, and divergence from a second model."""
+    if options.text is None and options.model != DEMO and options.against != DEMO:
+        raise ValueError("--text is missing: a local text, jsonl or parquet file, or a Hub dataset")
+    model, tokenizer = _load(options)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer, so texts cannot be scored")
+    length = options.length or (DEMO_LENGTH if options.text is None else default_length(model, tokenizer))
+    text = (
+        _heldout_text()
+        if options.text is None
+        else "\n\n".join(read_texts(options.text, split=options.split, column=options.column))
+    )
+    ids = windows(text, tokenizer, length)[: options.windows]
+    reference = None
+    if options.against is not None:
+        reference, _ = _load(argparse.Namespace(**{**vars(options), "model": options.against}))
+    quality = evaluate_text(model, ids, reference)
+    if not options.json:
+        print(tables.quality(quality, length))
+    return {**vars(quality), "length": length}
+
+
+def inspect(options: argparse.Namespace) -> dict[str, Any]:
+    """A table per block and projection, reached against planned."""
+    path = Path(options.path)
+    made = Plan.load(path)
+    report = None
+    if path.is_dir():
+        if (path / REPORT_FILE).exists():
+            Report.load(path / REPORT_FILE)  # a damaged report is an error, not something to look past
+        model, _ = _load(
+            argparse.Namespace(
+                model=str(path),
+                dtype="auto",
+                device_map=None,
+                offload_folder=None,
+                revision=None,
+                trust_remote_code=False,
+            )
+        )
+        report = measure_sparsity(model)
+    if not options.json:
+        print(tables.plan_header(made))
+        print(tables.plan_table(made, report))
+        if report is not None:
+            print(tables.after(report))
+    return {
+        "target": made.target,
+        "planned": made.sparsity,
+        "reached": report.sparsity if report else None,
+        "config": dict(made.config),
+        "layers": {
+            name: {
+                "planned": layer.sparsity,
+                "reached": report.layers[name].sparsity if report else None,
+                "measure": layer.measure,
+            }
+            for name, layer in made.layers.items()
+        },
+    }
+
+
+def demo(options: argparse.Namespace) -> dict[str, Any]:
+    """Every allocator on the embedded model; the best by calibration text is saved and drawn."""
+    from .pictures import draw_plans  # matplotlib: asked for before the work, not after it
+
+    output = check_output(options.output)
+    base = SparsityConfig(sparsity=options.sparsity, pruner=parse_algorithm(options.pruner))
+    start = time.perf_counter()
+    dense, tokenizer = _load_demo()
+    calibration = calibration_batches(
+        [text for _, text in demo_model.texts("calibration")],
+        tokenizer,
+        sequences=DEMO_SEQUENCES + 8,
+        length=DEMO_LENGTH,
+        seed=0,
+    )
+    calibration, selection = calibration[:DEMO_SEQUENCES], calibration[DEMO_SEQUENCES:]
+    heldout = windows(_heldout_text(), tokenizer, DEMO_LENGTH)
+    before = evaluate_text(dense, heldout).perplexity
+    rows: list[dict[str, Any]] = []
+    plans: dict[str, Plan] = {}
+    for name, allocator, row_allocator in _demo_runs():
+        config = SparsityConfig(
+            sparsity=base.sparsity, pruner=base.pruner, allocator=allocator, row_allocator=row_allocator
+        )
+        model, _ = _load_demo()
+        began = time.perf_counter()
+        plans[name] = make_plan(model, config, calibration)
+        report = prune_model(model, plans[name], calibration)
+        seconds = time.perf_counter() - began
+        chosen_by = evaluate_text(model, selection).perplexity
+        rows.append(
+            {
+                "allocator": name,
+                "sparsity": report.sparsity,
+                "selection": chosen_by,
+                "heldout": evaluate_text(model, heldout).perplexity,
+                "seconds": seconds,
+            }
+        )
+        if not options.json:
+            print(f"{name}: held-out perplexity {rows[-1]['heldout']:.2f} in {seconds:.0f} s", file=sys.stderr)
+        if min(rows, key=lambda row: row["selection"]) is rows[-1]:
+            best, best_report = model, report
+    winner = min(rows, key=lambda row: row["selection"])["allocator"]
+    save_checkpoint(best, output, report=best_report, tokenizer=tokenizer)
+    plans[winner].save(output / "plan.json")
+    picture = draw_plans(plans, output / "sparsities.png")
+    if not options.json:
+        print(tables.demo_table(rows, before, winner, base))
+        print(
+            f"saved {winner} to {output}, the picture of all plans to {picture} ({time.perf_counter() - start:.0f} s in all)"
+        )
+    return {"dense": before, "rows": rows, "best": winner, "output": str(output), "picture": str(picture)}
+
+
+def _demo_runs() -> list[tuple[str, Any, Any]]:
+    from ..allocators import ALLOCATORS, ROW_ALLOCATORS
+
+    runs: list[tuple[str, Any, Any]] = []
+    for name in ALLOCATORS:
+        # The search is the one costly method; a tenth of its default budget shows what it does.
+        runs.append(
+            (name, {"name": "msp", "population": 8, "generations": 3, "parents": 2} if name == "msp" else name, None)
+        )
+    return runs + [(f"uniform + {name}", "uniform", name) for name in ROW_ALLOCATORS]
+
+
+def _config(options: argparse.Namespace) -> SparsityConfig:
+    return SparsityConfig(
+        sparsity=options.sparsity,
+        pattern=options.pattern,
+        allocator=parse_algorithm(options.allocator),
+        row_allocator=parse_algorithm(options.row_allocator),
+        pruner=parse_algorithm(options.pruner),
+        ignore=tuple(options.ignore),
+        seed=options.seed,
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer or None)."""
+    if options.model == DEMO:
+        return _load_demo()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    location = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = AutoConfig.from_pretrained(options.model, **location)
+    auto_class: Any = AutoModelForCausalLM
+    if (
+        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    ):
+        from transformers import AutoModelForSeq2SeqLM
+
+        auto_class = AutoModelForSeq2SeqLM
+    placing = {"device_map": options.device_map, "offload_folder": options.offload_folder} if options.device_map else {}
+    model = auto_class.from_pretrained(options.model, dtype=options.dtype, **location, **placing)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, **location)
+    except (OSError, ValueError):
+        tokenizer = None  # a folder without one can still be pruned by its weights
+    return model, tokenizer
+
+
+def _load_demo() -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(demo_model.PATH), AutoTokenizer.from_pretrained(demo_model.PATH)
+
+
+def _heldout_text() -> str:
+    return "\n\n".join(text for _, text in demo_model.texts("heldout"))
+
+
+def _needs(config: SparsityConfig, *, planning: bool) -> frozenset[str]:
+    needs = config.pruner.needs | (config.row_allocator.needs if config.row_allocator else frozenset())  # type: ignore[union-attr]
+    return needs | config.allocator.needs if planning else needs  # type: ignore[union-attr]
+
+
+def _calibration(
+    options: argparse.Namespace, config: SparsityConfig, model: Any, tokenizer: Any, *, planning: bool
+) -> Any:
+    """Token ids, or None where nothing needs them."""
+    if not _needs(config, planning=planning):
+        return None
+    if options.calibration is None and options.model == DEMO:
+        data: Any = [text for _, text in demo_model.texts("calibration")]
+        length = options.length or DEMO_LENGTH
+    elif options.calibration is None:
+        raise ValueError("--calibration is missing: a local text, jsonl or parquet file, or a Hub dataset such as c4")
+    else:
+        data, length = options.calibration, options.length or default_length(model, tokenizer)
+    return calibration_batches(
+        data, tokenizer, sequences=options.sequences, length=length, seed=config.seed, column=options.column
+    )

@@ -1,0 +1,179 @@
+"""`hf-sparsity plan | prune | eval | inspect | demo`: the arguments, and exit codes.
+
+0: done. 1: it went wrong on the way. 2: the input was wrong; nothing was started or written.
+Heavy imports happen when a command runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .. import __version__
+
+_MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        from . import commands  # heavy: torch and transformers
+
+        commands.set_up_progress()
+        result = getattr(commands, options.command)(options)
+        if options.json:
+            json.dump(result, sys.stdout, indent=2)
+            print()
+        return 0
+    except (ValueError, FileNotFoundError, OSError) as error:
+        return _fail(options, error, 2)
+    except RuntimeError as error:
+        return _fail(options, error, 1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
+    if options.json:
+        print(json.dumps({"error": str(error)}))
+    print(f"hf-sparsity: {error}", file=sys.stderr)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(
+        prog="hf-sparsity", description="Decide how sparse each layer of a language model should be, and prune it."
+    )
+    parser.add_argument("--version", action="version", version=f"hf_sparsity {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+        return command
+
+    plan = add("plan", "decide the sparsity of each layer and write the plan")
+    _add_model(plan)
+    _add_config(plan)
+    _add_calibration(plan)
+    plan.add_argument("--output", required=True, metavar="FILE", help="where the plan goes, JSON")
+
+    prune = add("prune", "prune a model, from a plan or in one go, and save it")
+    _add_model(prune)
+    prune.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="carry out this plan (a JSON file or a sparse model's folder) instead of making one",
+    )
+    _add_config(prune)
+    _add_calibration(prune)
+    prune.add_argument("--output", required=True, metavar="FOLDER", help="new or empty folder for the sparse model")
+
+    evaluate = add("eval", "perplexity on a text; with --against also KL divergence and top-1 agreement")
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--text",
+        metavar="DATA",
+        help="a local text, jsonl or parquet file, or a Hub dataset; default for 'demo' shapes: its held-out text",
+    )
+    evaluate.add_argument("--split", default="test", help="of a Hub dataset (default: test)")
+    evaluate.add_argument("--column", help="of a dataset")
+    evaluate.add_argument("--against", metavar="MODEL", help="the dense model to compare with")
+    evaluate.add_argument("--length", type=int, help="tokens per window (default: 2048 or the model's limit)")
+    evaluate.add_argument("--windows", type=int, help="score only the first so many windows")
+
+    inspect = add("inspect", "table of a sparse model or plan: per block and projection, reached against planned")
+    inspect.add_argument("path", help="a sparse model's folder, or a plan.json")
+
+    demo = add("demo", "prune the embedded model with every allocator, compare, save the best, draw it")
+    demo.add_argument("--sparsity", type=float, default=0.6)
+    demo.add_argument("--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]")
+    demo.add_argument(
+        "--output", default="hf_sparsity_demo", metavar="FOLDER", help="new or empty folder (default: %(default)s)"
+    )
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help=_MODEL)
+    command.add_argument("--dtype", default="auto", help="of the loaded weights (default: the checkpoint's)")
+    command.add_argument("--device-map", metavar="MAP", help="as in transformers: 'auto', 'cpu', 'cuda:0'")
+    command.add_argument("--offload-folder", metavar="FOLDER", help="for weights that device-map puts on disk")
+    command.add_argument("--revision", help="of a Hub model")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
+    )
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sparsity", type=float, help="fraction of weights to remove, in [0, 1)")
+    command.add_argument(
+        "--pattern", default="unstructured", help="unstructured, N:M (N kept of M), or *:M (default: %(default)s)"
+    )
+    command.add_argument(
+        "--allocator",
+        default="uniform",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="how sparse each layer is (default: %(default)s)",
+    )
+    command.add_argument("--row-allocator", metavar="NAME[:KEY=VALUE,...]", help="how sparse each row is")
+    command.add_argument(
+        "--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]", help="which weights go (default: %(default)s)"
+    )
+    command.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave these layers dense: names, module paths or globs; repeatable",
+    )
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _add_calibration(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="a local text, jsonl or parquet file, or a Hub dataset ('c4', 'wikitext2')",
+    )
+    command.add_argument("--column", help="of a dataset")
+    command.add_argument("--sequences", type=int, help="number of calibration sequences (default: 128)")
+    command.add_argument("--length", type=int, help="tokens of each (default: 2048 or the model's limit)")
+
+
+def parse_algorithm(text: str | None) -> Any:
+    """`name:key=value,...` -> `{"name": ..., ...}`; values are numbers, true, false, none or strings."""
+    if text is None or ":" not in text:
+        return text
+    name, _, rest = text.partition(":")
+    values: dict[str, Any] = {"name": name}
+    for pair in rest.split(","):
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{text!r}: {pair!r} is not KEY=VALUE; write for example owl:outlier=7,spread=0.12")
+        values[key.strip().replace("-", "_")] = _value(value.strip())
+    return values
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

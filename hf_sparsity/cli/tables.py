@@ -1,0 +1,132 @@
+"""Text tables for the terminal: pure functions from plans and reports to strings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import SparsityConfig
+from ..hf.estimate import Estimate
+from ..hf.evaluate import Quality
+from ..plan import Plan, Report
+
+_BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.up_proj` -> (`model.layers.3`, `up_proj`); experts of one parameter are one projection."""
+    match = _BLOCK.match(name)
+    block, rest = (match[1], match[2]) if match else ("", name)
+    return block, re.sub(r"\[\d+\]$", "", rest).rsplit(".", 1)[-1]
+
+
+def by_block_and_projection(sparsities: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """{block: {projection: sparsity}}, the mean weighted by size where several layers share a projection."""
+    sums: dict[str, dict[str, tuple[float, int]]] = {}
+    for name, sparsity in sparsities.items():
+        block, projection = split_name(name)
+        total, size = sums.setdefault(block, {}).get(projection, (0.0, 0))
+        sums[block][projection] = (total + sparsity * sizes[name], size + sizes[name])
+    return {block: {p: total / size for p, (total, size) in row.items()} for block, row in sums.items()}
+
+
+def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(
+            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+
+
+def plan_header(plan: Plan) -> str:
+    """One paragraph: what was asked for."""
+    config = plan.config
+    names = [f"{role} {config[role]['name']}" for role in ("allocator", "row_allocator", "pruner") if config.get(role)]
+    model = plan.model.get("name") or plan.model.get("type") or "model"
+    return f"{model}: sparsity {plan.target:g}, pattern {config.get('pattern', 'unstructured')}, {', '.join(names)}, seed {config.get('seed', 0)}"
+
+
+def plan_table(plan: Plan, report: Report | None = None) -> str:
+    """Sparsity in percent by block and projection: planned, or `reached/planned` where they differ."""
+    sizes = {name: layer.size for name, layer in plan.layers.items()}
+    planned = by_block_and_projection({n: x.sparsity for n, x in plan.layers.items()}, sizes)
+    reached = by_block_and_projection({n: report.layers[n].sparsity for n in plan.layers}, sizes) if report else None
+    projections = list(dict.fromkeys(p for row in planned.values() for p in row))
+
+    def cell(block: str, projection: str) -> str:
+        if projection not in planned[block]:
+            return ""
+        want = f"{100 * planned[block][projection]:.1f}"
+        have = f"{100 * reached[block][projection]:.1f}" if reached else want
+        return want if have == want else f"{have}/{want}"
+
+    measures = {split_name(n)[0]: x.measure for n, x in plan.layers.items() if x.measure is not None}
+    header = ["block", *projections, *(["measure"] if measures else [])]
+    rows = [
+        [
+            block,
+            *(cell(block, p) for p in projections),
+            *([f"{measures.get(block, float('nan')):.4g}"] if measures else []),
+        ]
+        for block in planned
+    ]
+    return render(header, rows) + (
+        "\n(percent of weights removed; reached/planned where rounding to whole weights differs)" if report else ""
+    )
+
+
+def before(what: Mapping[str, Any], memory: Estimate) -> str:
+    """What will be pruned, what not, and the memory it will take."""
+    dense = "; ".join(f"{count} x {reason}" for reason, count in what["dense"].items()) or "nothing"
+    return (
+        f"to prune: {what['layers']} layers in {what['blocks']} blocks, {what['weights'] / 1e6:.1f}M weights, {100 * what['share']:.1f} % of the model\n"
+        f"stays dense: {dense}\n"
+        f"memory: about {memory.peak / 2**20:.0f} MiB = model {memory.model / 2**20:.0f} + hidden states {memory.hidden / 2**20:.0f}"
+        f" + one block's work {memory.block / 2**20:.0f}"
+    )
+
+
+def after(report: Report) -> str:
+    """Reached against the target, and every layer that was treated differently."""
+    lines = [
+        f"reached a sparsity of {report.sparsity:.4f} (target {report.target:.4f}) over {len(report.layers)} layers"
+    ]
+    lines += [f"  {name}: {note}" for name, note in list(report.notes.items())[:20]]
+    if len(report.notes) > 20:
+        lines.append(f"  and {len(report.notes) - 20} more")
+    return "\n".join(lines)
+
+
+def quality(measured: Quality, length: int) -> str:
+    """Perplexity, and the comparison if there is one."""
+    lines = [f"perplexity {measured.perplexity:.4f} over {measured.tokens} predictions in windows of {length}"]
+    if measured.kl is not None:
+        lines.append(f"reference perplexity {measured.reference_perplexity:.4f}")
+        lines.append(
+            f"KL divergence from it {measured.kl:.4f} nats a token; same first token at {100 * (measured.top1 or 0):.1f} % of positions"
+        )
+    return "\n".join(lines)
+
+
+def demo_table(rows: Sequence[Mapping[str, Any]], dense: float, winner: str, config: SparsityConfig) -> str:
+    """Held-out perplexities of all allocators, uniform first."""
+    body = [
+        [
+            row["allocator"] + (" *" if row["allocator"] == winner else ""),
+            f"{row['heldout']:.2f}",
+            f"{row['selection']:.2f}",
+            f"{row['sparsity']:.4f}",
+            f"{row['seconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    table = render(
+        ["allocator", "held-out perplexity", "selection text", "sparsity", "seconds"],
+        [["dense", f"{dense:.2f}", "", "0", ""], *body],
+    )
+    return f"{table}\n{100 * float(config.sparsity or 0):.0f} % with {config.pruner.name}; * is best on the selection text, which is not the held-out text"  # type: ignore[union-attr]
