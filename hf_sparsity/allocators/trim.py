@@ -201,18 +201,22 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cosine(of: Moments) -> Tensor:
+    """Cosine similarity; 0 where an output is all zero."""
     return (of.product / ((of.dense.sqrt() + 1e-8) * (of.pruned.sqrt() + 1e-8))).clamp(-1, 1)
 
 
 def mse(of: Moments) -> Tensor:
+    """Mean squared error; not negated."""
     return (of.dense - 2 * of.product + of.pruned).clamp(min=0) / of.length
 
 
 def psnr(of: Moments) -> Tensor:
+    """Peak signal to noise ratio in dB; -inf where the dense output is zero."""
     return 10 * torch.log10(of.peak / (mse(of) + 1e-10))
 
 
 def snr(of: Moments) -> Tensor:
+    """Signal to noise ratio in dB; inf where nothing is lost."""
     noise = mse(of)
     return (10 * torch.log10(of.dense / of.length / (noise + 1e-10))).masked_fill(noise < 1e-10, float("inf"))
 

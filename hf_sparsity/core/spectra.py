@@ -5,10 +5,11 @@ the weight as stored, cast to float32; not centred, not divided by its size.
 
 The authors call a float32 SVD for every window. Here:
 
-* up to `SMALL` on the smaller side the same call, to the bit: it costs no more than anything else,
+* up to `SMALL` on the smaller side the same call, to the bit: it costs hardly more than anything else,
   and a tail fitted near the peak jumps when the smallest eigenvalue moves in its last digits;
-* above, the Gram matrix of the smaller side in float64 and its eigenvalues, which is faster and more
-  accurate (float64 keeps what squaring loses; float32 would not);
+* above, the Gram matrix of the smaller side in float64 and its eigenvalues: half the time of the SVD, a
+  quarter for wide matrices, and more accurate. (In float32 it would be another third faster, but squaring
+  loses the small eigenvalues: alpha was then off by up to 20 % in square matrices, 0.1 % in heavy tails.)
 * windows that overlap share it: the next Gram matrix is the last one, plus what enters, minus what leaves;
 * on CPU the matrices of a block, and runs of windows, are done side by side on all cores.
 """
@@ -23,7 +24,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-SMALL = 256  # up to here the float32 SVD takes no longer than the float64 eigenvalues
+SMALL = 512  # up to here the float32 SVD of a square takes about as long as the float64 way (26 and 22 ms)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,10 @@ class SparseGPT(Pruner):
         return torch.cat([~choose(layer, scores[:, b:e], begin=b) for b, e in blocks], dim=1)
 
     def prune(self, layer: Layer) -> Tensor:
+        """The new weight `[out, in]`, in the layer's dtype: zeros where pruned, the others updated.
+
+        Weights of dead inputs go as well, as in the authors' code; at sparsity 0 nothing changes.
+        """
         return self.prune_together([layer])[0]
 
     def prune_together(self, layers: Sequence[Layer]) -> list[Tensor]:
@@ -146,7 +150,7 @@ def solve(layers: Sequence[Layer], hessian: Tensor, *, damping: float = 0.01, bl
         base = torch.cat([layers[i].weight.to(scale) for i in same]).T.contiguous()
         base[dead] = 0
         new = sweep(base, factor, scale, [layers[i] for i in same], block_size=block_size)
-        parts = new.T.split([layers[i].weight.shape[0] for i in same])
+        parts = torch.split(new.T, [layers[i].weight.shape[0] for i in same])
         for i, part in zip(same, parts, strict=True):
             results[i] = part.to(results[i]).contiguous()
     return results
@@ -156,7 +160,7 @@ def prunes(layer: Layer) -> bool:
     """Whether the plan takes anything from this layer; `ValueError` for a pattern that cannot be met."""
     kept, group, width = layer.pattern.kept, layer.pattern.group, layer.weight.shape[1]
     if group is None:
-        return layer.sparsity > 0 if layer.rows is None else bool(layer.counts.any())
+        return layer.sparsity > 0 if layer.rows is None else bool(torch.as_tensor(layer.counts).any())
     if kept is None:
         raise ValueError(f"{layer.name}: pattern {layer.pattern} must be resolved to N:M before pruning")
     if width % group:

@@ -1,0 +1,144 @@
+"""Tiny random models of every causal-LM architecture of the installed transformers, shrunk by attribute names."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+LAYERS = 3
+LARGEST = 5_000_000  # parameters; what stays larger was not shrunk by these names
+# What the attributes of most configs mean, and a small value for each.
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "dim": 64,
+    "emb_dim": 64,
+    "word_embed_proj_dim": 64,
+    "embedding_size": 64,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "n_inner": 96,
+    "d_ff": 96,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "dense_intermediate_size": 96,
+    "ffn_hidden_size": 96,
+    "intermediate_size_mlp": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "n_layer": LAYERS,
+    "n_layers": LAYERS,
+    "num_layers": LAYERS,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "attention_head_dim": 16,
+    "kv_channels": 16,
+    "d_kv": 16,
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "n_ctx": 128,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "moe_top_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_expert_group": 1,
+    "num_limited_groups": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 16,
+    "sliding_window": 4,
+    "attention_window": 4,
+    "state_size": 8,
+    "ssm_state_size": 8,
+    "mamba_d_state": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "n_groups": 1,
+    "lru_width": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "attention_hidden_size": 64,
+    "rotary_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def causal_configs():
+    """{model type: config class}, one a model class."""
+    found, models = {}, set()
+    for config_class, model_class in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+        key = model_class if not isinstance(model_class, (tuple, list)) else model_class[0]
+        if key not in models:
+            models.add(key)
+            found[config_class.model_type or config_class.__name__] = config_class
+    return found
+
+
+def shrunk(config_class):
+    """A tiny random model, or None where these rules do not give a valid one."""
+    try:
+        default = config_class()
+    except Exception:  # noqa: BLE001  (configs that cannot be made without arguments, or that ask the Hub)
+        return None
+    accepted = set(inspect.signature(config_class.__init__).parameters) | set(vars(default)) | set(default.attribute_map)
+    values = {k: v for k, v in SMALL.items() if k in accepted and not (getattr(default, k, 0) is None and k != "head_dim")}
+    if isinstance(getattr(default, "layer_types", None), list):
+        kinds = list(dict.fromkeys(default.layer_types))
+        values["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
+    for attempt in (values, {k: v for k, v in values.items() if k != "layer_types"}, values | {"num_key_value_heads": 4}):
+        try:
+            config = config_class(**attempt)
+            if hasattr(config, "is_decoder"):
+                config.is_decoder = True
+            with torch.device("meta"):
+                if sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) > LARGEST:
+                    continue
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim >= 2:
+                        parameter.normal_(0, 0.08)
+                model(input_ids=torch.arange(3, 15)[None], use_cache=False)
+            return model
+        except Exception:  # noqa: BLE001, S112  (whatever an odd config raises: try the next)
+            continue
+    return None
