@@ -93,7 +93,9 @@ def train_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator((text for _, text in demo.texts("calibration")), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=max_length)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=max_length
+    )
 
 
 def new_model(max_length: int) -> LlamaForCausalLM:
@@ -238,7 +240,9 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
     with safe_open(path, "pt") as file:
         for name, parameter in model.named_parameters():
             parameter.copy_(file.get_tensor(f"model.{name}"))
-            optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {
+                key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+            }
         return json.loads(file.metadata()["state"])
 
 

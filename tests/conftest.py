@@ -72,17 +72,29 @@ def tiny_batch(name: str, sequences: int = 2, tokens: int = 24) -> dict[str, tor
 
 
 def _text(**changes):
-    base = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+    base = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     return (
         base
-        | dict(num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        | {
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         | changes
     )
 
 
 _CAUSAL = "AutoModelForCausalLM"
-_MOE = dict(num_experts_per_tok=2, moe_intermediate_size=32)
-_SPEECH = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SPEECH = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 ZOO = {
     "llama": lambda: (_CAUSAL, hf.LlamaConfig(**_text())),
     "qwen2_window": lambda: (

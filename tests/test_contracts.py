@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import random
 import sys
 
 import pytest
@@ -77,12 +78,14 @@ def measured(name: str, kind: str, group: int | None):
     return blocks, sizes, [ALLOCATORS[name]().measure(block, PRUNERS["wanda"]()) for block in blocks]
 
 
-def allocated(name: str, target: float, kind: str = "usual", group: int | None = None):
-    """({layer: sparsity}, {layer: size}), by the steps of `make_plan`."""
+def allocated(name: str, target: float, kind: str = "usual", group: int | None = None, asked=None):
+    """({layer: sparsity}, {layer: size}), by the steps of `make_plan`; `asked` collects what the loss was asked."""
     allocator, pruner = ALLOCATORS[name](), PRUNERS["wanda"]()
     blocks, sizes, measures = measured(name, kind, group)
 
-    def loss(sparsities):  # rugged, so that a search that draws without the seed ends elsewhere
+    def loss(sparsities):
+        if asked is not None:
+            asked.append(sparsities)
         return sum(s**2 + math.sin(997 * s * (i + 1)) for i, s in enumerate(sparsities.values()))
 
     probe = Probe(0, loss, lambda sparsities: [allocator.measure(block, pruner) for block in blocks])
@@ -152,10 +155,13 @@ def test_allocators_choose_how_many_of_eight(name, kind, target):
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_allocators_are_deterministic(name):
     for group in (None, 8):
-        first = allocated(name, 0.6, group=group)[0]
+        asked: list[list] = [[], []]
+        first = allocated(name, 0.6, group=group, asked=asked[0])[0]
         torch.manual_seed(99)
+        random.seed(99)
         measured.cache_clear()
-        assert allocated(name, 0.6, group=group)[0] == first
+        assert allocated(name, 0.6, group=group, asked=asked[1])[0] == first
+        assert asked[0] == asked[1], "a search took another way"
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)

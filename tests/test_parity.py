@@ -106,7 +106,7 @@ def test_sparsegpt_equals_the_authors(name):
         theirs = samples[f"{layer}.values"]
         near = (ours - theirs).abs() <= 1e-4 * theirs.abs() + 1e-5
         equal, total = equal + int(near.sum()), total + near.numel()
-    assert equal >= (1.0 if name != "sparsegpt_2of4" else 0.97) * total
+    assert equal >= (0.98 if name == "sparsegpt_2of4" else 0.995) * total
 
 
 def test_sparsegpt_in_the_allocation_of_alphapruning():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from ..hf.calibration import calibration_batches, read_texts
 from ..hf.checkpoint import REPORT_FILE, check_output, folder_bytes, save_checkpoint
 from ..hf.estimate import describe, estimate_memory
 from ..hf.evaluate import evaluate_text, measure_sparsity, windows
+from ..hf.fit import check_plan, plan_config
 from ..hf.layers import find_layout
 from ..hf.model import default_length
-from ..hf.sparsify import check_plan, make_plan, plan_config
+from ..hf.sparsify import make_plan
 from ..hf.sparsify import prune as prune_model
 from ..plan import Plan, Report
 from . import tables
@@ -26,7 +26,6 @@ from .main import parse_algorithm
 
 DEMO = "demo"
 DEMO_LENGTH = 512  # windows of the embedded model: what it is judged at
-DEMO_SEQUENCES = 32
 
 
 def set_up_progress() -> None:
@@ -35,6 +34,13 @@ def set_up_progress() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+def demo(options: argparse.Namespace) -> dict[str, Any]:
+    """See `cli/demo.py`."""
+    from .demo import demo as run
+
+    return run(options)
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def eval(options: argparse.Namespace) -> dict[str, Any]:  # noqa: A001  (the command's name)
+def eval(options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity, and divergence from a second model."""
     if options.text is None and options.model != DEMO and options.against != DEMO:
         raise ValueError("--text is missing: a local text, jsonl or parquet file, or a Hub dataset")
@@ -96,7 +102,7 @@ def eval(options: argparse.Namespace) -> dict[str, Any]:  # noqa: A001  (the com
         raise ValueError(f"{options.model} has no tokenizer, so texts cannot be scored")
     length = options.length or (DEMO_LENGTH if options.text is None else default_length(model, tokenizer))
     text = (
-        _heldout_text()
+        heldout_text()
         if options.text is None
         else "\n\n".join(read_texts(options.text, split=options.split, column=options.column))
     )
@@ -150,73 +156,6 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def demo(options: argparse.Namespace) -> dict[str, Any]:
-    """Every allocator on the embedded model; the best by calibration text is saved and drawn."""
-    from .pictures import draw_plans  # matplotlib: asked for before the work, not after it
-
-    output = check_output(options.output)
-    base = SparsityConfig(sparsity=options.sparsity, pruner=parse_algorithm(options.pruner))
-    start = time.perf_counter()
-    dense, tokenizer = _load_demo()
-    calibration = calibration_batches(
-        [text for _, text in demo_model.texts("calibration")],
-        tokenizer,
-        sequences=DEMO_SEQUENCES + 8,
-        length=DEMO_LENGTH,
-        seed=0,
-    )
-    calibration, selection = calibration[:DEMO_SEQUENCES], calibration[DEMO_SEQUENCES:]
-    heldout = windows(_heldout_text(), tokenizer, DEMO_LENGTH)
-    before = evaluate_text(dense, heldout).perplexity
-    rows: list[dict[str, Any]] = []
-    plans: dict[str, Plan] = {}
-    for name, allocator, row_allocator in _demo_runs():
-        config = SparsityConfig(
-            sparsity=base.sparsity, pruner=base.pruner, allocator=allocator, row_allocator=row_allocator
-        )
-        model, _ = _load_demo()
-        began = time.perf_counter()
-        plans[name] = make_plan(model, config, calibration)
-        report = prune_model(model, plans[name], calibration)
-        seconds = time.perf_counter() - began
-        chosen_by = evaluate_text(model, selection).perplexity
-        rows.append(
-            {
-                "allocator": name,
-                "sparsity": report.sparsity,
-                "selection": chosen_by,
-                "heldout": evaluate_text(model, heldout).perplexity,
-                "seconds": seconds,
-            }
-        )
-        if not options.json:
-            print(f"{name}: held-out perplexity {rows[-1]['heldout']:.2f} in {seconds:.0f} s", file=sys.stderr)
-        if min(rows, key=lambda row: row["selection"]) is rows[-1]:
-            best, best_report = model, report
-    winner = min(rows, key=lambda row: row["selection"])["allocator"]
-    save_checkpoint(best, output, report=best_report, tokenizer=tokenizer)
-    plans[winner].save(output / "plan.json")
-    picture = draw_plans(plans, output / "sparsities.png")
-    if not options.json:
-        print(tables.demo_table(rows, before, winner, base))
-        print(
-            f"saved {winner} to {output}, the picture of all plans to {picture} ({time.perf_counter() - start:.0f} s in all)"
-        )
-    return {"dense": before, "rows": rows, "best": winner, "output": str(output), "picture": str(picture)}
-
-
-def _demo_runs() -> list[tuple[str, Any, Any]]:
-    from ..allocators import ALLOCATORS, ROW_ALLOCATORS
-
-    runs: list[tuple[str, Any, Any]] = []
-    for name in ALLOCATORS:
-        # The search is the one costly method; a tenth of its default budget shows what it does.
-        runs.append(
-            (name, {"name": "msp", "population": 8, "generations": 3, "parents": 2} if name == "msp" else name, None)
-        )
-    return runs + [(f"uniform + {name}", "uniform", name) for name in ROW_ALLOCATORS]
-
-
 def _config(options: argparse.Namespace) -> SparsityConfig:
     return SparsityConfig(
         sparsity=options.sparsity,
@@ -232,7 +171,7 @@ def _config(options: argparse.Namespace) -> SparsityConfig:
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer or None)."""
     if options.model == DEMO:
-        return _load_demo()
+        return load_demo()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -258,13 +197,15 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_demo() -> tuple[Any, Any]:
+def load_demo() -> tuple[Any, Any]:
+    """(model, tokenizer) of the embedded default."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(demo_model.PATH), AutoTokenizer.from_pretrained(demo_model.PATH)
 
 
-def _heldout_text() -> str:
+def heldout_text() -> str:
+    """The embedded model's held-out modules, joined."""
     return "\n\n".join(text for _, text in demo_model.texts("heldout"))
 
 

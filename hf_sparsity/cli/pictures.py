@@ -14,7 +14,7 @@ except ImportError as error:
     raise RuntimeError("drawing needs matplotlib: pip install 'hf_sparsity[plot]'") from error
 
 matplotlib.use("Agg")  # a file, no window
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 def draw_plans(plans: Mapping[str, Plan], file: Path) -> Path:

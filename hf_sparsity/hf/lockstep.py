@@ -97,7 +97,7 @@ def lockstep(
                     drive(**batch)
         except _Stop:
             pass
-        except BaseException as error:  # noqa: BLE001  (raised again in the driver)
+        except BaseException as error:
             worker.error = error
         finally:
             worker.done = True

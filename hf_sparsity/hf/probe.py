@@ -40,10 +40,7 @@ class MaskedLoss:
         for block in stream_blocks(model, layout, scored_on if needs else [], needs, rewrites=False):
             for name, layer in block.layers.items():
                 level = torch.zeros(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
-                if layer.stats is not None or not needs:
-                    scores = pruner.scores(layer)
-                else:
-                    scores = layer.weight.abs().float()
+                scores = pruner.scores(layer) if layer.stats is not None or not needs else layer.weight.abs().float()
                 for step in range(1, steps):
                     layer.sparsity = step / steps
                     layer.pattern = pattern.at(layer.sparsity)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,13 +24,13 @@ from ..algorithm import (
     Pruner,
     RowAllocator,
 )
-from ..allocators import ALLOCATORS
 from ..config import SparsityConfig
 from ..core import budget
 from ..core.stats import STATS, InputStats
 from ..plan import LayerPlan, LayerReport, Plan, Report
 from .batches import fingerprint, prepare_batches
 from .fisher import fisher_information
+from .fit import check_plan, check_widths, model_fingerprint, plan_config, versions
 from .layers import Layout, find_layout
 from .probe import MaskedLoss
 from .stream import Batch, StreamedBlock, stream_blocks
@@ -62,7 +60,7 @@ def make_plan(
     allocator, pruner = _algorithms(config)
     layout = find_layout(model, config.ignore)
     pattern = Pattern.parse(config.pattern)
-    _check_widths(layout, pattern)
+    check_widths(layout, pattern)
     sizes = {name: weight.size for name, weight in layout.weights.items()}
     target = float(config.sparsity)  # type: ignore[arg-type]
 
@@ -175,85 +173,6 @@ def prune(
     return report
 
 
-def plan_config(plan: Plan, pruner: Pruner | None = None) -> SparsityConfig:
-    """The plan's config, with the instances it was made with if they are still at hand.
-
-    The allocator has done its work, so one that is not ours is no obstacle: uniform stands in for it.
-    """
-    given = dict(plan.config) | {role: value for role, value in plan.algorithms.items() if value is not None}
-    if isinstance(allocator := given.get("allocator"), Mapping) and allocator.get("name") not in ALLOCATORS:
-        given["allocator"] = "uniform"
-    return SparsityConfig.from_dict(given | ({"pruner": pruner} if pruner is not None else {}))
-
-
-def check_plan(plan: Plan, model: PreTrainedModel, layout: Layout) -> None:
-    """`ValueError` when the plan names other layers or sizes than the model has, or misses its target."""
-    weights = layout.weights
-    missing = [n for n in weights if n not in plan.layers]
-    unknown = [n for n in plan.layers if n not in weights]
-    if missing or unknown:
-        raise ValueError(
-            f"the plan was made for another model: of {len(weights)} prunable layers {len(missing)} are not in it"
-            f"{f' ({missing[0]}, ...)' if missing else ''}, and {len(unknown)} of its layers are not in the model"
-            f"{f' ({unknown[0]}, ...)' if unknown else ''}"
-        )
-    for name, weight in weights.items():
-        if plan.layers[name].size != weight.size:
-            raise ValueError(
-                f"the plan was made for another model: {name} has {weight.size} weights, in the plan {plan.layers[name].size}"
-            )
-        pattern = Pattern.parse(plan.layers[name].pattern)
-        if pattern.sparsity is not None and abs(pattern.sparsity - plan.layers[name].sparsity) > 1e-6:
-            raise ValueError(
-                f"the plan's {name} has pattern {pattern} but sparsity {plan.layers[name].sparsity}; {pattern} means {pattern.sparsity:g}"
-            )
-        if pattern.is_mixed or (pattern.group and weight.shape[1] % pattern.group):
-            raise ValueError(f"the plan's {name} has pattern {pattern}, which does not fit its width {weight.shape[1]}")
-    plan.check_target()
-    made = plan.model.get("weights")
-    if made is not None and made != model_fingerprint(model, layout)["weights"]:
-        logger.warning(
-            "the plan was made on other weights than this model's (%s); its shapes fit and it is carried out",
-            plan.model.get("name") or "unnamed",
-        )
-
-
-def model_fingerprint(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-    """`{"type", "name", "layers", "weights"}`: names and shapes of the layers, and a sample of their weights, hashed.
-
-    `weights` is None while any layer is offloaded, since reading it would load the model.
-    """
-    shapes, values = hashlib.sha256(), hashlib.sha256()
-    offloaded = False
-    sampled: set[str] = set()
-    for name, weight in layout.weights.items():
-        shapes.update(f"{name}{weight.shape}".encode())
-        parameter = weight.module._parameters[weight.attribute]
-        assert parameter is not None
-        offloaded |= parameter.device.type == "meta"
-        if not offloaded and weight.parameter not in sampled:
-            sampled.add(weight.parameter)
-            flat = parameter.detach().reshape(-1)
-            values.update(flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64).numpy().tobytes())
-    return {
-        "type": getattr(model.config, "model_type", type(model).__name__),
-        "name": getattr(model.config, "_name_or_path", "") or "",
-        "layers": shapes.hexdigest(),
-        "weights": None if offloaded else values.hexdigest(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions that could change a result."""
-    found = {}
-    for package in ("hf_sparsity", "torch", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
 # ---- the steps of make_plan
 
 
@@ -298,16 +217,6 @@ def _algorithms(config: SparsityConfig) -> tuple[Allocator, Pruner]:
 
 def _constant(numbers: Mapping[str, float | None]) -> bool:
     return len(set(numbers.values())) <= 1
-
-
-def _check_widths(layout: Layout, pattern: Pattern) -> None:
-    if pattern.group is None:
-        return
-    bad = [f"{n} (width {w.shape[1]})" for n, w in layout.weights.items() if w.shape[1] % pattern.group]
-    if bad:
-        raise ValueError(
-            f"pattern {pattern} does not divide the width of {len(bad)} layers: {', '.join(bad[:3])}; choose another group, or ignore them"
-        )
 
 
 # ---- the steps of prune

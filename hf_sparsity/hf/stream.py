@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..algorithm import Layer
-from .layers import Block, Layout, Onloaded, Weight, onload
+from .layers import Block, Layout, Weight
 from .lockstep import Arrival, lockstep
+from .offload import Onloaded, onload
 from .tap import Collector, MaskedProducts, Operands
 
 # A batch as the model's forward takes it. Text batches have at least `input_ids` [sequences, tokens].
@@ -126,7 +127,7 @@ def _pass(
                 yield streamed
                 streamed.layers.clear()
                 if masks := streamed.masks:
-                    with MaskedProducts(operands, lambda weight: masks.get(weight.name)):  # noqa: B023
+                    with MaskedProducts(operands, lambda weight: masks.get(weight.name)):
                         _advance(arrival)
             _advance(arrival)
         _release_memory()

@@ -101,7 +101,7 @@ def water_filled(tables, weights, target, start, cap):
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        mean = sum(w * s for w, s in zip(weights, at(middle))) / sum(weights)
+        mean = sum(w * s for w, s in zip(weights, at(middle), strict=False)) / sum(weights)
         low, high = (low, middle) if mean < target else (middle, high)
     return at(high)
 
@@ -208,7 +208,7 @@ def test_identical_blocks_stay_uniform(target):
 
 def test_of_equals_the_later_block_goes_first():
     table = {"sparsity": [0.0, 0.95], "nor": {"7": [1.0, 0.5], "10": [1.0, 0.5]}, "outliers": 0.0}
-    found = MRP(start=0.5, step=0.08).assign([{"a": table}, {"b": table}, {"c": table}], dict(a=1, b=1, c=1), 0.54)
+    found = MRP(start=0.5, step=0.08).assign([{"a": table}, {"b": table}, {"c": table}], {"a": 1, "b": 1, "c": 1}, 0.54)
     assert [*found.values()] == pytest.approx([0.5, 0.54, 0.58])
 
 
@@ -216,10 +216,10 @@ def test_a_block_that_does_not_fall_is_frozen_and_the_cap_holds():
     falling = {"sparsity": [0.0, 0.95], "nor": {"7": [0.9, 0.1]}, "outliers": 0.0}
     rising = {"sparsity": [0.0, 0.5, 0.95], "nor": {"7": [0.95, 0.9, 1.0]}, "outliers": 0.0}
     method = MRP(outlier=7, start=0.5, step=0.01, cap=0.725)
-    found = method.assign([{"a": falling}, {"b": rising}], dict(a=1, b=1), 0.6)
+    found = method.assign([{"a": falling}, {"b": rising}], {"a": 1, "b": 1}, 0.6)
     assert [*found.values()] == pytest.approx([0.69, 0.51])
     # Once the first is at its cap too, the rest is poured into the frozen one.
-    found = method.assign([{"a": falling}, {"b": rising}], dict(a=1, b=1), 0.7)
+    found = method.assign([{"a": falling}, {"b": rising}], {"a": 1, "b": 1}, 0.7)
     assert [*found.values()] == pytest.approx([0.725, 0.675])
 
 
@@ -252,13 +252,13 @@ def test_measures_survive_json_and_give_one_number():
 def test_the_multiple_grows_with_the_target():
     table = {"sparsity": [0.0, 0.95], "nor": {"7": [0.9, 0.1], "10": [0.5, 0.05]}, "outliers": 0.1}
     flat = {"sparsity": [0.0, 0.95], "nor": {"7": [0.6, 0.3], "10": [0.6, 0.3]}, "outliers": 0.1}
-    measures, sizes = [{"a": table}, {"b": flat}], dict(a=1, b=1)
+    measures, sizes = [{"a": table}, {"b": flat}], {"a": 1, "b": 1}
     for target, multiple, other in ((0.7, 7, 10), (0.71, 10, 7)):
         found = MRP().assign(measures, sizes, target)
         assert found == MRP(outlier=multiple).assign(measures, sizes, target)
         assert found != MRP(outlier=other).assign(measures, sizes, target)
     with pytest.raises(ValueError, match="7, 10, not 3"):
-        MRP(outlier=3).assign([{"a": table}], dict(a=1), 0.7)
+        MRP(outlier=3).assign([{"a": table}], {"a": 1}, 0.7)
 
 
 class Recorder:
@@ -289,7 +289,7 @@ def test_scores_are_refreshed_as_the_model_grows_sparser(refresh, calls):
 def test_what_the_sparse_model_says_counts():
     _, sizes, measures = standard()
     tables = [next(iter(m.values())) for m in measures]
-    turned = [dict.fromkeys(m, t) for m, t in zip(measures, tables[::-1])]
+    turned = [dict.fromkeys(m, t) for m, t in zip(measures, tables[::-1], strict=False)]
     found = MRP().assign(measures, sizes, 0.7, probe=Probe(remeasure=Recorder(turned)))
     assert of_blocks(found) == pytest.approx(of_blocks(MRP().assign(measures, sizes, 0.7))[::-1], abs=1e-9)
 

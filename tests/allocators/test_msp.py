@@ -117,7 +117,7 @@ def test_repair_is_idempotent_and_terminates(seed):
     for start in ([1] * 20, [8] * 20, [-5] * 20, [99] * 20, [draw.randint(-3, 12) for _ in sizes]):
         repaired = genes.repair(start)
         assert genes.repair(repaired) == repaired
-        assert sum(n * s for n, s in zip(repaired, sizes)) <= genes.budget
+        assert sum(n * s for n, s in zip(repaired, sizes, strict=False)) <= genes.budget
 
 
 def test_repair_spares_the_sensitive():
@@ -175,7 +175,7 @@ def test_the_best_fitness_never_rises_and_nothing_is_asked_twice(options):
     loss = Loss(measures)
 
     def of_genotype(genotype):
-        return loss({name: 1 - kept / 8 for kept, block in zip(genotype, measures) for name in block})
+        return loss({name: 1 - kept / 8 for kept, block in zip(genotype, measures, strict=False) for name in block})
 
     _, history = evolve(MSP(**options), space([3] * 12), of_genotype)
     assert len(history) > 5
@@ -230,9 +230,11 @@ def test_within_two_percent_of_a_separable_optimum(seed):
     cost = [sum(loss.importance[n] for n in m) for m in measures]
     kept = [1] * len(cost)
     for _ in range(len(cost)):  # from 1 of 8 to 2 of 8 on average
-        gain = [c * ((1 - n / 8) ** 2 - (1 - (n + 1) / 8) ** 2) if n < 8 else -1 for c, n in zip(cost, kept)]
+        gain = [
+            c * ((1 - n / 8) ** 2 - (1 - (n + 1) / 8) ** 2) if n < 8 else -1 for c, n in zip(cost, kept, strict=False)
+        ]
         kept[gain.index(max(gain))] += 1
-    best = math.fsum(c * (1 - n / 8) ** 2 for c, n in zip(cost, kept))
+    best = math.fsum(c * (1 - n / 8) ** 2 for c, n in zip(cost, kept, strict=False))
     found = MSP().assign(measures, sizes, 0.75, group=8, probe=Probe(loss=loss, seed=seed))
     uniform = loss(dict.fromkeys(sizes, 0.75))
     assert loss(found) <= 1.02 * best

@@ -106,7 +106,9 @@ def main() -> None:
     total = sum(mask.numel() for mask in masks["authors"])
     for name, values in seconds.items():
         print(f"{name:12s} median {medians[name]:7.2f} s   ({', '.join(f'{v:.2f}' for v in values)})")
-    print(f"{options.pruner} {options.sparsity:g}, {options.threads} threads: {medians['authors'] / medians['hf_sparsity']:.2f} times as fast as the authors' code")
+    print(
+        f"{options.pruner} {options.sparsity:g}, {options.threads} threads: {medians['authors'] / medians['hf_sparsity']:.2f} times as fast as the authors' code"
+    )
     print(f"mask bits that differ: {different} of {total}")
 
 

@@ -29,12 +29,18 @@ def run_json(capsys, *arguments, code=0):
 
 def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
     plan, out = str(tmp_path / "plan.json"), str(tmp_path / "out")
-    made = run_json(capsys, "plan", "demo", "--sparsity", "0.6", "--allocator", "owl:outlier=7,spread=0.1", "--output", plan, *SMALL)
+    made = run_json(
+        capsys, "plan", "demo", "--sparsity", "0.6", "--allocator", "owl:outlier=7,spread=0.1", "--output", plan, *SMALL
+    )
     assert made["layers"] == 56 and made["sparsity"] == pytest.approx(0.6, abs=1e-6)
     assert Plan.load(plan).config["allocator"] == {"name": "owl", "outlier": 7, "spread": 0.1, "group_spread": 2.0}
 
     text = run(capsys, "prune", "demo", "--plan", plan, "--output", out, *SMALL).out
-    assert "to prune: 56 layers in 8 blocks" in text and "stays dense: 2 x outside the blocks" in text and "memory: about" in text
+    assert (
+        "to prune: 56 layers in 8 blocks" in text
+        and "stays dense: 2 x outside the blocks" in text
+        and "memory: about" in text
+    )
     assert Plan.load(out) == Plan.load(plan)
     assert Report.load(tmp_path / "out" / "sparsity_report.json").sparsity == pytest.approx(0.6, abs=0.01)
     assert {f.name for f in (tmp_path / "out").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
@@ -50,7 +56,9 @@ def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
 
     quality = run_json(capsys, "eval", out, "--against", "demo", "--windows", "2", "--length", "64", "--text", __file__)
     assert quality["kl"] > 0 and 0 < quality["top1"] < 1 and quality["perplexity"] > quality["reference_perplexity"]
-    dense = run_json(capsys, "eval", "demo", "--windows", "2", "--length", "64", "--text", __file__, "--against", "demo")
+    dense = run_json(
+        capsys, "eval", "demo", "--windows", "2", "--length", "64", "--text", __file__, "--against", "demo"
+    )
     assert dense["kl"] == pytest.approx(0, abs=1e-6) and dense["top1"] == 1
     assert dense["perplexity"] == pytest.approx(quality["reference_perplexity"])
 
@@ -58,7 +66,15 @@ def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
 def test_prune_in_one_go_without_data_or_tokenizer(capsys, tmp_path):
     tiny("gpt2").save_pretrained(tmp_path / "dense")
     done = run_json(
-        capsys, "prune", str(tmp_path / "dense"), "--sparsity", "0.5", "--pruner", "magnitude", "--output", str(tmp_path / "out")
+        capsys,
+        "prune",
+        str(tmp_path / "dense"),
+        "--sparsity",
+        "0.5",
+        "--pruner",
+        "magnitude",
+        "--output",
+        str(tmp_path / "out"),
     )
     assert done["sparsity"] == pytest.approx(0.5, abs=0.01)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -87,7 +103,10 @@ def test_wrong_input_is_exit_code_2_and_writes_nothing(capsys, tmp_path, argumen
 
 def test_outputs_are_never_overwritten(capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    assert "not an empty folder" in run(capsys, "prune", "demo", "--sparsity", "0.5", "--output", str(tmp_path), code=2).err
+    assert (
+        "not an empty folder"
+        in run(capsys, "prune", "demo", "--sparsity", "0.5", "--output", str(tmp_path), code=2).err
+    )
     plan = tmp_path / "notes.txt"
     assert "exists" in run(capsys, "plan", "demo", "--sparsity", "0.5", "--output", str(plan), code=2).err
     assert plan.read_text() == "mine"
@@ -95,7 +114,9 @@ def test_outputs_are_never_overwritten(capsys, tmp_path):
 
 def test_a_truncated_plan_and_a_missing_model(capsys, tmp_path):
     (tmp_path / "plan.json").write_text('{"version": 1, "config": {"spar')
-    shown = run(capsys, "prune", "demo", "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "out"), code=2)
+    shown = run(
+        capsys, "prune", "demo", "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "out"), code=2
+    )
     assert "truncated or not JSON" in shown.err
     assert "error" in run_json(capsys, "inspect", str(tmp_path / "nowhere"), code=2)
     assert not (tmp_path / "out").exists()
@@ -106,13 +127,22 @@ def test_a_failed_save_leaves_nothing(capsys, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    shown = run(capsys, "prune", "demo", "--sparsity", "0.5", "--pruner", "magnitude", "--output", str(tmp_path / "out"), code=2)
+    shown = run(
+        capsys, "prune", "demo", "--sparsity", "0.5", "--pruner", "magnitude", "--output", str(tmp_path / "out"), code=2
+    )
     assert "No space left" in shown.err and list(tmp_path.iterdir()) == []
 
 
 def test_algorithms_on_the_command_line():
     assert parse_algorithm("owl") == "owl" and parse_algorithm(None) is None
-    assert parse_algorithm("a:b=1,c=0.5,d=true,e=none,f=peak") == {"name": "a", "b": 1, "c": 0.5, "d": True, "e": None, "f": "peak"}
+    assert parse_algorithm("a:b=1,c=0.5,d=true,e=none,f=peak") == {
+        "name": "a",
+        "b": 1,
+        "c": 0.5,
+        "d": True,
+        "e": None,
+        "f": "peak",
+    }
 
 
 def test_as_a_module():
@@ -124,11 +154,11 @@ def test_as_a_module():
 def test_the_demo(capsys, tmp_path, monkeypatch):
     """The demo on a tenth of its data: the table has every allocator, uniform first; the winner is saved and drawn."""
     from hf_sparsity.allocators import ALLOCATORS
-    from hf_sparsity.cli import commands
+    from hf_sparsity.cli import demo
 
-    monkeypatch.setattr(commands, "DEMO_LENGTH", 64)
-    monkeypatch.setattr(commands, "DEMO_SEQUENCES", 4)
-    monkeypatch.setattr(commands, "_heldout_text", lambda: "def f(x):\n    return x\n" * 40)
+    monkeypatch.setattr(demo, "DEMO_LENGTH", 64)
+    monkeypatch.setattr(demo, "SEQUENCES", 4)
+    monkeypatch.setattr(demo, "heldout_text", lambda: "def f(x):\n    return x\n" * 40)
     result = run_json(capsys, "demo", "--output", str(tmp_path / "out"))
     assert [row["allocator"] for row in result["rows"]][: len(ALLOCATORS)] == list(ALLOCATORS)
     assert all(row["sparsity"] == pytest.approx(0.6, abs=0.01) for row in result["rows"])

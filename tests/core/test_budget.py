@@ -133,8 +133,8 @@ def test_filling_meets_the_target_even_across_jumps(target):
     flat, rising = Curve([0.0, 0.9], [0.5, 0.5]), Curve([0.0, 0.9], [0.3, 0.6])
     sizes, floor = [10, 30, 20], [0.5, 0.55, 0.5]
     filled = fill([CURVE, flat, rising], sizes, target, floor=floor, cap=0.9)
-    assert math.fsum(n * s for n, s in zip(sizes, filled)) == pytest.approx(target * 60, abs=1e-9)
-    assert all(low <= s <= 0.9 + 1e-12 for low, s in zip(floor, filled))
+    assert math.fsum(n * s for n, s in zip(sizes, filled, strict=False)) == pytest.approx(target * 60, abs=1e-9)
+    assert all(low <= s <= 0.9 + 1e-12 for low, s in zip(floor, filled, strict=False))
 
 
 def test_filling_levels_redundancy():

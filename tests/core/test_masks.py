@@ -22,7 +22,7 @@ def scores_of(kind, seed, rows=7, columns=24):
 def stable_rows(scores, counts):
     """Row by row in plain Python: sort the columns by score, equal scores by column, prune the first."""
     mask = []
-    for row, count in zip(scores.tolist(), counts):
+    for row, count in zip(scores.tolist(), counts, strict=False):
         order = sorted(range(len(row)), key=lambda j: row[j])
         mask.append([j not in order[:count] for j in range(len(row))])
     return torch.tensor(mask)

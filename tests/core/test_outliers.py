@@ -80,10 +80,10 @@ def test_non_outlier_ratios_equal_pruning_and_counting(multiple, dense, chunk, m
     scores = [torch.randn(30, 50).exp(), torch.randn(20, 70).abs(), torch.randn(10, 50).exp() ** 2]
     grid = [i / 20 for i in range(20)]
     counts = [[int(s.shape[1] * g) for g in grid] for s in scores]
-    left = Survivors(scores, [row_levels(s, c) for s, c in zip(scores, counts)], len(grid))
+    left = Survivors(scores, [row_levels(s, c) for s, c in zip(scores, counts, strict=False)], len(grid))
     found = left.non_outlier_ratios(multiple, dense=dense)
     for step in range(len(grid)):
-        keeps = [masks.keep_rows(s, c[step]) for s, c in zip(scores, counts)]
+        keeps = [masks.keep_rows(s, c[step]) for s, c in zip(scores, counts, strict=False)]
         assert found[step] == pytest.approx(brute_force_nor(scores, keeps, multiple, dense), abs=1e-12)
         assert left.kept[step] == sum(int(k.sum()) for k in keeps)
     assert len(set(found)) > 5

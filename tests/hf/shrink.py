@@ -112,20 +112,34 @@ def causal_configs():
     return found
 
 
-def shrunk(config_class):
-    """A tiny random model, or None where these rules do not give a valid one."""
+def attempts(config_class):
+    """Keyword arguments for the config class, the likeliest first; ends early where the class cannot be made at all."""
     try:
         default = config_class()
-    except Exception:  # noqa: BLE001  (configs that cannot be made without arguments, or that ask the Hub)
-        return None
-    accepted = set(inspect.signature(config_class.__init__).parameters) | set(vars(default)) | set(default.attribute_map)
-    values = {k: v for k, v in SMALL.items() if k in accepted and not (getattr(default, k, 0) is None and k != "head_dim")}
-    if isinstance(getattr(default, "layer_types", None), list):
-        kinds = list(dict.fromkeys(default.layer_types))
-        values["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
-    for attempt in (values, {k: v for k, v in values.items() if k != "layer_types"}, values | {"num_key_value_heads": 4}):
+        accepted = set(inspect.signature(config_class.__init__).parameters)
+        accepted |= set(vars(default)) | set(default.attribute_map)
+        unset = {k for k in SMALL if k != "head_dim" and hasattr(default, k) and getattr(default, k) is None}
+        values = {k: v for k, v in SMALL.items() if k in accepted - unset}
+        if isinstance(getattr(default, "layer_types", None), list):
+            kinds = list(dict.fromkeys(default.layer_types))
+            values["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
+    except Exception:
+        return
+    yield values
+    yield {k: v for k, v in values.items() if k != "layer_types"}
+    yield values | {"num_key_value_heads": 4}
+    yield {
+        k: v
+        for k, v in values.items()
+        if k in ("vocab_size", "num_hidden_layers", "n_layer", "num_layers", "hidden_size")
+    }
+
+
+def shrunk(config_class):
+    """A tiny random model, or None where these rules do not give a valid one."""
+    for keywords in attempts(config_class):
         try:
-            config = config_class(**attempt)
+            config = config_class(**keywords)
             if hasattr(config, "is_decoder"):
                 config.is_decoder = True
             with torch.device("meta"):
@@ -137,8 +151,9 @@ def shrunk(config_class):
                 for parameter in model.parameters():
                     if parameter.ndim >= 2:
                         parameter.normal_(0, 0.08)
-                model(input_ids=torch.arange(3, 15)[None], use_cache=False)
-            return model
-        except Exception:  # noqa: BLE001, S112  (whatever an odd config raises: try the next)
+                output = model(input_ids=torch.arange(3, 15)[None], use_cache=False)[0]
+            if torch.isfinite(output).all():
+                return model
+        except Exception:
             continue
     return None

@@ -29,7 +29,9 @@ def restated(model, ids, scale=1.0):
         (scale * F.cross_entropy(logits, row[1:])).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                sums[name] = sums.get(name, 0) + parameter.grad.double().square().sum(dim=(-2, -1)) if parameter.ndim > 1 else 0
+                sums[name] = (
+                    sums.get(name, 0) + parameter.grad.double().square().sum(dim=(-2, -1)) if parameter.ndim > 1 else 0
+                )
     model.zero_grad()
     return {n: s / len(ids) for n, s in sums.items()}
 

@@ -24,7 +24,9 @@ def folder(tmp_path):
 
 def test_it_returns_the_plain_model_pruned(folder, tmp_path):
     config = SparsityConfig(0.5, allocator="owl")
-    model = SparseModel.from_pretrained(folder, sparsity_config=config, calibration_data=IDS, device_map="cpu", dtype=torch.bfloat16)
+    model = SparseModel.from_pretrained(
+        folder, sparsity_config=config, calibration_data=IDS, device_map="cpu", dtype=torch.bfloat16
+    )
     assert type(model) is hf.LlamaForCausalLM and model.dtype == torch.bfloat16
     assert measure_sparsity(model).sparsity == pytest.approx(0.5, abs=0.01)
     model.save_pretrained(tmp_path / "out")

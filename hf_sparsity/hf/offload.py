@@ -1,0 +1,113 @@
+"""Lend a block's offloaded weights to its device, and write changes back to where they came from.
+
+accelerate loads each leaf at each call and drops what was changed. Everything that knows its hooks is here.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, named_module_tensors, set_module_tensor_to_device
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .layers import Weight
+
+
+class Onloaded:
+    """The parameters of a block while it is on its device; `write` is the only way to change them."""
+
+    def __init__(self) -> None:
+        self.owners: dict[tuple[int, str], tuple[AlignDevicesHook, str]] = {}  # (module, attribute) -> hook and its key
+        self.changed: set[tuple[int, str]] = set()
+        self.modules: dict[int, nn.Module] = {}
+
+    @torch.no_grad()
+    def write(self, weight: Weight, value: Tensor) -> None:
+        """Replaces a weight, `value` `[out, in]`; an offloaded one goes to its store when the block leaves."""
+        weight.read().copy_(value)
+        key = (id(weight.module), weight.attribute)
+        if key in self.owners:
+            self.changed.add(key)
+
+
+@contextmanager
+def onload(module: nn.Module) -> Iterator[Onloaded]:
+    """Lends a block's offloaded weights to its device, and keeps them there over any number of calls.
+
+    accelerate loads each leaf at each call and drops what was changed. While lent, the hooks only
+    move inputs. On leaving, changed parameters go back to where they came from: into the CPU map in
+    place (ties stay), or to a **new** file of the offload folder; a source checkpoint is never touched.
+    Without hooks this does nothing.
+    """
+    loaded = Onloaded()
+    hooks: list[tuple[AlignDevicesHook, nn.Module]] = []
+    try:
+        for child in module.modules():
+            hook = _offload_hook(child)
+            if hook is None:
+                continue
+            hooks.append((hook, child))
+            for name, _ in list(
+                named_module_tensors(child, include_buffers=hook.offload_buffers, recurse=hook.place_submodules)
+            ):
+                set_module_tensor_to_device(child, name, hook.execution_device, value=hook.weights_map[name])
+                *path, attribute = name.split(".")
+                owner = child.get_submodule(".".join(path))
+                loaded.owners[(id(owner), attribute)] = (hook, name)
+                loaded.modules[id(owner)] = owner
+            hook.offload = False
+        for name, parameter in module.named_parameters():
+            if parameter.device.type == "meta":
+                raise ValueError(f"weight {name} is on the meta device and no offload hook of its block owns it")
+        yield loaded
+    finally:
+        for key in sorted(loaded.changed, key=str):
+            hook, name = loaded.owners[key]
+            value = loaded.modules[key[0]]._parameters[key[1]]
+            assert value is not None
+            _store(hook, name, value.detach())
+        for hook, child in hooks:
+            hook.offload = True
+            for name, _ in list(
+                named_module_tensors(child, include_buffers=hook.offload_buffers, recurse=hook.place_submodules)
+            ):
+                set_module_tensor_to_device(child, name, "meta")
+
+
+def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    for one in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+        if isinstance(one, AlignDevicesHook) and one.offload:
+            return one
+    return None
+
+
+def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
+    store, key = hook.weights_map, name
+    while isinstance(store, PrefixedDataset):
+        store, key = store.dataset, store.prefix + key
+    in_memory = store.state_dict if isinstance(store, OffloadedWeightsLoader) else store
+    if key in in_memory:
+        in_memory[key].copy_(value)
+        return
+    entry = store.index[key]
+    dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else value.dtype
+    if store.save_folder is None:
+        store.save_folder = tempfile.mkdtemp(prefix="hf_sparsity_offload_")
+    os.makedirs(store.save_folder, exist_ok=True)
+    file = os.path.join(store.save_folder, f"{key}.pruned.safetensors")
+    save_file({key: value.to("cpu", dtype).contiguous()}, file + ".partial")
+    os.replace(file + ".partial", file)
+    new = {"safetensors_file": file, "weight_name": key, "dtype": str(dtype).removeprefix("torch.")}
+    place = (entry.get("safetensors_file"), entry.get("weight_name", key))
+    for other, known in list(store.index.items()):  # names tied to this tensor follow it
+        if known is entry or (
+            entry.get("safetensors_file") and (known.get("safetensors_file"), known.get("weight_name", other)) == place
+        ):
+            store.index[other] = new
