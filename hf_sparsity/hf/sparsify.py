@@ -31,7 +31,7 @@ from ..plan import LayerPlan, LayerReport, Plan, Report
 from .batches import fingerprint, prepare_batches
 from .fisher import fisher_information
 from .fit import check_plan, check_widths, model_fingerprint, plan_config, versions
-from .layers import Layout, find_layout
+from .layers import Layout, Weight, find_layout
 from .probe import MaskedLoss
 from .stream import Batch, StreamedBlock, stream_blocks
 
@@ -89,21 +89,11 @@ def make_plan(
     assigned = allocator.assign(measures, sizes, target, group=pattern.group, probe=probe)
     if set(assigned) != set(sizes):
         raise ValueError(f"allocator {allocator.name!r} returned other layers than it was given")
-    if pattern.is_mixed:
-        assert pattern.group is not None
-        ideal = assigned if allocator.mixes else budget.meet(assigned, sizes, target, high=1 - 1 / pattern.group)
-        assigned = budget.meet_groups(ideal, sizes, target, pattern.group)
-    else:
-        assigned = budget.meet(assigned, sizes, target)
+    assigned = _meet_target(assigned, sizes, target, pattern, allocator)
     numbers = {name: allocator.number(value) for block in measures for name, value in block.items()}
-    layers = {}
-    for name, weight in layout.weights.items():
-        sparsity = round(assigned[name], 9) if weight.expert is not None else assigned[name]
-        own = str(pattern.at(sparsity))
-        number = numbers.get(name) if allocator.needs or not _constant(numbers) else None
-        if number is not None and weight.expert is not None:
-            number = float(f"{number:.4g}")
-        layers[name] = LayerPlan(sparsity, weight.size, own, number)
+    layers = {
+        name: _layer_plan(weight, assigned[name], pattern, numbers.get(name)) for name, weight in layout.weights.items()
+    }
     plan = Plan(
         config=config.to_dict(),
         layers=layers,
@@ -176,6 +166,25 @@ def prune(
 # ---- the steps of make_plan
 
 
+def _meet_target(
+    assigned: Mapping[str, float], sizes: Mapping[str, int], target: float, pattern: Pattern, allocator: Allocator
+) -> dict[str, float]:
+    """What the allocator wants, clamped and moved until the global sparsity is met exactly."""
+    if not pattern.is_mixed:
+        return budget.meet(assigned, sizes, target)
+    assert pattern.group is not None
+    ideal = assigned if allocator.mixes else budget.meet(assigned, sizes, target, high=1 - 1 / pattern.group)
+    return budget.meet_groups(ideal, sizes, target, pattern.group)
+
+
+def _layer_plan(weight: Weight, sparsity: float, pattern: Pattern, measure: float | None) -> LayerPlan:
+    """Experts, of which there may be thousands, are rounded as the JSON writes them, so that nothing is lost there."""
+    if weight.expert is not None:
+        sparsity = round(sparsity, 9)
+        measure = None if measure is None else float(f"{measure:.4g}")
+    return LayerPlan(sparsity, weight.size, str(pattern.at(sparsity)), measure)
+
+
 def _measure(
     model: PreTrainedModel,
     layout: Layout,
@@ -213,10 +222,6 @@ def _measure(
 def _algorithms(config: SparsityConfig) -> tuple[Allocator, Pruner]:
     assert isinstance(config.allocator, Allocator) and isinstance(config.pruner, Pruner)  # SparsityConfig resolved them
     return config.allocator, config.pruner
-
-
-def _constant(numbers: Mapping[str, float | None]) -> bool:
-    return len(set(numbers.values())) <= 1
 
 
 # ---- the steps of prune
