@@ -12,7 +12,8 @@ windows of 256, whose held-out perplexity per token was 19.2, 24.3 and 48.8 in w
 Expect, on two shared cores of an AMD EPYC (AVX-512 with bf16, no AMX), which leave 1000 to 3000
 tokens per second:
 
-    held-out perplexity per token   TO BE MEASURED
+    windows of                      256     512    1024
+    held-out perplexity per token   14.68   13.17   12.49     (74 minutes, 7 million tokens)
 """
 
 import argparse

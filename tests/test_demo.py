@@ -118,4 +118,4 @@ def test_it_has_learned(model, tokenizer, splits, window):
     ids = tokenizer(text, verbose=False, return_tensors="pt")["input_ids"][0]
     windows = ids[20_000 : 20_000 + 2048].view(-1, window)
     loss = model(input_ids=windows, labels=windows).loss
-    assert math.exp(loss) < 60
+    assert math.exp(loss) < 30

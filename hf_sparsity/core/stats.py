@@ -28,7 +28,8 @@ class InputStats:
         self.tokens = 0
         self.sequences = 0
         self.mean_sq: Tensor | None = None
-        self.gram: Tensor | None = None
+        self._gram: Tensor | None = None  # block rows up to and including the diagonal; see `_blocks`
+        self._mirrored = True
         self._samples: list[Tensor] = []
 
     @classmethod
@@ -37,7 +38,7 @@ class InputStats:
         stats = cls(needs)
         stats.sequences, stats.tokens = 1, tokens
         if GRAM in needs:
-            stats.gram = torch.eye(width, device=device) * norm**2
+            stats._gram = torch.eye(width, device=device) * norm**2
         else:
             stats.mean_sq = torch.full((width,), norm**2, device=device)
         return stats
@@ -50,9 +51,11 @@ class InputStats:
         wide = x.to(torch.float32)
         seen = self.sequences + sequences
         if GRAM in self.needs:
-            if self.gram is None:
-                self.gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-            self.gram.addmm_(wide.T, wide)
+            if self._gram is None:
+                self._gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            for rows, columns in _blocks(x.shape[1]):
+                self._gram[rows, columns].addmm_(wide[:, rows].T, wide[:, columns])
+            self._mirrored = False
         else:
             if self.mean_sq is None:
                 self.mean_sq = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
@@ -70,12 +73,22 @@ class InputStats:
         self.sequences = sequences
 
     @property
+    def gram(self) -> Tensor | None:
+        """`[in, in]` float32: sum over tokens of `x xᵀ`; None unless it was asked for and a token came."""
+        if self._gram is not None and not self._mirrored:
+            for rows, columns in _blocks(self._gram.shape[0]):
+                below = slice(rows.stop, columns.stop)
+                self._gram[below, rows] = self._gram[rows, below].T
+            self._mirrored = True
+        return self._gram
+
+    @property
     def norms(self) -> Tensor:
         """`[in]` float32: root of the mean over sequences of each column's summed squares (Wanda's ‖x_j‖)."""
         if self.mean_sq is not None:
             return self.mean_sq.sqrt()
-        if self.gram is not None:
-            return (self.gram.diagonal() / max(self.sequences, 1)).sqrt()
+        if self._gram is not None:
+            return (self._gram.diagonal() / max(self.sequences, 1)).sqrt()
         raise ValueError("input norms were not collected: the algorithm must name NORMS or GRAM in `needs`")
 
     @property
@@ -84,3 +97,9 @@ class InputStats:
         if not self._samples:
             raise ValueError("input samples were not collected: the algorithm must name SAMPLES in `needs`")
         return torch.cat(self._samples)
+
+
+def _blocks(width: int) -> list[tuple[slice, slice]]:
+    """Block rows of a symmetric matrix with the columns from their diagonal block on: little over half the work."""
+    size = max(256, -(-width // 8))
+    return [(slice(start, min(start + size, width)), slice(start, width)) for start in range(0, width, size)]

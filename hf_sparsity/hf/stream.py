@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..algorithm import Layer
 from .layers import Block, Layout, Weight
 from .lockstep import Arrival, lockstep
 from .offload import Onloaded, onload
-from .tap import Collector, MaskedProducts, Operands
+from .tap import Collector, Enough, MaskedProducts, Operands
 
 # A batch as the model's forward takes it. Text batches have at least `input_ids` [sequences, tokens].
 Batch = Mapping[str, Any]
@@ -82,8 +82,7 @@ def stream_blocks(
         repeated = {index for index in order if order.count(index) > 1}
         if repeated:
             yield from _gather_repeated(model, layout, batches, needs, repeated)
-        once = set(order) - repeated
-        yield from _pass(model, layout, batches, needs, once, rewrites=rewrites, after_last=after_last)
+        yield from _pass(model, layout, batches, needs, order, repeated, rewrites=rewrites, after_last=after_last)
     for index, block in enumerate(layout.blocks):
         if index not in order and block.weights:
             with onload(block.module) as onloaded:
@@ -107,16 +106,19 @@ def _pass(
     layout: Layout,
     batches: Sequence[Batch],
     needs: frozenset[str],
-    chosen: set[int],
+    order: list[int],
+    repeated: set[int],
     *,
     rewrites: bool,
     after_last: Callable[[Batch, Any], None] | None,
 ) -> Iterator[StreamedBlock]:
-    """One lockstep pass that yields each of the `chosen` blocks at its visit."""
+    """One lockstep pass that yields each block that is not `repeated` at its visit."""
+    visits = 0
     for arrival in lockstep(_drive(model, after_last), [b.module for b in layout.blocks], batches):
         block = layout.blocks[arrival.index]
         with onload(block.module) as onloaded:
-            if arrival.index in chosen and block.weights:
+            visits += 1
+            if arrival.index not in repeated and block.weights:
                 operands = Operands(block.weights.values())
                 collector = Collector(operands, needs)
                 if needs:
@@ -129,6 +131,8 @@ def _pass(
                 if masks := streamed.masks:
                     with MaskedProducts(operands, lambda weight: masks.get(weight.name)):
                         _advance(arrival)
+            if visits == len(order) and after_last is None:
+                return  # nobody wants the output of the last block
             _advance(arrival)
         _release_memory()
 
@@ -168,10 +172,10 @@ def _collect(
     for number, batch in enumerate(batches):
         sequences, length, masks = _padding(batch, arrival.calls[number][1])
         total += sequences
-        with collector.tap(sequences=sequences, length=length, masks=masks):
+        with suppress(Enough), collector.tap(sequences=sequences, length=length, masks=masks, whole=keep_outputs):
             output = arrival.run(number)
-        if keep_outputs:
-            arrival.finish(number, output)
+            if keep_outputs:
+                arrival.finish(number, output)
     return total
 
 

@@ -43,6 +43,8 @@ class Operands:
             key = (id(weight.module), weight.attribute)
             self._by_parameter.setdefault(key, []).append(weight)
             self._modules[id(weight.module)] = weight.module
+        self.count = sum(map(len, self._by_parameter.values()))
+        self.routed = any(w.expert is not None for ws in self._by_parameter.values() for w in ws)
         self._by_storage: dict[int, tuple[int, str]] = {}
         for key in self._by_parameter:
             parameter = self._modules[key[0]]._parameters[key[1]]
@@ -70,20 +72,27 @@ def shown_transposed(operand: Tensor, parameter: Tensor) -> bool:
     return operand.stride()[-2:] != parameter.stride()[-2:]
 
 
-class InputTap(TorchFunctionMode):
-    """Calls `on(weight, inputs)` for each product with a prunable weight, `inputs` as `[..., tokens, in]`."""
+class Enough(BaseException):
+    """Ends a block's forward whose output nobody wants; not an Exception, so that no model code swallows it."""
 
-    def __init__(self, operands: Operands, on: Callable[[Weight, Tensor], None]):
+
+class InputTap(TorchFunctionMode):
+    """Calls `on(weight, inputs)` for each product with a prunable weight, `inputs` as `[..., tokens, in]`.
+
+    Raises `Enough` instead of computing the product with the weight named `last`.
+    """
+
+    def __init__(self, operands: Operands, on: Callable[[Weight, Tensor], None], last: str | None = None):
         super().__init__()
         self.operands = operands
         self.on = on
+        self.last = last
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if func in PRODUCTS:
             self._look(func, args, kwargs)
-        return result
+        return func(*args, **kwargs)
 
     def _look(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         left, right = product_operands(func, args, kwargs)
@@ -108,6 +117,8 @@ class InputTap(TorchFunctionMode):
         else:
             for weight in weights:
                 self.on(weight, inputs)
+                if weight.name == self.last:
+                    raise Enough
 
 
 def product_operands(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -143,19 +154,30 @@ class Collector:
         self._forward = 0
         self._formed: dict[str, int] = {}
         self._seen: list[tuple[Tensor, str]] = []
+        self._order: list[str] = []
         self._masks: Sequence[Tensor] = ()
         self._sequences, self._length = 1, 0
 
-    def tap(self, *, sequences: int, length: int = 0, masks: Sequence[Tensor] = ()) -> InputTap:
-        """A mode to run one batch's forward under.
+    @property
+    def last(self) -> str | None:
+        """The layer after whose input a forward has nothing more to show, known after the first batch.
+
+        None where it could differ between batches: with experts, or a weight used twice.
+        """
+        fixed = len(set(self._order)) == len(self._order) == self.operands.count and not self.operands.routed
+        return self._order[-1] if fixed else None
+
+    def tap(self, *, sequences: int, length: int = 0, masks: Sequence[Tensor] = (), whole: bool = True) -> InputTap:
+        """A mode to run one batch's forward under; unless the `whole` output is wanted it may end early, by `Enough`.
 
         `length` is the tokens of each of the `sequences`. `masks`, given only when there is padding, are
         boolean `[sequences, tokens]`, True = real, tried in order against the shape of an input.
         """
+        last = None if whole or self._forward == 0 else self.last
         self._forward += 1
         self._seen.clear()
         self._masks, self._sequences, self._length = masks, sequences, length
-        return InputTap(self.operands, self._add)
+        return InputTap(self.operands, self._add, last)
 
     def finish(self, sequences: int) -> None:
         """Ends the collection after `sequences` sequences in all, and lets go of the inputs."""
@@ -165,6 +187,8 @@ class Collector:
 
     def _add(self, weight: Weight, inputs: Tensor) -> None:
         name = weight.name
+        if self._forward == 1:
+            self._order.append(name)
         # Inputs of this forward are held until it ends, so that an address means one tensor.
         for seen, leader in self._seen:
             if seen.data_ptr() == inputs.data_ptr() and seen.shape == inputs.shape and seen.stride() == inputs.stride():

@@ -1,0 +1,62 @@
+"""Peak memory of `prune` beyond the model itself, at several depths: it grows with one block, not with depth.
+
+    python tests/benchmarks/memory.py            # Wanda and SparseGPT, 4, 8 and 16 blocks; about two minutes
+
+Each case is a process of its own (Linux: `VmHWM` after the model is loaded and its peak reset).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+
+def peak(reset: bool = False) -> float:
+    """Highest resident memory of this process since the last reset, MiB."""
+    if reset:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the model left on the heap is not counted
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def one(blocks: int, pruner: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_sparsity import SparsityConfig, make_plan, prune
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=blocks, num_attention_heads=16
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 1024, (8, 256))
+    plan = make_plan(model, SparsityConfig(0.5, pruner=pruner))
+    model(ids[:1])  # what any forward pass needs is not counted
+    before = peak(reset=True)
+    prune(model, plan, ids)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    block = weights / blocks
+    print(
+        f"{pruner:10s} {blocks:3d} blocks: model {weights:6.0f} MiB, one block {block:4.0f}, pruning took {peak() - before:4.0f} more"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=2, metavar=("BLOCKS", "PRUNER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        one(int(options.one[0]), options.one[1])
+        return
+    for pruner in ("wanda", "sparsegpt"):
+        for blocks in (4, 8, 16):
+            subprocess.run([sys.executable, __file__, "--one", str(blocks), pruner], check=True)
+
+
+if __name__ == "__main__":
+    main()
