@@ -28,6 +28,7 @@ def one(blocks: int, pruner: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from hf_sparsity import SparsityConfig, make_plan, prune
+    from hf_sparsity.pruners import PRUNERS
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -35,14 +36,28 @@ def one(blocks: int, pruner: str) -> None:
     )
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 1024, (8, 256))
+    peaks: list[float] = []
+
+    class Watched(PRUNERS[pruner]):
+        """The pruner, noting the peak since its last call: one call a group of layers."""
+
+        def prune_together(self, layers):
+            pruned = super().prune_together(layers)
+            peaks.append(peak() - before)
+            peak(reset=True)
+            return pruned
+
     plan = make_plan(model, SparsityConfig(0.5, pruner=pruner))
     model(ids[:1])  # what any forward pass needs is not counted
-    before = peak(reset=True)
-    prune(model, plan, ids)
+    peak(reset=True)
+    before = peak()
+    prune(model, plan, ids, pruner=Watched())
+    calls = len(peaks) // blocks
+    by_block = [max(peaks[i : i + calls]) for i in range(0, len(peaks), calls)]
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    block = weights / blocks
     print(
-        f"{pruner:10s} {blocks:3d} blocks: model {weights:6.0f} MiB, one block {block:4.0f}, pruning took {peak() - before:4.0f} more"
+        f"{pruner:10s} {blocks:3d} blocks: model {weights:4.0f} MiB, one block {weights / blocks:3.0f}; above the model while "
+        f"pruning the first two blocks {max(by_block[:2]):4.0f}, the last two {max(by_block[-2:]):4.0f}"
     )
 
 
