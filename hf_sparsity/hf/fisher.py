@@ -52,7 +52,7 @@ def fisher_information(model: PreTrainedModel, layout: Layout, batches: Sequence
                 labels = one["input_ids"]
                 if "attention_mask" in one:
                     labels = labels.masked_fill(one["attention_mask"] == 0, -100)
-                loss = getattr(model(**one, labels=labels), "loss", None)
+                loss = getattr(model(**one, labels=labels, use_cache=False), "loss", None)
                 if loss is None:
                     raise ValueError(
                         f"{type(model).__name__} returns no loss for labels; Fisher information needs a language model"
