@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ NORMS = "norms"
 GRAM = "gram"
 SAMPLES = "samples"
 STATS = frozenset({NORMS, GRAM, SAMPLES})
+
+TILE = 256  # side of the smallest tile of a Gram matrix; below it a product is no faster
 
 
 class InputStats:
@@ -28,7 +32,7 @@ class InputStats:
         self.tokens = 0
         self.sequences = 0
         self.mean_sq: Tensor | None = None
-        self._gram: Tensor | None = None  # block rows up to and including the diagonal; see `_blocks`
+        self._gram: Tensor | None = None  # its `_upper` tiles; the others only once somebody asks for `gram`
         self._mirrored = True
         self._samples: list[Tensor] = []
 
@@ -53,7 +57,7 @@ class InputStats:
         if GRAM in self.needs:
             if self._gram is None:
                 self._gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-            for rows, columns in _blocks(x.shape[1]):
+            for rows, columns in _upper(0, x.shape[1]):
                 self._gram[rows, columns].addmm_(wide[:, rows].T, wide[:, columns])
             self._mirrored = False
         else:
@@ -76,11 +80,25 @@ class InputStats:
     def gram(self) -> Tensor | None:
         """`[in, in]` float32: sum over tokens of `x xᵀ`; None unless it was asked for and a token came."""
         if self._gram is not None and not self._mirrored:
-            for rows, columns in _blocks(self._gram.shape[0]):
-                below = slice(rows.stop, columns.stop)
-                self._gram[below, rows] = self._gram[rows, below].T
+            for rows, columns in _upper(0, self._gram.shape[0]):
+                if rows != columns:
+                    self._gram[columns, rows] = self._gram[rows, columns].T
             self._mirrored = True
         return self._gram
+
+    def energy(self, matrix: Tensor) -> float:
+        """`‖matrix X‖²` over the tokens X seen, `matrix` `[out, in]`: how much of an output it makes.
+
+        From the Gram matrix, or else from the column norms, as if the columns were uncorrelated.
+        """
+        matrix = matrix.to(torch.float32)
+        if self._gram is None:
+            return (matrix.square() @ self.norms.square()).sum().item() * self.sequences
+        total = 0.0
+        for rows, columns in _upper(0, self._gram.shape[0]):
+            part = torch.sum((matrix[:, rows] @ self._gram[rows, columns]) * matrix[:, columns]).item()
+            total += part if rows == columns else 2 * part
+        return total
 
     @property
     def norms(self) -> Tensor:
@@ -99,7 +117,12 @@ class InputStats:
         return torch.cat(self._samples)
 
 
-def _blocks(width: int) -> list[tuple[slice, slice]]:
-    """Block rows of a symmetric matrix with the columns from their diagonal block on: little over half the work."""
-    size = max(256, -(-width // 8))
-    return [(slice(start, min(start + size, width)), slice(start, width)) for start in range(0, width, size)]
+def _upper(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles (rows, columns) of a symmetric matrix on and above its diagonal: little over half of the work."""
+    if stop - start <= TILE:
+        yield slice(start, stop), slice(start, stop)
+        return
+    middle = (start + stop) // 2
+    yield from _upper(start, middle)
+    yield from _upper(middle, stop)
+    yield slice(start, middle), slice(middle, stop)

@@ -264,14 +264,8 @@ def _output_error(layer: Layer, weight: Tensor) -> float | None:
     if layer.stats is None:
         return None
     before = layer.weight.to(torch.float32)
-    removed = before - weight.to(torch.float32)
-    if layer.stats.gram is not None:
-        gram = layer.stats.gram
-        lost, whole = ((removed @ gram) * removed).sum(), ((before @ gram) * before).sum()
-    else:
-        squares = layer.stats.norms**2
-        lost, whole = (removed**2 @ squares).sum(), (before**2 @ squares).sum()
-    return max(0.0, (lost / whole).item()) if whole > 0 else 0.0
+    whole = layer.stats.energy(before)
+    return max(0.0, layer.stats.energy(before - weight.to(torch.float32)) / whole) if whole > 0 else 0.0
 
 
 def _sharing(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
