@@ -143,11 +143,20 @@ class Probe:
 
     `loss(sparsities)`: calibration loss of the model masked to these sparsities (LOSS).
     `remeasure(sparsities)`: `measure` again, on the model masked to these sparsities (REMEASURE).
+    `many`: `loss` of several candidates, which processes may share; by default one after the other.
     """
 
     seed: int = 0
     loss: Callable[[Mapping[str, float]], float] | None = None
     remeasure: Callable[[Mapping[str, float]], list[dict[str, Any]]] | None = None
+    many: Callable[[Sequence[Mapping[str, float]]], list[float]] | None = None
+
+    def losses(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:
+        """The loss of each candidate."""
+        if self.many is not None:
+            return self.many(candidates)
+        assert self.loss is not None
+        return [float(self.loss(candidate)) for candidate in candidates]
 
 
 class Allocator(Algorithm, ABC):

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "__main__.py": {"cli"},
 }
 TORCH = {"core", "algorithm.py", "allocators", "pruners", "hf", "cli"}
-OTHERS = {"hf": {"tqdm", "numpy", *HUGGING_FACE}, "cli": {"tqdm", "matplotlib", *HUGGING_FACE}}
+OTHERS = {"hf": {"tqdm", "numpy", "psutil", *HUGGING_FACE}, "cli": {"tqdm", "matplotlib", *HUGGING_FACE}}
 
 
 def part(path: Path) -> str:

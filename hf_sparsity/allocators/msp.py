@@ -78,7 +78,7 @@ class MSP(Allocator):
         """
         if probe is None or probe.loss is None:
             raise ValueError("msp compares candidates by the model's loss (`probe.loss`); plan with calibration data")
-        loss, levels = probe.loss, group or self.steps
+        ask, levels = probe.losses, group or self.steps
         genes = [list(block) for block in measures if block]
         if self.per == "layer":
             genes = [[name] for names in genes for name in names]
@@ -98,21 +98,24 @@ class MSP(Allocator):
             return {name: target for names in genes for name in names}
         if space.budget <= sum(space.sizes) or target == 0:
             return sparsities(space.uniform())
-        best, history = evolve(self, space, lambda genotype: loss(sparsities(genotype)))
+        best, history = evolve(self, space, lambda genotypes: ask([sparsities(genotype) for genotype in genotypes]))
         logger.info("msp: loss %.4f -> %.4f in %d generations", history[0], history[-1], len(history) - 1)
         return sparsities(best)
 
 
-def evolve(method: MSP, space: Genes, loss: Callable[[Genotype], float]) -> tuple[Genotype, list[float]]:
+def evolve(
+    method: MSP, space: Genes, losses: Callable[[Sequence[Genotype]], Sequence[float]]
+) -> tuple[Genotype, list[float]]:
     """The best genotype found and the best loss of each generation, the first population's first."""
     fitness: dict[Genotype, float] = {}
 
     def ranked(population: Sequence[Genotype]) -> list[Genotype]:
         """Best first, without those that the number of evaluations no longer allows."""
-        for genotype in population:
-            if genotype not in fitness and (method.evaluations is None or len(fitness) < method.evaluations):
-                value = float(loss(genotype))
-                fitness[genotype] = math.inf if math.isnan(value) else value
+        new = list(dict.fromkeys(genotype for genotype in population if genotype not in fitness))
+        if method.evaluations is not None:
+            new = new[: method.evaluations - len(fitness)]
+        for genotype, value in zip(new, losses(new), strict=True):
+            fitness[genotype] = math.inf if math.isnan(value) else float(value)
         return sorted((g for g in population if g in fitness), key=lambda g: (fitness[g], g))
 
     population = ranked(space.first(method.population, method.kappas, method.noise))

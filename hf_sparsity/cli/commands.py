@@ -12,12 +12,15 @@ from ..config import SparsityConfig
 from ..core.stats import STATS
 from ..hf.batches import prepare_batches
 from ..hf.calibration import calibration_batches, read_texts
-from ..hf.checkpoint import REPORT_FILE, check_output, folder_bytes, save_checkpoint
+from ..hf.checkpoint import REPORT_FILE, folder_bytes
 from ..hf.estimate import describe, estimate_memory
 from ..hf.evaluate import evaluate_text, measure_sparsity, windows
 from ..hf.fit import check_plan, plan_config
+from ..hf.journal import MARKER, check_finished
 from ..hf.layers import find_layout
-from ..hf.model import default_length
+from ..hf.model import default_length, find_tokenizer
+from ..hf.output import Output
+from ..hf.source import open_streamed
 from ..hf.sparsify import make_plan
 from ..hf.sparsify import prune as prune_model
 from ..plan import Plan, Report
@@ -50,7 +53,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     config = _config(options)
     model, tokenizer = _load(options)
     batches = _calibration(options, config, model, tokenizer, planning=True)
-    made = make_plan(model, config, batches)
+    made = make_plan(model, config, batches, hidden_limit=_hidden_limit(options))
     made.save(options.output)
     if not options.json:
         print(tables.plan_table(made))
@@ -59,38 +62,51 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def prune(options: argparse.Namespace) -> dict[str, Any]:
-    """Plans unless a plan is given, prunes, saves."""
-    output = check_output(options.output)
+    """Plans unless a plan is given, prunes, saves; goes on where an earlier run was interrupted."""
     made = Plan.load(options.plan) if options.plan else None
     if made is not None and options.sparsity is not None:
         raise ValueError("give --plan or --sparsity, not both: a plan carries its config")
     config = plan_config(made) if made else _config(options)
+    output = Output(options.output, overwrite=options.overwrite)
+    speaks = output.processes.main and not options.json
+    limit = _hidden_limit(options)
     model, tokenizer = _load(options)
     layout = find_layout(model, config.ignore)
     if made is not None:
         check_plan(made, model, layout)
     batches = _calibration(options, config, model, tokenizer, planning=made is None)
-    needs = _needs(config, planning=made is None)
-    prepared = prepare_batches(model, batches) if batches is not None else []
-    if not options.json:
-        print(tables.before(describe(layout, model), estimate_memory(model, layout, prepared, needs & STATS)))
+    needs = _needs(config, planning=made is None) & STATS
+    prepared = output.processes.share(prepare_batches(model, batches)) if batches is not None else []
+    estimate = estimate_memory(model, layout, prepared, needs, hidden_limit=limit, journal=True)
+    if speaks:
+        print(tables.before(describe(layout, model), estimate))
+    estimate.check(output.path)
     if made is None:
-        made = make_plan(model, config, batches)
-    report = prune_model(model, made, batches)
-    save_checkpoint(model, output, report=report, tokenizer=tokenizer)
-    if not options.json:
+        made = make_plan(model, config, batches, output_dir=output, hidden_limit=limit)
+    report = prune_model(model, made, batches, output_dir=output, hidden_limit=limit, tokenizer=tokenizer)
+    if speaks:
         print(tables.plan_table(made, report))
         print(tables.after(report))
-        print(f"saved to {output} ({folder_bytes(output) / 2**20:.1f} MiB: zeros are stored like other numbers)")
+        print(
+            f"saved to {output.path} ({folder_bytes(output.path) / 2**20:.1f} MiB: zeros are stored like other numbers)"
+        )
     return {
-        "output": str(output),
+        "output": str(output.path),
         "sparsity": report.sparsity,
         "target": report.target,
         "seconds": report.seconds,
         "notes": report.notes,
         "skipped": report.skipped,
-        "bytes": folder_bytes(output),
+        "bytes": folder_bytes(output.path),
     }
+
+
+def interrupted(options: argparse.Namespace) -> str:
+    """What to say after Ctrl-C."""
+    marker = Path(getattr(options, "output", None) or "") / MARKER
+    if options.command != "prune" or not marker.is_dir():
+        return "interrupted; nothing was written"
+    return f"interrupted; what is finished is safe in {options.output}. Start the same command again to go on"
 
 
 def eval(options: argparse.Namespace) -> dict[str, Any]:
@@ -119,21 +135,13 @@ def eval(options: argparse.Namespace) -> dict[str, Any]:
 def inspect(options: argparse.Namespace) -> dict[str, Any]:
     """A table per block and projection, reached against planned."""
     path = Path(options.path)
+    check_finished(path)
     made = Plan.load(path)
     report = None
     if path.is_dir():
         if (path / REPORT_FILE).exists():
             Report.load(path / REPORT_FILE)  # a damaged report is an error, not something to look past
-        model, _ = _load(
-            argparse.Namespace(
-                model=str(path),
-                dtype="auto",
-                device_map=None,
-                offload_folder=None,
-                revision=None,
-                trust_remote_code=False,
-            )
-        )
+        model = open_streamed(path, auto_class=_auto_class(path))
         report = measure_sparsity(model)
     if not options.json:
         print(tables.plan_header(made))
@@ -170,31 +178,47 @@ def _config(options: argparse.Namespace) -> SparsityConfig:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer or None)."""
-    if options.model == DEMO:
+    stream = getattr(options, "stream", False)
+    if options.model == DEMO and not stream:
         return load_demo()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    location = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    source = demo_model.PATH if options.model == DEMO else options.model
+    if Path(source).is_dir():
+        check_finished(source)
+    auto_class = _auto_class(source, **location)
+    if stream:
+        if options.offload_folder:
+            raise ValueError("give --stream or --offload-folder, not both: a streamed model is read from its own files")
+        model = open_streamed(source, auto_class=auto_class, dtype=options.dtype, device=options.device_map, **location)
+    else:
+        placing = {"device_map": options.device_map, "offload_folder": options.offload_folder}
+        placing = placing if options.device_map else {}
+        model = auto_class.from_pretrained(source, dtype=options.dtype, **location, **placing)
+    return model, find_tokenizer(source, **location)
+
+
+def _auto_class(source: str | Path, **location: Any) -> Any:
+    """The Auto class with the head that makes text, for decoders or encoder-decoders."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
-    location = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config = AutoConfig.from_pretrained(options.model, **location)
-    auto_class: Any = AutoModelForCausalLM
-    if (
-        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    ):
-        from transformers import AutoModelForSeq2SeqLM
+    kind = AutoConfig.from_pretrained(source, **location).model_type
+    only_both = kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForSeq2SeqLM if only_both else AutoModelForCausalLM
 
-        auto_class = AutoModelForSeq2SeqLM
-    placing = {"device_map": options.device_map, "offload_folder": options.offload_folder} if options.device_map else {}
-    model = auto_class.from_pretrained(options.model, dtype=options.dtype, **location, **placing)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, **location)
-    except (OSError, ValueError):
-        tokenizer = None  # a folder without one can still be pruned by its weights
-    return model, tokenizer
+
+def _hidden_limit(options: argparse.Namespace) -> int | None:
+    """Bytes."""
+    if options.hidden_limit is None:
+        return None
+    if not options.hidden_limit >= 0:
+        raise ValueError(
+            f"--hidden-limit is {options.hidden_limit}; GiB of memory are expected, 0 for as few as possible"
+        )
+    return int(options.hidden_limit * 2**30)
 
 
 def load_demo() -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # A scheduler's notice, and a launcher's when another of its processes died: end as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         from . import commands  # heavy: torch and transformers
 
@@ -31,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             json.dump(result, sys.stdout, indent=2)
             print()
         return 0
-    except (ValueError, FileNotFoundError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         return _fail(options, error, 2)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         return _fail(options, error, 1)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(commands.interrupted(options), file=sys.stderr)
         return 130
 
 
@@ -75,7 +78,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_config(prune)
     _add_calibration(prune)
-    prune.add_argument("--output", required=True, metavar="FOLDER", help="new or empty folder for the sparse model")
+    prune.add_argument(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="new or empty folder for the sparse model; an interrupted run goes on when started again",
+    )
+    prune.add_argument(
+        "--overwrite", action="store_true", help="start anew if the output holds an unfinished run or a sparse model"
+    )
+    prune.add_argument(
+        "--stream",
+        action="store_true",
+        help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
+    )
 
     evaluate = add("eval", "perplexity on a text; with --against also KL divergence and top-1 agreement")
     _add_model(evaluate)
@@ -147,6 +163,12 @@ def _add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument("--column", help="of a dataset")
     command.add_argument("--sequences", type=int, help="number of calibration sequences (default: 128)")
     command.add_argument("--length", type=int, help="tokens of each (default: 2048 or the model's limit)")
+    command.add_argument(
+        "--hidden-limit",
+        type=float,
+        metavar="GIB",
+        help="hidden states of the calibration text to keep in memory; what exceeds them waits on disk (default: all)",
+    )
 
 
 def parse_algorithm(text: str | None) -> Any:

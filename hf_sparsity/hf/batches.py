@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .stream import Batch
+from .drive import Batch
 
 _TEXT = {"input_ids", "attention_mask"}
 

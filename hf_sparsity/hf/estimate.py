@@ -1,55 +1,132 @@
-"""What pruning will touch and how much memory it will take, before it starts."""
+"""What pruning will touch, and the memory and disk it will take, before it starts."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.stats import GRAM, SAMPLES
+from .drive import Batch
 from .layers import Block, Layout
-from .stream import Batch
+from .source import source_weights
+
+GROUPS = Path("/sys/fs/cgroup")  # limits of a container
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`model` bytes of weights already there; `hidden` of the calibration batches' hidden states; `block` of one
-    block's statistics, scores and the largest matrix' working copies."""
+    """Bytes of memory: `model` of weights that stay (all of them, or what is outside the blocks and one block when
+    streamed or offloaded), `hidden` of the calibration batches' hidden states, `block` of one block's statistics,
+    scores and the largest matrix' working copies. `disk`: of the output."""
 
     model: int
     hidden: int
     block: int
+    disk: int
+    resident: int = 0  # of `model`, what is in memory already
 
     @property
     def peak(self) -> int:
-        """Bytes in all."""
+        """Bytes of memory in all."""
         return self.model + self.hidden + self.block
+
+    def check(self, output: str | os.PathLike[str] | None = None, *, memory: int | None = None) -> None:
+        """Raises `ValueError` with advice when memory (by default what is free) or the output's disk cannot hold it."""
+        free = available_memory() if memory is None else memory
+        if (need := self.peak - self.resident) > free:
+            advice = (
+                "keep fewer hidden states in memory (hidden_limit, --hidden-limit)" if self.hidden > need / 2 else ""
+            )
+            advice = (
+                advice or "stream the model from disk (offload='stream', --stream), or use fewer or shorter sequences"
+            )
+            raise ValueError(
+                f"about {need / 2**30:.2f} GiB more memory are needed and {free / 2**30:.2f} GiB are free: {advice}"
+            )
+        if output is not None:
+            folder = next(p for p in [Path(output).absolute(), *Path(output).absolute().parents] if p.exists())
+            room = shutil.disk_usage(folder).free
+            if self.disk > room:
+                raise ValueError(
+                    f"the output takes about {self.disk / 2**30:.2f} GiB and {folder} has {room / 2**30:.2f} GiB free: "
+                    "choose another output, or make room"
+                )
 
 
 def estimate_memory(
-    model: PreTrainedModel, layout: Layout, batches: Sequence[Batch], needs: frozenset[str]
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    needs: frozenset[str],
+    *,
+    hidden_limit: int | None = None,
+    journal: bool = False,
 ) -> Estimate:
-    """Bytes that `prune` will hold at once, from shapes alone; activations inside one block call come on top."""
+    """What `prune` will hold at once, from shapes alone; activations inside one block call come on top.
+
+    `needs`: facts of the inputs. `hidden_limit`: see `prune`. `journal`: whether the run is written to a folder, which
+    also keeps the hidden states on disk.
+    """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    whole = _bytes(model.parameters())
+    resident = _bytes(p for p in model.parameters() if p.device.type != "meta")
+    inside = [_bytes(block.module.parameters()) for block in layout.blocks]
+    away = any(p.device.type == "meta" for p in model.parameters())
+    weights = resident + max(inside) if away else whole
     itemsize = next(model.parameters()).element_size()
-    tokens = sum(batch.get("input_ids", next(iter(batch.values()))).numel() for batch in batches)
+    longest, tokens = 0, 0
+    for batch in batches:
+        count = batch.get("input_ids", next(iter(batch.values()))).numel()
+        longest, tokens = max(longest, count), tokens + count
     hidden = tokens * (getattr(config, "hidden_size", 0) or 0) * itemsize if needs else 0
-    return Estimate(weights, hidden, max(_block_bytes(block, needs, len(batches)) for block in layout.blocks))
+    kept = hidden if hidden_limit is None else min(hidden, hidden_limit + 2 * hidden * longest // max(tokens, 1))
+    spilled = hidden if kept < hidden else 0
+    return Estimate(
+        weights,
+        kept,
+        max(_block_bytes(block, needs, len(batches)) for block in layout.blocks),
+        (whole if journal else 0) + (2 * hidden if journal else 0) + spilled,
+        resident if source_weights(model) is None else 0,
+    )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the system has free, within the container's limit if there is one."""
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):
+        limit = (GROUPS / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((GROUPS / "memory.current").read_text()))
+    return free
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _block_bytes(block: Block, needs: frozenset[str], sequences: int) -> int:
+    """Layers fed by the same tensor share a Gram matrix; before the model has run, layers of one width and one parent count as such."""
     if not block.weights:
         return 0
     total = 0
+    grams = set()
     for weight in block.weights.values():
         width = weight.shape[1]
+        grams.add((weight.name.rpartition(".")[0], weight.expert, width))
         total += 4 * width if needs else 0
-        total += 4 * width * width if GRAM in needs else 0
         total += 4 * width * sequences if SAMPLES in needs else 0
+    if GRAM in needs:
+        total += sum(4 * width**2 for _, _, width in grams)
     largest = max(weight.size for weight in block.weights.values())
     widest = max(weight.shape[1] for weight in block.weights.values())
     return total + 4 * largest * 3 + (4 * widest * widest * 2 if GRAM in needs else 0)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from ..plan import LayerReport, Plan, Report
 from .batches import prepare_batches
+from .drive import Batch
 from .layers import find_layout
 from .offload import onload
-from .stream import Batch
 
 LOGITS = 2**25  # numbers in one batch's logits while evaluating: 128 MiB in float32
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..allocators import ALLOCATORS
 from ..config import SparsityConfig
 from ..plan import Plan
 from .layers import Layout
+from .offload import onload
+from .source import source_weights
 
 logger = logging.getLogger(__name__)
 
@@ -66,26 +69,46 @@ def check_plan(plan: Plan, model: PreTrainedModel, layout: Layout) -> None:
 def model_fingerprint(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     """`{"type", "name", "layers", "weights"}`: names and shapes of the layers, and a sample of their weights, hashed.
 
-    `weights` is None while any layer is offloaded, since reading it would load the model.
+    `weights` is None while any layer is offloaded by accelerate, since reading it would load the model; of a streamed
+    model they are those of its checkpoint, read once.
     """
-    shapes, values = hashlib.sha256(), hashlib.sha256()
-    offloaded = False
-    sampled: set[str] = set()
+    shapes = hashlib.sha256()
     for name, weight in layout.weights.items():
         shapes.update(f"{name}{weight.shape}".encode())
-        parameter = weight.module._parameters[weight.attribute]
-        assert parameter is not None
-        offloaded |= parameter.device.type == "meta"
-        if not offloaded and weight.parameter not in sampled:
-            sampled.add(weight.parameter)
-            flat = parameter.detach().reshape(-1)
-            values.update(flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64).numpy().tobytes())
+    streamed = source_weights(model)
+    if streamed is None:
+        weights = _sampled(layout)
+    else:
+        key = tuple(layout.weights)
+        if key not in streamed.fingerprints:
+            streamed.reads_ahead = False  # it looks at few pages only
+            streamed.fingerprints[key] = _sampled(layout, lend=True)
+            streamed.reads_ahead = True
+        weights = streamed.fingerprints[key]
     return {
         "type": getattr(model.config, "model_type", type(model).__name__),
         "name": getattr(model.config, "_name_or_path", "") or "",
         "layers": shapes.hexdigest(),
-        "weights": None if offloaded else values.hexdigest(),
+        "weights": weights,
     }
+
+
+def _sampled(layout: Layout, *, lend: bool = False) -> str | None:
+    """Up to 64 values of each parameter, hashed; None if some are not in memory and shall not be lent."""
+    values = hashlib.sha256()
+    sampled: set[str] = set()
+    for block in layout.blocks:
+        with onload(block.module) if lend and block.weights else nullcontext():
+            for weight in block.weights.values():
+                parameter = weight.module._parameters[weight.attribute]
+                assert parameter is not None
+                if parameter.device.type == "meta":
+                    return None
+                if weight.parameter not in sampled:
+                    sampled.add(weight.parameter)
+                    flat = parameter.detach().reshape(-1)
+                    values.update(flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64).numpy().tobytes())
+    return values.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ The model's own forward drives. Each calibration batch runs `drive(**batch)` in 
 every block's `forward` is replaced by one that hands its arguments to the driver and sleeps. When
 all batches stand at the same block, the driver has every input that the block will really get, with
 its own masks, rotary tables and cross-layer state. It runs the block, gives each thread its output,
-and all walk on to the next block. So nothing is recorded from one block and replayed at another,
+and that one walks on to the next block. So nothing is recorded from one block and replayed at another,
 which is silently wrong for models whose blocks differ (Gemma, gpt-oss, sliding windows).
 
 Exactly one thread is awake at any time: the threads are coroutines, not parallelism. Blocks run in
@@ -15,12 +15,14 @@ memory for each thread that used it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from .spill import Spill
 
 
 class _Stop(BaseException):
@@ -29,23 +31,37 @@ class _Stop(BaseException):
 
 @dataclass
 class Arrival:
-    """All batches stand at block `index`. `run(b)` computes its output for batch b; `outputs[b]` is what b will get."""
+    """All batches stand at block `index`; the driver runs the block on each and lets it go, in any order.
+
+    `calls[b]`: the arguments with which batch b calls the block, empty once it has gone.
+    """
 
     index: int
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     _forward: Callable[..., Any]
-    outputs: dict[int, Any] = field(default_factory=dict)
+    _go: Callable[[int, Any], None]
+    _spill: Spill | None = None
 
-    def run(self, batch: int) -> Any:
-        """The block's output on one batch, in the driver's thread, without gradients."""
+    def run(self, batch: int, *, stay: bool = True) -> Any:
+        """The block's output on one batch, in the driver's thread, without gradients.
+
+        `stay`: whether the batch waits on; otherwise `finish` follows.
+        """
+        if self._spill:
+            self._spill.fetch(batch)
         args, kwargs = self.calls[batch]
         with torch.no_grad():
-            return self._forward(*args, **kwargs)
+            output = self._forward(*args, **kwargs)
+        if self._spill and stay:
+            self._spill.rest(batch)
+        return output
 
     def finish(self, batch: int, output: Any) -> None:
-        """Sets what a batch will get, and lets go of its inputs."""
-        self.outputs[batch] = output
+        """Gives a batch its output; it lets go of its inputs and walks to its next block at once."""
+        if self._spill:
+            self._spill.leave(batch)
         self.calls[batch] = ((), {})
+        self._go(batch, output)
 
 
 class _Worker:
@@ -58,11 +74,15 @@ class _Worker:
 
 
 def lockstep(
-    drive: Callable[..., Any], blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
-) -> Iterator[Arrival]:
-    """Yields an `Arrival` each time all batches stand at a block; on resuming, gives out the outputs.
+    drive: Callable[..., Any],
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Mapping[str, Any]],
+    spill: Spill | None = None,
+) -> Generator[Arrival]:
+    """Yields an `Arrival` each time all batches stand at a block.
 
-    For each batch the consumer has called `arrival.finish` with its output when it resumes.
+    For each batch the consumer has called `arrival.finish` with its output when it resumes. With `spill`, the
+    inputs of waiting batches may lie on disk.
 
     Raises whatever the model's forward raises, and `RuntimeError` when batches take different paths.
     """
@@ -103,11 +123,23 @@ def lockstep(
             worker.done = True
             back.release()
 
-    def advance(worker: _Worker) -> None:
-        worker.wake.release()
+    def advance(number: int) -> None:
+        """Lets a batch walk to its next block, or to its end."""
+        workers[number].wake.release()
         back.acquire()
-        if worker.error is not None:
-            raise worker.error
+        if (error := workers[number].error) is not None:
+            raise error
+        call = workers[number].call
+        if spill and call:
+            spill.arrive(number, call[1:])
+
+    def go(number: int, output: Any) -> None:
+        worker = workers[number]
+        if worker.call is not None or worker.done:
+            raise RuntimeError(f"batch {number} was let go twice at one block")
+        worker.result = output
+        del output
+        advance(number)
 
     own = ["forward" in block.__dict__ for block in blocks]  # accelerate's hooks live there too
     threads = [threading.Thread(target=work, args=(w, b), daemon=True) for w, b in zip(workers, batches, strict=True)]
@@ -116,8 +148,8 @@ def lockstep(
     try:
         for thread in threads:
             thread.start()
-        for worker in workers:
-            advance(worker)
+        for number in range(len(workers)):
+            advance(number)
         while not all(worker.done for worker in workers):
             if any(worker.done for worker in workers) or len({w.call[0] for w in workers if w.call}) != 1:
                 raise RuntimeError(
@@ -125,14 +157,13 @@ def lockstep(
                 )
             calls = [worker.call for worker in workers if worker.call]
             index = calls[0][0]
-            arrival = Arrival(index, [(args, kwargs) for _, args, kwargs in calls], originals[index])
+            arrival = Arrival(index, [(args, kwargs) for _, args, kwargs in calls], originals[index], go, spill)
             del calls
             for worker in workers:
                 worker.call = None
             yield arrival
-            for number, worker in enumerate(workers):
-                worker.result = arrival.outputs.pop(number)
-                advance(worker)
+            if waiting := [n for n, worker in enumerate(workers) if worker.call is None and not worker.done]:
+                raise RuntimeError(f"batches {waiting} were not let go from block {index}")
             del arrival
     finally:
         stopping = True

@@ -14,7 +14,11 @@ from ..config import SparsityConfig
 from ..plan import Plan
 from .calibration import LENGTH, calibration_batches
 from .evaluate import measure_sparsity, model_plan
-from .sparsify import LARGEST_DEVIATION, make_plan, prune
+from .journal import check_finished
+from .output import Output
+from .solve import LARGEST_DEVIATION
+from .source import open_streamed
+from .sparsify import make_plan, prune
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,10 @@ class SparseModel:
         calibration_options: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         auto_class: Any = None,
+        offload: str | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        hidden_limit: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Loads a model and makes it sparse; without a config or plan, loads a sparse one and checks it.
@@ -51,10 +59,18 @@ class SparseModel:
             calibration_options: keywords for `calibration_batches` (`sequences`, `length`, `column`, ...).
             tokenizer: by default the checkpoint's own.
             auto_class: by default `AutoModelForCausalLM`.
+            offload: "stream" for a model larger than memory: each block is read from the checkpoint when its turn
+                comes, pruned, and written to `output_dir` at once. See `open_streamed`; of the keywords it takes `dtype`,
+                `device` and those that say where the checkpoint is.
+            output_dir: writes the sparse model there while it is pruned; an interrupted run goes on when it is called
+                again with the same arguments.
+            overwrite: start anew if `output_dir` holds an unfinished run or a sparse model.
+            hidden_limit: see `prune`.
             **kwargs: to transformers (`dtype`, `device_map`, `revision`, ...). `trust_remote_code` is off unless given.
 
         Returns:
-            The transformers model; its plan is in `model.config.sparsity_config`.
+            The transformers model; its plan is in `model.config.sparsity_config`. A streamed one reads its blocks
+            from `output_dir`.
 
         Raises:
             ValueError: contradictory or missing arguments, bad data, a plan for another model, or a checkpoint whose
@@ -69,21 +85,38 @@ class SparseModel:
         config = SparsityConfig.from_dict(sparsity_config) if isinstance(sparsity_config, Mapping) else sparsity_config
         if config is not None and not isinstance(config, SparsityConfig):
             raise ValueError(f"sparsity_config is a {type(config).__name__}; a SparsityConfig or its dict is expected")
+        if offload not in (None, "stream"):
+            raise ValueError(
+                f"offload={offload!r} is unknown; 'stream' reads the model from disk block by block, and for accelerate's "
+                "offload there is device_map"
+            )
+        if offload == "stream" and output_dir is None and (config is not None or plan is not None):
+            raise ValueError("offload='stream' prunes into a folder: give output_dir")
+        if output_dir is not None and config is None and plan is None:
+            raise ValueError("output_dir without sparsity_config or plan: say how sparse the model shall be")
         location = {key: kwargs[key] for key in _LOCATION if key in kwargs}
-        model = (auto_class or AutoModelForCausalLM).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if os.path.isdir(pretrained_model_name_or_path):
+            check_finished(pretrained_model_name_or_path)
+        output = Output(output_dir, overwrite=overwrite) if output_dir is not None else None
+        if offload == "stream":
+            model = open_streamed(pretrained_model_name_or_path, auto_class=auto_class, **kwargs)
+        else:
+            model = (auto_class or AutoModelForCausalLM).from_pretrained(pretrained_model_name_or_path, **kwargs)
         if config is None and plan is None:
             if calibration_data is not None:
                 raise ValueError("calibration_data without sparsity_config or plan: say how sparse the model shall be")
             check_zeros(model)
             return model
+        if output is not None and tokenizer is None:
+            tokenizer = find_tokenizer(pretrained_model_name_or_path, **location)
         batches = None
         if calibration_data is not None:
             options = {"seed": config.seed if config else plan.config.get("seed", 0)} | dict(calibration_options or {})  # type: ignore[union-attr]
             batches = _batches(model, calibration_data, options, tokenizer, pretrained_model_name_or_path, location)
         if plan is None:
             assert config is not None
-            plan = make_plan(model, config, batches)
-        report = prune(model, plan, batches)
+            plan = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit)
+        report = prune(model, plan, batches, output_dir=output, hidden_limit=hidden_limit, tokenizer=tokenizer)
         logger.info(
             "reached a sparsity of %.4f over %d layers (target %.4f)",
             report.sparsity,
@@ -91,6 +124,16 @@ class SparseModel:
             report.target,
         )
         return model
+
+
+def find_tokenizer(source: str | os.PathLike[str], **location: Any) -> Any:
+    """The checkpoint's tokenizer; None where there is none: a model can be pruned by its weights without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **location)
+    except (OSError, ValueError):
+        return None
 
 
 def check_zeros(model: PreTrainedModel) -> None:

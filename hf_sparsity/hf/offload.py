@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .layers import Weight
+from .source import SourceWeights
 
 
 class Onloaded:
@@ -44,6 +46,9 @@ def onload(module: nn.Module) -> Iterator[Onloaded]:
     move inputs. On leaving, changed parameters go back to where they came from: into the CPU map in
     place (ties stay), or to a **new** file of the offload folder; a source checkpoint is never touched.
     Without hooks this does nothing.
+
+    Raises:
+        RuntimeError: a block from `open_streamed` was changed and nobody has written it to a folder.
     """
     loaded = Onloaded()
     hooks: list[tuple[AlignDevicesHook, nn.Module]] = []
@@ -66,6 +71,7 @@ def onload(module: nn.Module) -> Iterator[Onloaded]:
             if parameter.device.type == "meta":
                 raise ValueError(f"weight {name} is on the meta device and no offload hook of its block owns it")
         yield loaded
+        _check_written(loaded)  # not when something else went wrong, which this must not hide
     finally:
         for key in sorted(loaded.changed, key=str):
             hook, name = loaded.owners[key]
@@ -78,6 +84,9 @@ def onload(module: nn.Module) -> Iterator[Onloaded]:
                 named_module_tensors(child, include_buffers=hook.offload_buffers, recurse=hook.place_submodules)
             ):
                 set_module_tensor_to_device(child, name, "meta")
+            store, _ = _source_of(hook, "")
+            if isinstance(store, SourceWeights):
+                store.release()
 
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -88,10 +97,25 @@ def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     return None
 
 
-def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
+def _source_of(hook: AlignDevicesHook, name: str) -> tuple[Any, str]:
+    """(the map in which a hook's parameter is, its key there)."""
     store, key = hook.weights_map, name
     while isinstance(store, PrefixedDataset):
         store, key = store.dataset, store.prefix + key
+    return store, key
+
+
+def _check_written(loaded: Onloaded) -> None:
+    for owner in loaded.changed:
+        store, key = _source_of(*loaded.owners[owner])
+        if isinstance(store, SourceWeights) and not store.is_written(key):
+            raise RuntimeError(f"{key} was changed, but a streamed model is pruned into a folder; pass output_dir")
+
+
+def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
+    store, key = _source_of(hook, name)
+    if isinstance(store, SourceWeights):
+        return  # it is on disk already, see `_check_written`
     in_memory = store.state_dict if isinstance(store, OffloadedWeightsLoader) else store
     if key in in_memory:
         in_memory[key].copy_(value)

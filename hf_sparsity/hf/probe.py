@@ -11,9 +11,13 @@ from transformers import PreTrainedModel
 
 from ..algorithm import Pattern, Pruner
 from ..core.stats import STATS
+from .drive import Batch
 from .evaluate import next_token_loss
+from .journal import Journal, digest
 from .layers import Layout
-from .stream import Batch, stream_blocks
+from .processes import Processes
+from .run import Run
+from .stream import stream_blocks
 
 
 class MaskedLoss:
@@ -32,12 +36,16 @@ class MaskedLoss:
         pruner: Pruner,
         steps: int,
         pattern: Pattern,
+        run: Run | None = None,
     ):
-        """`steps` at most 255: sparsities are judged on a grid of `1 / steps`, the group of an N:M pattern."""
+        """`steps` at most 255: sparsities are judged on a grid of `1 / steps`, the group of an N:M pattern.
+
+        With several processes `scored_on` are this one's batches and `judged_on` all.
+        """
         self._model, self._layout, self._batches, self._steps = model, layout, judged_on, steps
         self._levels: dict[str, Tensor] = {}
         needs = pruner.needs & STATS
-        for block in stream_blocks(model, layout, scored_on if needs else [], needs, rewrites=False):
+        for block in stream_blocks(model, layout, scored_on if needs else [], needs, rewrites=False, run=run):
             for name, layer in block.layers.items():
                 level = torch.zeros(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
                 scores = pruner.scores(layer) if layer.stats is not None or not needs else layer.weight.abs().float()
@@ -64,3 +72,32 @@ class MaskedLoss:
                 if step:
                     block.mask(name, self._levels[name] >= step)
         return total / count
+
+
+class Candidates:
+    """The losses of candidates: remembered, and shared out among the processes."""
+
+    def __init__(self, loss: MaskedLoss, processes: Processes, journal: Journal | None):
+        self._loss, self._processes, self._journal = loss, processes, journal
+
+    def one(self, candidate: Mapping[str, float]) -> float:
+        """The loss of one candidate."""
+        return self([candidate])[0]
+
+    def __call__(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:
+        """In the order of the candidates."""
+        names = [digest(candidate) for candidate in candidates]
+        known = {name: self._journal.recall("loss", name) for name in names} if self._journal else {}
+        todo = {name: one for name, one in zip(names, candidates, strict=True) if known.get(name) is None}
+        if self._processes.count == 1:
+            for name, candidate in todo.items():
+                known[name] = self._loss(candidate)
+                if self._journal:
+                    self._journal.remember("loss", name, known[name])
+        else:
+            mine = {name: self._loss(todo[name]) for name in self._processes.share(list(todo))}
+            for part in self._processes.gather(mine):
+                known |= part
+                for name, loss in part.items() if self._journal else ():
+                    self._journal.remember("loss", name, loss)  # type: ignore[union-attr]
+        return [known[name] for name in names]

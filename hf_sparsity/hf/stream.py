@@ -7,25 +7,28 @@ the (perhaps rewritten) block computes the inputs of the next one.
 
 from __future__ import annotations
 
-import ctypes
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..algorithm import Layer
+from ..core.stats import InputStats
+from .drive import Batch, drive, known_order, padding, prepared, release_memory
+from .journal import Journal
 from .layers import Block, Layout, Weight
 from .lockstep import Arrival, lockstep
 from .offload import Onloaded, onload
+from .run import Run
+from .spill import Spill
 from .tap import Collector, Enough, MaskedProducts, Operands
 
-# A batch as the model's forward takes it. Text batches have at least `input_ids` [sequences, tokens].
-Batch = Mapping[str, Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +46,7 @@ class StreamedBlock:
     _weights: dict[str, Weight] = field(repr=False)
     _onloaded: Onloaded = field(repr=False)
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    tell: Callable[[str], None] = field(default=lambda _: None, repr=False)  # says how far work on the block is
 
     def write(self, name: str, value: Tensor) -> None:
         """Replaces a layer's weight, `value` `[out, in]`."""
@@ -51,6 +55,10 @@ class StreamedBlock:
     def mask(self, name: str, mask: Tensor) -> None:
         """Masks a layer (True = kept, `[out, in]`) while the inputs of the next block are computed."""
         self.masks[name] = mask
+
+    def mask_of(self, weight: Weight) -> Tensor | None:
+        """The mask set for a weight, if any."""
+        return self.masks.get(weight.name)
 
 
 def stream_blocks(
@@ -61,39 +69,44 @@ def stream_blocks(
     *,
     rewrites: bool,
     after_last: Callable[[Batch, Any], None] | None = None,
+    run: Run | None = None,
+    only: Container[int] | None = None,
 ) -> Iterator[StreamedBlock]:
     """Yields every block with prunable weights once, in the order of execution, then those that never ran.
 
     Args:
         layout: from `find_layout`.
-        batches: from `prepare_batches`. Empty: no forward pass at all, blocks in definition order, no statistics.
-        needs: the facts of `core/stats.py` to collect; empty for none.
+        batches: from `prepare_batches`; with several processes, this one's share. Empty: no forward pass at all,
+            blocks in definition order, no statistics.
+        needs: the facts of `core/stats.py` to collect; empty for none. They are of all processes' batches.
         rewrites: whether the caller may `write` or `mask`. If not, each block runs once instead of twice.
         after_last: called with each batch and the model's output for it; without it no head is computed.
+        run: the processes that share the work, where inputs spill, and what is finished already.
+        only: without batches, the indices of the blocks that are wanted.
 
     A block that the model runs several times in one pass gathers its statistics over all of them, in a
     dense pass of its own before the others, and is yielded once.
     """
-    if not batches:
-        yield from _without_inputs(layout)
-        return
-    with _prepared(model):
-        order = _visits(model, layout, batches[0])
-        repeated = {index for index in order if order.count(index) > 1}
-        if repeated:
-            yield from _gather_repeated(model, layout, batches, needs, repeated)
-        yield from _pass(model, layout, batches, needs, order, repeated, rewrites=rewrites, after_last=after_last)
+    run = run or Run()
+    visited: list[int] | None = None
+    if batches:
+        with prepared(model), run.spilling(model, batches) as spill:
+            visited = run.journal.order if run.journal else None
+            visited = visited or known_order(model, layout, batches[0])
+            if run.journal:
+                run.journal.begin_pass(visited, len(batches))
+            repeated = {index for index in visited if visited.count(index) > 1}
+            one = _Pass(model, layout, batches, needs, run, spill)
+            if repeated:
+                yield from one.gather(repeated)
+            yield from one.walk(visited, repeated, rewrites=rewrites, after_last=after_last)
     for index, block in enumerate(layout.blocks):
-        if index not in order and block.weights:
+        wanted = index not in (visited or []) and (only is None or index in only)
+        if wanted and block.weights and not run.has_finished(block):
             with onload(block.module) as onloaded:
                 yield _streamed(index, block, onloaded, {}, len(layout.blocks))
-
-
-def _without_inputs(layout: Layout) -> Iterator[StreamedBlock]:
-    for index, block in enumerate(layout.blocks):
-        if block.weights:
-            with onload(block.module) as onloaded:
-                yield _streamed(index, block, onloaded, {}, len(layout.blocks))
+            if run.journal:
+                run.journal.commit(None)
 
 
 def _streamed(index: int, block: Block, onloaded: Onloaded, stats: Mapping[str, Any], total: int) -> StreamedBlock:
@@ -101,186 +114,159 @@ def _streamed(index: int, block: Block, onloaded: Onloaded, stats: Mapping[str, 
     return StreamedBlock(index, block.name, layers, total, block.weights, onloaded)
 
 
-def _pass(
-    model: PreTrainedModel,
-    layout: Layout,
-    batches: Sequence[Batch],
-    needs: frozenset[str],
-    order: list[int],
-    repeated: set[int],
-    *,
-    rewrites: bool,
-    after_last: Callable[[Batch, Any], None] | None,
-) -> Iterator[StreamedBlock]:
-    """One lockstep pass that yields each block that is not `repeated` at its visit."""
-    visits = 0
-    for arrival in lockstep(_drive(model, after_last), [b.module for b in layout.blocks], batches):
-        block = layout.blocks[arrival.index]
-        with onload(block.module) as onloaded:
-            visits += 1
-            if arrival.index not in repeated and block.weights:
-                operands = Operands(block.weights.values())
-                collector = Collector(operands, needs)
-                if needs:
-                    sequences = _collect(collector, model, arrival, batches, keep_outputs=not rewrites)
-                    collector.finish(sequences)
-                streamed = _streamed(arrival.index, block, onloaded, collector.stats, len(layout.blocks))
-                del collector
-                yield streamed
-                streamed.layers.clear()
-                if masks := streamed.masks:
-                    with MaskedProducts(operands, lambda weight: masks.get(weight.name)):
-                        _advance(arrival)
-            if visits == len(order) and after_last is None:
-                return  # nobody wants the output of the last block
-            _advance(arrival)
-        _release_memory()
+@dataclass(frozen=True)
+class _Pass:
+    """The lockstep passes over a model with inputs."""
 
+    model: PreTrainedModel
+    layout: Layout
+    batches: Sequence[Batch]
+    needs: frozenset[str]
+    run: Run
+    spill: Spill | None
 
-def _gather_repeated(
-    model: PreTrainedModel, layout: Layout, batches: Sequence[Batch], needs: frozenset[str], repeated: set[int]
-) -> Iterator[StreamedBlock]:
-    """A dense pass that gathers over all visits of the `repeated` blocks, then yields them."""
-    collectors: dict[int, Collector] = {}
-    sequences = dict.fromkeys(repeated, 0)
-    for arrival in lockstep(_drive(model, None), [b.module for b in layout.blocks], batches):
-        block = layout.blocks[arrival.index]
-        with onload(block.module):
-            if arrival.index in repeated and block.weights and needs:
-                operands = Operands(block.weights.values())
-                collector = collectors.setdefault(arrival.index, Collector(operands, needs))
-                collector.operands = operands
-                sequences[arrival.index] += _collect(collector, model, arrival, batches, keep_outputs=True)
-            _advance(arrival)
-    for index in sorted(repeated):
-        block = layout.blocks[index]
-        if not block.weights:
-            continue
-        if index in collectors:
-            collectors[index].finish(sequences[index])
-        with onload(block.module) as onloaded:
-            yield _streamed(
-                index, block, onloaded, collectors[index].stats if index in collectors else {}, len(layout.blocks)
-            )
+    def arrivals(self, after_last: Callable[[Batch, Any], None] | None = None) -> Generator[Arrival]:
+        return lockstep(drive(self.model, after_last), [b.module for b in self.layout.blocks], self.batches, self.spill)
 
+    def walk(
+        self,
+        order: list[int],
+        repeated: set[int],
+        *,
+        rewrites: bool,
+        after_last: Callable[[Batch, Any], None] | None,
+    ) -> Iterator[StreamedBlock]:
+        """Yields each block that is not `repeated` at its visit."""
+        journal = self.run.journal
+        start = self.resume_at()
+        with closing(self.arrivals(after_last)) as arrivals:
+            for visit, arrival in enumerate(arrivals):
+                block = self.layout.blocks[arrival.index]
+                if visit < start:
+                    assert journal is not None
+                    for number in range(len(self.batches)):
+                        arrival.finish(number, journal.output(number, blank=visit < start - 1))
+                    continue
+                wanted = block.weights and arrival.index not in repeated and not self.run.has_finished(block)
+                with onload(block.module) as onloaded:
+                    if wanted:
+                        operands = Operands(block.weights.values())
+                        stats = self.collect(arrival, block, operands, keep_outputs=not rewrites)
+                        streamed = _streamed(arrival.index, block, onloaded, stats, len(self.layout.blocks))
+                        del stats
+                        yield streamed
+                        streamed.layers.clear()
+                        if streamed.masks:
+                            with MaskedProducts(operands, streamed.mask_of):
+                                _advance(arrival)
+                    last = visit + 1 == len(order) and after_last is None  # nobody wants the output of the last block
+                    if not last:
+                        _advance(arrival, journal.keeper(visit) if journal else None)
+                if journal:
+                    journal.commit(None if last else visit)
+                if last:
+                    return
+                release_memory()
 
-def _collect(
-    collector: Collector, model: PreTrainedModel, arrival: Arrival, batches: Sequence[Batch], *, keep_outputs: bool
-) -> int:
-    """Runs the block on all batches under the collector's tap; returns the number of sequences."""
-    total = 0
-    for number, batch in enumerate(batches):
-        sequences, length, masks = _padding(batch, arrival.calls[number][1])
-        total += sequences
-        with suppress(Enough), collector.tap(sequences=sequences, length=length, masks=masks, whole=keep_outputs):
-            output = arrival.run(number)
+    def collect(
+        self, arrival: Arrival, block: Block, operands: Operands, *, keep_outputs: bool
+    ) -> dict[str, InputStats]:
+        """The statistics of a block's inputs over all processes' batches."""
+        if not self.needs:
+            return {}
+        collector = Collector(operands, self.needs)
+        sequences = self.add(collector, arrival, keep_outputs=keep_outputs)
+        collector.finish(sequences)
+        return self.run.merge(collector.stats, block, self.needs, sequences)
+
+    def add(self, collector: Collector, arrival: Arrival, *, keep_outputs: bool) -> int:
+        """Runs the block on all batches under the collector's tap; returns the number of sequences."""
+        total = 0
+        for number, batch in enumerate(self.batches):
+            sequences, length, masks = padding(batch, arrival.calls[number][1])
+            total += sequences
+            with suppress(Enough), collector.tap(sequences=sequences, length=length, masks=masks, whole=keep_outputs):
+                output = arrival.run(number, stay=not keep_outputs)
             if keep_outputs:
                 arrival.finish(number, output)
-    return total
+        return total
+
+    def gather(self, repeated: set[int]) -> Iterator[StreamedBlock]:
+        """A dense pass that gathers over all visits of the `repeated` blocks, then yields them."""
+        collectors: dict[int, Collector] = {}
+        sequences = dict.fromkeys(repeated, 0)
+        with closing(self.arrivals()) as arrivals:
+            for arrival in arrivals:
+                block = self.layout.blocks[arrival.index]
+                with onload(block.module):
+                    if arrival.index in repeated and block.weights and self.needs:
+                        operands = Operands(block.weights.values())
+                        collector = collectors.setdefault(arrival.index, Collector(operands, self.needs))
+                        collector.operands = operands
+                        sequences[arrival.index] += self.add(collector, arrival, keep_outputs=True)
+                    _advance(arrival)
+        for index in sorted(repeated):
+            block = self.layout.blocks[index]
+            if not block.weights:
+                continue
+            with onload(block.module) as onloaded:
+                stats: dict[str, InputStats] = {}
+                if index in collectors:
+                    collectors[index].finish(sequences[index])
+                    stats = self.run.merge(collectors[index].stats, block, self.needs, sequences[index])
+                yield _streamed(index, block, onloaded, stats, len(self.layout.blocks))
+            if self.run.journal:
+                self.run.journal.commit(None)
+
+    def resume_at(self) -> int:
+        """The visit from which to go on: the last one whose inputs are on disk, where the architecture allows it.
+
+        It does when what a later block gets depends on nothing but the output of the block before and the
+        batch. That is tried on the first batch: beside its true walk, one that begins with the stored output
+        must come to every later block with the same arguments.
+        """
+        journal = self.run.journal
+        if journal is None:
+            return 0
+        start = min(self.run.processes.gather(journal.start))
+        if start and not self.arrives_alike(start, journal):
+            start = 0
+        return min(self.run.processes.gather(start))
+
+    def arrives_alike(self, start: int, journal: Journal) -> bool:
+        """Whether a walk of the first batch that begins with the stored output equals its true walk from there on."""
+        pair = replace(self, batches=[self.batches[0]] * 2, spill=None)
+        try:
+            with closing(pair.arrivals()) as arrivals:
+                for visit, arrival in enumerate(arrivals):
+                    if visit >= start and not _same(*arrival.calls):
+                        return False
+                    with onload(self.layout.blocks[arrival.index].module):
+                        output = arrival.run(0)
+                    arrival.finish(0, output)
+                    arrival.finish(1, journal.output(0, blank=visit < start - 1) if visit < start else output)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            logger.info("no way to go on from stored inputs (%s); the finished blocks are computed again", error)
+            return False
+        return True
 
 
-def _advance(arrival: Arrival) -> None:
-    """Computes the missing outputs while the block is on its device; each input is freed once used."""
-    for number in range(len(arrival.calls)):
-        if number not in arrival.outputs:
-            arrival.finish(number, arrival.run(number))
+def _same(one: Any, other: Any) -> bool:
+    """Whether nested arguments hold equal tensors; what is neither tensor nor container counts as equal."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other)
 
 
-def _padding(batch: Batch, kwargs: Mapping[str, Any]) -> tuple[int, int, list[Tensor]]:
-    """(sequences, tokens of each, masks of real tokens to try in order if any token is padding)."""
-    ids = next((batch[k] for k in ("input_ids", "decoder_input_ids") if k in batch), None)
-    first = ids if ids is not None else next(v for v in batch.values() if isinstance(v, Tensor))
-    given = [batch.get("attention_mask")]
-    if kwargs.get("encoder_hidden_states") is not None:  # a decoder block that also attends to an encoder
-        target = batch.get("decoder_attention_mask")
-        if target is None and "decoder_input_ids" in batch:
-            target = torch.ones_like(batch["decoder_input_ids"])
-        given.insert(0, target)
-    masks = [mask.bool() for mask in given if isinstance(mask, Tensor) and mask.ndim == 2]
-    if all(bool(mask.all()) for mask in masks):
-        masks = []
-    elif len(masks) == 2 and masks[0].shape == masks[1].shape and not torch.equal(*masks):
-        raise ValueError(
-            "padded encoder and decoder inputs of equal length cannot be told apart: give them different lengths"
-        )
-    return first.shape[0], 0 if ids is None else ids.shape[1], masks
-
-
-def _drive(model: PreTrainedModel, after_last: Callable[[Batch, Any], None] | None) -> Callable[..., Any]:
-    """The forward to run: without cache, and without the head unless its output is wanted."""
-    whole = model
-    base = getattr(model, "base_model", model) if after_last is None else model
-    signatures = {id(m): inspect.signature(m.forward).parameters for m in (base, whole)}
-
-    def takes(module: nn.Module, name: str) -> bool:
-        parameters = signatures[id(module)]
-        return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-    def forward(**batch: Any) -> Any:
-        module = base if all(takes(base, name) for name in batch) else whole
-        extra = {"use_cache": False} if takes(module, "use_cache") else {}
-        output = module(**batch, **extra)
-        if after_last is not None:
-            after_last(batch, output)
-        return output
-
-    return forward
-
-
-def _visits(model: PreTrainedModel, layout: Layout, batch: Batch) -> list[int]:
-    """Indices of the blocks in the order in which the first sequence visits them.
-
-    Raises:
-        ValueError: the model's output is NaN or infinite, so no statistic would mean anything.
-    """
-    order: list[int] = []
-    hooks = [
-        block.module.register_forward_pre_hook(lambda *_, index=index: order.append(index))
-        for index, block in enumerate(layout.blocks)
-    ]
-    try:
-        with torch.no_grad():
-            output = _drive(model, None)(**{name: value[:1] for name, value in batch.items()})
-    finally:
-        for hook in hooks:
-            hook.remove()
-    first = output if isinstance(output, Tensor) else output[0]
-    if isinstance(first, Tensor) and not torch.isfinite(first).all():
-        raise ValueError(
-            f"the model's output is NaN or infinite on the calibration data in {first.dtype}: "
-            "load it in bfloat16 or float32, or check the checkpoint"
-        )
-    return order
-
-
-@contextmanager
-def _prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and experts computed one by one so that each one's inputs can be seen; restored after."""
-    training = {module: module.training for module in model.modules()}
-    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
-    model.eval()
-    try:
-        if experts:
-            model.set_experts_implementation("eager")
-        yield
-    finally:
-        if experts:
-            model.set_experts_implementation(experts)
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _release_memory() -> None:
-    """Gives freed heap back to the system: glibc keeps it otherwise, and peak memory would grow with depth."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
-
-
-def _find_malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
-        return None
-
-
-_malloc_trim = _find_malloc_trim()
+def _advance(arrival: Arrival, keep: Callable[[int, Any], None] | None = None) -> None:
+    """Runs the block, while it is on its device, for all batches that still wait; `keep` stores the outputs."""
+    for number, (args, kwargs) in enumerate(arrival.calls):
+        if args or kwargs:
+            output = arrival.run(number, stay=False)
+            if keep:
+                keep(number, output)
+            arrival.finish(number, output)

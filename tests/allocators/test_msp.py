@@ -177,7 +177,7 @@ def test_the_best_fitness_never_rises_and_nothing_is_asked_twice(options):
     def of_genotype(genotype):
         return loss({name: 1 - kept / 8 for kept, block in zip(genotype, measures, strict=False) for name in block})
 
-    _, history = evolve(MSP(**options), space([3] * 12), of_genotype)
+    _, history = evolve(MSP(**options), space([3] * 12), lambda genotypes: [of_genotype(g) for g in genotypes])
     assert len(history) > 5
     assert all(after <= before for before, after in itertools.pairwise(history))
     assert history[-1] < history[0]
@@ -187,7 +187,7 @@ def test_the_best_fitness_never_rises_and_nothing_is_asked_twice(options):
 
 def test_it_stops_when_nothing_is_gained():
     calls = []
-    _, history = evolve(MSP(), space([3] * 12), lambda genotype: calls.append(genotype) or 1.0)
+    _, history = evolve(MSP(), space([3] * 12), lambda genotypes: calls.extend(genotypes) or [1.0] * len(genotypes))
     assert len(history) == 1 + MSP().patience
 
 

@@ -1,0 +1,269 @@
+"""A folder that a sparse model is written to block by block: complete, or visibly unfinished.
+
+Each block's shard is written as soon as the block is pruned, under the names of the source checkpoint.
+`config.json` comes last, so that nothing loads a folder that is not whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from ..plan import LayerReport, Report, read_json, write_json
+from .checkpoint import REPORT_FILE
+from .journal import MARKER, Journal, disk_errors, write_tensors
+from .layers import Block, Layout
+from .offload import onload
+from .processes import Processes
+from .source import read_blocks, source_weights
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "plan.json"
+
+
+class Output:
+    """Where a model goes. `journal` says what of it is there already.
+
+    Raises:
+        ValueError: the folder is complete, or holds other files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, processes: Processes | None = None):
+        self.path = Path(path)
+        self.processes = processes or Processes.current()
+        self._wipe = overwrite and self._is_ours()
+        if not self._wipe:
+            self._check()
+            self.journal = Journal(self.path, self.processes)
+
+    def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
+        """Begins planning or pruning into the folder, or goes on with it; until then nothing is touched.
+
+        Raises:
+            ValueError: an unfinished run with other arguments.
+            OSError: the folder cannot be written to.
+        """
+        if self.processes.main:
+            if self._wipe:
+                (self.path / CONFIG_NAME).unlink(missing_ok=True)  # first, so that nothing loads what is left
+                for file in [*self.path.glob("model*.safetensors"), self.path / SAFE_WEIGHTS_INDEX_NAME]:
+                    file.unlink(missing_ok=True)
+                shutil.rmtree(self.path / MARKER, ignore_errors=True)
+            with disk_errors(self.path):
+                (self.path / MARKER).mkdir(parents=True, exist_ok=True)
+        self.processes.wait()
+        if self._wipe:
+            self._wipe, self.journal = False, Journal(self.path, self.processes)
+        self.journal.begin(phase, arguments)
+
+    def _is_ours(self) -> bool:
+        """Whether there is a run or a sparse model that may be replaced; `ValueError` for anything else."""
+        if (self.path / MARKER).is_dir():
+            return True
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return False
+        config = self.path / CONFIG_NAME
+        if config.exists() and "sparsity_config" in read_json(config):
+            return True
+        raise ValueError(f"output {str(self.path)!r} holds files that are not a sparse model; choose another")
+
+    def _check(self) -> None:
+        if (self.path / MARKER).is_dir():
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            hint = (
+                "; overwrite=True (--overwrite) replaces a sparse model" if (self.path / CONFIG_NAME).exists() else ""
+            )
+            raise ValueError(f"output {str(self.path)!r} exists and is not an empty folder; choose another{hint}")
+
+    def resume(self, model: PreTrainedModel, layout: Layout) -> None:
+        """Puts the finished blocks into the model, in its memory or where it is read from."""
+        order = self.journal.order or []
+        if len(set(order)) < len(order):  # statistics over repeated visits are taken while all blocks are dense
+            self.journal.forget_blocks()
+        finished = {
+            block.name: dict.fromkeys(record["tensors"], record["file"])
+            for block in layout.blocks
+            if (record := self.journal.blocks.get(block.name)) is not None
+        }
+        if (streamed := source_weights(model)) is not None:
+            for name, files in finished.items():
+                streamed.redirect(name, self.path, files)
+            return
+        blocks = {block.name: block for block in layout.blocks}
+        for name, values in read_blocks(model, self.path, finished):
+            with onload(blocks[name].module) as onloaded:
+                for weight in blocks[name].weights.values():
+                    stored = values[weight.parameter]
+                    stored = stored if weight.expert is None else stored[weight.expert]
+                    onloaded.write(weight, stored.T if weight.transposed else stored)
+
+    def write_block(
+        self, model: PreTrainedModel, layout: Layout, block: Block, layers: Mapping[str, LayerReport]
+    ) -> None:
+        """Writes the shard of a block whose weights are on its device; recorded with the next `journal.commit`.
+
+        Raises:
+            RuntimeError: the file has fewer zeros than the layers' reports say.
+        """
+        record: dict[str, Any] = {"layers": {name: dataclasses.asdict(layer) for name, layer in layers.items()}}
+        if self.processes.main:
+            names = _names(model, layout)[block.name]
+            file = self._shard(layout, layout.blocks.index(block))
+            state = {name: _tensor(model, name) for name in names}
+            tensors = self._write(model, file, state)
+            if _zeros(self.path / file) < sum(layer.zeros for layer in layers.values()):
+                raise RuntimeError(f"{file} has fewer zeros than pruning made; please report this")
+            record |= {"file": file, "tensors": tensors}
+            if (streamed := source_weights(model)) is not None:
+                streamed.redirect(block.name, self.path, dict.fromkeys(tensors, file))
+        if source_weights(model) is not None and self.processes.count > 1:
+            record = self.processes.gather(record)[0]
+            streamed = source_weights(model)
+            assert streamed is not None
+            streamed.redirect(block.name, self.path, dict.fromkeys(record["tensors"], record["file"]))
+        self.journal.block_done(block.name, record)
+
+    def report(self) -> dict[str, LayerReport]:
+        """What became of the layers of all finished blocks."""
+        return {
+            name: LayerReport(**layer)
+            for record in self.journal.blocks.values()
+            for name, layer in record["layers"].items()
+        }
+
+    def finish(self, model: PreTrainedModel, layout: Layout, report: Report, tokenizer: Any = None) -> None:
+        """Writes what is not in a pruned block, the index, the config; the folder is complete then."""
+        if self.processes.main:
+            place = self.journal.folder / "final"
+            shutil.rmtree(place, ignore_errors=True)
+            with disk_errors(self.path):
+                index = self._write_rest(model, layout)
+                _save_config(model, place)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(place)
+                report.save(place / REPORT_FILE)
+                write_json(place / SAFE_WEIGHTS_INDEX_NAME, index)
+                for file in sorted(place.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+                    os.replace(file, self.path / file.name)
+                removed = self.path / f".{MARKER}.done"
+                os.rename(self.journal.folder, removed)
+                shutil.rmtree(removed, ignore_errors=True)
+        self.processes.wait()
+
+    def _write_rest(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+        """Shards of what no pruned block holds; returns the index of all."""
+        names = _names(model, layout)
+        where: dict[str, str] = {}
+        for number, block in enumerate(layout.blocks):
+            record = self.journal.blocks.get(block.name)
+            if record is not None:
+                where |= dict.fromkeys(record["tensors"], record["file"])
+            elif names[block.name]:
+                file = self._shard(layout, number)
+                with onload(block.module):
+                    tensors = self._write(model, file, {name: _tensor(model, name) for name in names[block.name]})
+                where |= dict.fromkeys(tensors, file)
+        file = self._shard(layout, len(layout.blocks))
+        outside = {name: _lent(model, name) for name in names[""]}
+        where |= dict.fromkeys(self._write(model, file, outside), file)
+        size = 0
+        for file in sorted(set(where.values())):
+            with safe_open(self.path / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    part = opened.get_slice(name)
+                    size += torch.Size(part.get_shape()).numel() * _ITEMSIZE[part.get_dtype()]
+        return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+
+    def _write(self, model: PreTrainedModel, file: str, state: Mapping[str, Tensor]) -> list[str]:
+        """A shard under the source's names, which are returned."""
+        named = revert_weight_conversion(model, dict(state))
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        write_tensors(self.path / file, _apart(kept), {"format": "pt"})
+        return list(kept)
+
+    def _shard(self, layout: Layout, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{len(layout.blocks) + 1:05d}.safetensors"
+
+
+_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEMSIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory (fused ones, split again for the file) get their own, as safetensors wants it."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _names(model: PreTrainedModel, layout: Layout) -> dict[str, list[str]]:
+    """State-dict names by block ("" for the rest): each tensor once, without those tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    result: dict[str, list[str]] = {name: [] for name in ("", *(block.name for block in layout.blocks))}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tied or name in ignored or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        block = next((b.name for b in layout.blocks if name.startswith(b.name + ".")), "")
+        result[block].append(name)
+    return result
+
+
+def _tensor(model: PreTrainedModel, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), attribute)
+    return tensor.detach()
+
+
+def _lent(model: PreTrainedModel, name: str) -> Tensor:
+    """A tensor that may be offloaded."""
+    if (tensor := _tensor(model, name)).device.type != "meta":
+        return tensor
+    with onload(model.get_submodule(name.rpartition(".")[0])):
+        return _tensor(model, name).clone()
+
+
+def _zeros(file: Path) -> int:
+    """Zeros in all matrices of a file, read tensor by tensor."""
+    zeros = 0
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (not a dict)
+            tensor = tensors.get_tensor(name)
+            if tensor.ndim >= 2:
+                zeros += tensor.numel() - int(torch.count_nonzero(tensor))
+    return zeros
+
+
+def _save_config(model: PreTrainedModel, folder: Path) -> None:
+    """config.json, generation_config.json and code that came with the model, as `save_pretrained` writes them."""
+    folder.mkdir(parents=True)
+    if model.is_remote_code():
+        custom_object_save(model, str(folder), config=model.config)  # type: ignore[arg-type]
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        with suppress(ValueError):
+            model.generation_config.save_pretrained(folder)

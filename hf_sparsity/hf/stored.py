@@ -1,0 +1,120 @@
+"""Where tensors are stored: the safetensors files of a checkpoint, read without loading them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+# The kernel reads no more than one readahead window (128 KiB by default) for each piece of advice.
+_ADVICE = 128 * 1024
+
+
+class Stored(NamedTuple):
+    """Where a tensor is: bytes `start` to `end` of a safetensors file, and what they are."""
+
+    file: str
+    start: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def find_files(source: str | os.PathLike[str], config: Any, location: Mapping[str, Any]) -> list[str]:
+    """The safetensors files of a checkpoint, fetched from the Hub if need be."""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and (os.path.basename(named) != named or not named.endswith((".safetensors", ".json"))):
+        raise ValueError(f"transformers_weights={named!r} in the config is not the name of a safetensors file")
+    for name in [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]:
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **location)
+        if file is not None:
+            return get_checkpoint_shard_files(source, file, **location)[0] if name.endswith(".json") else [file]
+    raise ValueError(
+        f"{str(source)!r} has no {named or SAFE_WEIGHTS_NAME}: only safetensors can be read block by block. "
+        "Load the model once with transformers and save it with save_pretrained"
+    )
+
+
+def read_headers(files: Iterable[str]) -> dict[str, Stored]:
+    """Name -> place of all tensors in safetensors files.
+
+    Raises:
+        ValueError: a file is missing, cut short, or not safetensors.
+    """
+    found: dict[str, Stored] = {}
+    for file in sorted(files):
+        try:
+            size = os.path.getsize(file)
+            with open(file, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length)) if length <= size else {}
+            header.pop("__metadata__", None)
+            begin = 8 + length
+            tensors = {
+                name: Stored(
+                    file, begin + t["data_offsets"][0], begin + t["data_offsets"][1], t["dtype"], tuple(t["shape"])
+                )
+                for name, t in header.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+        if max((tensor.end for tensor in tensors.values()), default=begin) != size:
+            raise ValueError(f"{file} has {size} bytes, not what its header says: was its download or copy cut short?")
+        found |= tensors
+    return found
+
+
+@contextmanager
+def opened(stored: Mapping[str, Stored], keys: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Name -> slice of the tensors in open files, in this order; nothing is read yet."""
+    # A private mapping reserves memory for the whole file on Windows; transformers reads without one there too.
+    options = {"backend": "pread"} if sys.platform == "win32" else {}
+    files: dict[str, Any] = {}
+    try:
+        tensors = {}
+        for key in keys:
+            file = stored[key].file
+            if file not in files:
+                files[file] = safe_open(file, framework="pt", **options)
+            tensors[key] = files[file].get_slice(key)
+        yield tensors
+    finally:
+        for handle in files.values():
+            handle.__exit__(None, None, None)
+
+
+def prefetch(ranges: Iterable[Stored]) -> None:
+    """Asks the system to read these bytes into its file cache, in this order, and returns at once.
+
+    Does nothing where the system takes no such advice.
+    """
+    if hasattr(os, "posix_fadvise"):
+        # Advice waits for room in the disk's queue, so a thread gives it.
+        threading.Thread(target=_advise, args=(list(ranges),), daemon=True).start()
+
+
+def _advise(ranges: Iterable[Stored]) -> None:
+    """Tells the kernel that these bytes will be wanted, in pieces as large as it takes."""
+    merged: list[list[Any]] = []
+    for file, start, end, *_ in ranges:
+        if merged and merged[-1][0] == file and merged[-1][2] == start:
+            merged[-1][2] = end
+        else:
+            merged.append([file, start, end])
+    with suppress(OSError):  # it is only advice
+        for file, start, end in merged:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                for offset in range(start, end, _ADVICE):
+                    os.posix_fadvise(descriptor, offset, min(_ADVICE, end - offset), os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)

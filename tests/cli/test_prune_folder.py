@@ -1,0 +1,68 @@
+"""`hf-sparsity prune` into a folder: streamed, interrupted, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hf_sparsity.cli.main import main
+from hf_sparsity.hf.journal import MARKER
+from tests.hf.test_output import contents
+
+GIVEN = ["prune", "demo", "--sparsity", "0.6", "--allocator", "owl", "--sequences", "4", "--length", "64"]
+
+
+def test_stream_equals_memory(tmp_path, capsys):
+    assert main([*GIVEN, "--output", str(tmp_path / "a")]) == 0
+    assert "disk: about" in capsys.readouterr().out
+    assert main([*GIVEN, "--output", str(tmp_path / "b"), "--stream", "--hidden-limit", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(0.6, abs=0.01)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert main(["inspect", str(tmp_path / "b")]) == 0
+
+
+def test_complete_or_foreign_folders_are_refused(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("...")
+    for more in ([], ["--overwrite"]):
+        assert main([*GIVEN, "--output", str(tmp_path / "mine"), *more]) == 2
+        assert "choose another" in capsys.readouterr().err
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_says_how_to_go_on(number, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "hf_sparsity", *GIVEN, "--pruner", "sparsegpt", "--output", str(out)]
+    command[command.index("--length") + 1] = "512"
+    command[command.index("--sequences") + 1] = "32"
+    run = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    while not list(out.glob("*.safetensors")) and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(number)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130, said
+    assert "Start the same command again" in said and "Traceback" not in said
+    assert (out / MARKER).is_dir() and not list(out.rglob("*.partial"))
+    assert main(["inspect", str(out)]) == 2
+
+
+def test_what_cannot_fit_is_refused_with_advice(tmp_path, capsys, monkeypatch):
+    from hf_sparsity.hf import estimate
+
+    monkeypatch.setattr(estimate, "available_memory", lambda: 2**20)
+    assert main([*GIVEN, "--output", str(tmp_path / "out")]) == 2
+    assert "GiB are free" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    assert main([*GIVEN, "--output", str(tmp_path / "out")]) == 2
+    assert "make room" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
