@@ -6,6 +6,10 @@ The public names are loaded on first use, so that importing the package is insta
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+import warnings
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -20,6 +24,13 @@ _HOME = {
     "calibration_batches": "hf.calibration",
     "measure_sparsity": "hf.evaluate",
     "evaluate_text": "hf.evaluate",
+    "save_sparse": "hf.pack",
+    "pack": "hf.pack",
+    "unpack": "hf.pack",
+    "SparsityCallback": "hf.callback",
+    "sparse_lora": "hf.lora",
+    "load_sparse_lora": "hf.lora",
+    "merge_lora": "hf.lora",
     "Allocator": "algorithm",
     "RowAllocator": "algorithm",
     "Pruner": "algorithm",
@@ -34,21 +45,31 @@ __all__ = [
     "Report",
     "RowAllocator",
     "SparseModel",
+    "SparsityCallback",
     "SparsityConfig",
     "__version__",
     "calibration_batches",
     "evaluate_text",
+    "load_sparse_lora",
     "make_plan",
     "measure_sparsity",
+    "merge_lora",
+    "pack",
     "prune",
+    "save_sparse",
+    "sparse_lora",
+    "unpack",
 ]
 
 if TYPE_CHECKING:
     from .algorithm import Allocator, Layer, Pruner, RowAllocator
     from .config import SparsityConfig
     from .hf.calibration import calibration_batches
+    from .hf.callback import SparsityCallback
     from .hf.evaluate import evaluate_text, measure_sparsity
+    from .hf.lora import load_sparse_lora, merge_lora, sparse_lora
     from .hf.model import SparseModel
+    from .hf.pack import pack, save_sparse, unpack
     from .hf.sparsify import make_plan, prune
     from .plan import Plan, Report
 
@@ -63,3 +84,38 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Registration:
+    """An import hook: once transformers can load models, it is told how to load packed folders (`hf/bitmask.py`).
+
+    So `import hf_sparsity` is enough, before or after transformers, and stays instant.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "transformers.modeling_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    try:
+        importlib.import_module(".hf.bitmask", __name__).register()
+    except ImportError as error:  # never break `import transformers`
+        warnings.warn(f"hf_sparsity cannot load packed folders with this transformers: {error}", stacklevel=2)
+
+
+if "transformers.modeling_utils" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _Registration())

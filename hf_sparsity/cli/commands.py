@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.utils import CONFIG_NAME
 
 from .. import demo as demo_model
 from ..config import SparsityConfig
@@ -20,10 +24,12 @@ from ..hf.journal import MARKER, check_finished
 from ..hf.layers import find_layout
 from ..hf.model import default_length, find_tokenizer
 from ..hf.output import Output
+from ..hf.pack import pack as pack_folder
+from ..hf.pack import unpack as unpack_folder
 from ..hf.source import open_streamed
 from ..hf.sparsify import make_plan
 from ..hf.sparsify import prune as prune_model
-from ..plan import Plan, Report
+from ..plan import Plan, Report, read_json
 from . import tables
 from .main import parse_algorithm
 
@@ -80,7 +86,6 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
     estimate = estimate_memory(model, layout, prepared, needs, hidden_limit=limit, journal=True)
     if speaks:
         print(tables.before(describe(layout, model), estimate))
-    estimate.check(output.path)
     if made is None:
         made = make_plan(model, config, batches, output_dir=output, hidden_limit=limit)
     report = prune_model(model, made, batches, output_dir=output, hidden_limit=limit, tokenizer=tokenizer)
@@ -141,7 +146,9 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
     if path.is_dir():
         if (path / REPORT_FILE).exists():
             Report.load(path / REPORT_FILE)  # a damaged report is an error, not something to look past
-        model = open_streamed(path, auto_class=_auto_class(path))
+        kind = _auto_class(path)
+        packed = "quantization_config" in read_json(path / CONFIG_NAME)
+        model = kind.from_pretrained(path) if packed else open_streamed(path, auto_class=kind)
         report = measure_sparsity(model)
     if not options.json:
         print(tables.plan_header(made))
@@ -162,6 +169,24 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
             for name, layer in made.layers.items()
         },
     }
+
+
+def pack(options: argparse.Namespace) -> dict[str, Any]:
+    """A dense folder into the bitmask layout."""
+    return _repacked(options, pack_folder)
+
+
+def unpack(options: argparse.Namespace) -> dict[str, Any]:
+    """A packed folder into the dense layout."""
+    return _repacked(options, unpack_folder)
+
+
+def _repacked(options: argparse.Namespace, change: Callable[[str, str], Path]) -> dict[str, Any]:
+    output = change(options.folder, options.output)
+    before, after = folder_bytes(options.folder), folder_bytes(output)
+    if not options.json:
+        print(f"{output}: {after / 2**20:.1f} MiB of weights, {100 * after / before:.1f} % of {before / 2**20:.1f} MiB")
+    return {"output": str(output), "bytes": after, "bytes_before": before}
 
 
 def _config(options: argparse.Namespace) -> SparsityConfig:
@@ -189,7 +214,10 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     if stream:
         if options.offload_folder:
             raise ValueError("give --stream or --offload-folder, not both: a streamed model is read from its own files")
-        model = open_streamed(source, auto_class=auto_class, dtype=options.dtype, device=options.device_map, **location)
+        device = options.device_map
+        if device == "auto":
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        model = open_streamed(source, auto_class=auto_class, dtype=options.dtype, device=device, **location)
     else:
         placing = {"device_map": options.device_map, "offload_folder": options.offload_folder}
         placing = placing if options.device_map else {}

@@ -1,4 +1,4 @@
-"""`hf-sparsity plan | prune | eval | inspect | demo`: the arguments, and exit codes.
+"""`hf-sparsity plan | prune | eval | inspect | pack | unpack | demo`: the arguments, and exit codes.
 
 0: done. 1: it went wrong on the way. 2: the input was wrong; nothing was started or written.
 Heavy imports happen when a command runs, so that `--help` is quick.
@@ -108,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", "table of a sparse model or plan: per block and projection, reached against planned")
     inspect.add_argument("path", help="a sparse model's folder, or a plan.json")
+
+    for name, text in (
+        ("pack", "store a sparse folder small: one bit per pruned weight and the values that are left"),
+        ("unpack", "make an ordinary checkpoint of a packed folder"),
+    ):
+        command = add(name, text)
+        command.add_argument("folder", help="a sparse model's folder")
+        command.add_argument("output", help="new or empty folder")
 
     demo = add("demo", "prune the embedded model with every allocator, compare, save the best, draw it")
     demo.add_argument("--sparsity", type=float, default=0.6)

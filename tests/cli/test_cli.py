@@ -44,7 +44,7 @@ def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
     assert Plan.load(out) == Plan.load(plan)
     assert Report.load(tmp_path / "out" / "sparsity_report.json").sparsity == pytest.approx(0.6, abs=0.01)
     assert {f.name for f in (tmp_path / "out").iterdir()} >= {"model.safetensors.index.json", "config.json", "tokenizer.json"}
-    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as tensors:
+    with safe_open(tmp_path / "out" / "model-00001-of-00009.safetensors", framework="pt") as tensors:
         zeros = float((tensors.get_tensor("model.layers.0.mlp.up_proj.weight") == 0).float().mean())
     assert zeros == pytest.approx(Plan.load(plan).layers["model.layers.0.mlp.up_proj"].sparsity, abs=1 / 192)
 
@@ -122,15 +122,18 @@ def test_a_truncated_plan_and_a_missing_model(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_save_leaves_nothing(capsys, tmp_path, monkeypatch):
-    def full(self, *arguments, **keywords):
+def test_a_full_disk_is_an_error_and_the_run_goes_on(capsys, tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    shown = run(
-        capsys, "prune", "demo", "--sparsity", "0.5", "--pruner", "magnitude", "--output", str(tmp_path / "out"), code=2
-    )
-    assert "No space left" in shown.err and list(tmp_path.iterdir()) == []
+    given = ["prune", "demo", "--sparsity", "0.5", "--pruner", "magnitude", "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_sparsity.hf.journal.save_file", full)
+        shown = run(capsys, *given, code=1)
+    assert "No space left" in shown.err and "start the same command again" in shown.err
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["UNFINISHED"]
+    run(capsys, *given)
+    assert not (tmp_path / "out" / "UNFINISHED").exists()
 
 
 def test_algorithms_on_the_command_line():

@@ -1,0 +1,199 @@
+"""Packed folders in one run: size against the formula, speed of packing, unpacking and loading against safetensors alone.
+
+    python tests/benchmarks/packing.py              # a 0.25-billion-weight Llama in bf16; about three minutes
+    python tests/benchmarks/packing.py --hidden 512 --threads 1
+
+Speeds are GB of *dense* weights a second, the best of `--repeat` times. "Loaded" means every byte was read: a mapped
+file that nobody touched is not loaded. Cold: the files were dropped from the page cache before (Linux), so the disk
+is part of it; warm: they were just read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from hf_sparsity import make_plan, prune
+from hf_sparsity.core import packing
+from hf_sparsity.hf.bitmask import register
+from hf_sparsity.hf.checkpoint import folder_bytes
+from hf_sparsity.hf.pack import pack, save_sparse, unpack
+
+MATRIX = 4096  # rows and columns of the matrix that core/packing.py is timed on
+
+
+def best(job, repeat, before=None):
+    """(seconds, CPU seconds of all threads) of the fastest of `repeat` runs."""
+    times = []
+    for _ in range(repeat):
+        if before is not None:
+            before()
+        start, cpu = time.perf_counter(), time.process_time()
+        job()
+        times.append((time.perf_counter() - start, time.process_time() - cpu))
+    return min(t for t, _ in times), min(t for _, t in times)
+
+
+def touch(tensors):
+    """Reads every byte."""
+    for tensor in tensors:
+        tensor.detach().view(torch.uint8).view(-1).view(torch.int16).sum()
+
+
+def drop(folder):
+    """Takes a folder's files out of the page cache."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def matrices(repeat):
+    """Size and speed of one matrix, no files."""
+    print(f"one matrix of {MATRIX}x{MATRIX}, {torch.get_num_threads()} threads; GB/s of dense weights")
+    print("  dtype     pattern  bytes of dense  formula  pack  unpack  copy")
+    for dtype in (torch.bfloat16, torch.float32):
+        for sparsity, group in ((0.5, None), (0.6, None), (0.7, None), (0.8, None), (0.5, (2, 4))):
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(MATRIX, MATRIX, generator=generator)
+            scores = weight.abs().view(-1, 4) if group else weight.abs().view(1, -1)
+            zeros = scores.shape[1] // 2 if group else int(scores.shape[1] * sparsity)
+            if group:
+                weight.view(-1, 4).scatter_(1, scores.topk(zeros, largest=False).indices, 0)
+            else:
+                weight.view(-1)[scores.view(-1).argsort()[:zeros]] = 0
+            weight = weight.to(dtype)
+            bits = dtype.itemsize * 8
+            formula = ((0.75 if group else 1) + bits * (1 - sparsity)) / bits
+            packed = packing.pack(weight, group=group)
+            assert torch.equal(packing.unpack(packed), weight)
+            into = torch.empty_like(weight)
+            speeds = [
+                weight.nbytes / best(job, repeat)[0] / 1e9
+                for job in (
+                    lambda: packing.pack(weight, group=group),  # noqa: B023
+                    lambda: packing.unpack(packed),  # noqa: B023
+                    lambda: into.copy_(weight),  # noqa: B023
+                )
+            ]
+            name = "2:4" if group else f"{sparsity:.0%}"
+            print(
+                f"  {str(dtype)[6:]:9s} {name:>6s}  {len(packed) / weight.nbytes:14.4%}  {formula:7.2%}"
+                f"  {speeds[0]:4.2f}  {speeds[1]:6.2f}  {speeds[2]:4.1f}"
+            )
+
+
+def made(hidden):
+    """A pruned random Llama in bf16."""
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=6,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    prune(model, make_plan(model, {"sparsity": 0.5, "pruner": "magnitude"}))
+    return model
+
+
+def writing(model, root, repeat):
+    """[(what, seconds)] of writing `root/dense` and `root/packed`, and the same again."""
+    dense, packed, again = root / "dense", root / "packed", root / "again"
+    save_sparse(model, dense, max_shard_size="300MB")
+    pack(dense, packed)
+    state = dict(model.named_parameters())
+
+    def timed(job):
+        return best(job, repeat, before=lambda: shutil.rmtree(again, ignore_errors=True))
+
+    rows = [
+        ("safetensors alone: save_file", timed(lambda: save_file(state, root / "plain.safetensors"))),
+        ("pack(folder)", timed(lambda: pack(dense, again))),
+        ("unpack(folder)", timed(lambda: unpack(packed, again))),
+        ("save_sparse, dense", timed(lambda: save_sparse(model, again))),
+        ("save_sparse, bitmask", timed(lambda: save_sparse(model, again, layout="bitmask"))),
+    ]
+    shutil.rmtree(again)
+    return rows
+
+
+def load(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    touch(model.parameters())
+    return model
+
+
+def load_plain(folder):
+    for file in folder.glob("*.safetensors"):
+        touch(load_file(file).values())
+
+
+def reading(root, repeat, cold):
+    """[(what, seconds)] of reading both folders, the dense one twice: the last two are from_pretrained."""
+    dense, packed = root / "dense", root / "packed"
+
+    def timed(job, folder):
+        return best(lambda: job(folder), repeat, before=lambda: drop(folder) if cold else None)
+
+    cache = "cold" if cold else "warm"
+    return [
+        (f"safetensors alone: load_file, {cache}", timed(load_plain, dense)),
+        (f"from_pretrained, dense, {cache}", timed(load, dense)),
+        (f"from_pretrained, packed, {cache}", timed(load, packed)),
+    ]
+
+
+def folders(hidden, repeat, root):
+    """A whole model: files written and read, loaded by transformers."""
+    rows = writing(made(hidden), root, repeat)
+    size = folder_bytes(root / "dense")
+    print(
+        f"\na Llama of {size / 2e9:.2f} billion weights, bf16, 50 % sparse; packed {folder_bytes(root / 'packed') / size:.2%}"
+    )
+    found, wanted = load(root / "packed").state_dict(), load(root / "dense").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    del found, wanted
+    cold, warm = reading(root, repeat, True), reading(root, repeat, False)
+    for name, (seconds, cpu) in rows + cold + warm:
+        print(f"  {name:36s} {size / seconds / 1e9:5.2f} GB/s {size / max(cpu, 1e-9) / 1e9:6.2f} GB a CPU second")
+    for cache, timed in (("cold", cold), ("warm", warm)):
+        ratio = timed[-2][1][0] / timed[-1][1][0]
+        print(f"  loading packed against dense, {cache}: {ratio:.2f} times as fast")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the model")
+    parser.add_argument("--repeat", type=int, default=3, help="the best of so many times counts")
+    parser.add_argument("--threads", type=int, help="torch's threads; default: its own choice")
+    parser.add_argument("--folder", type=Path, help="where to write, on the disk to be measured; default: temporary")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    register()
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; above 1 nothing below is worth quoting")
+    matrices(options.repeat)
+    root = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        folders(options.hidden, options.repeat, root)
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()
