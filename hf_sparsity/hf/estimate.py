@@ -100,6 +100,24 @@ def estimate_memory(
     )
 
 
+def check_room(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Sequence[Batch],
+    needs: frozenset[str],
+    *,
+    hidden_limit: int | None,
+    output: Path | None,
+) -> None:
+    """`ValueError` with advice, before anything starts, when memory or disk cannot hold the run.
+
+    Memory is not looked at when the model is on an accelerator, whose own errors are plain.
+    """
+    estimate = estimate_memory(model, layout, batches, needs, hidden_limit=hidden_limit, journal=output is not None)
+    on_host = all(p.device.type in ("cpu", "meta") for p in model.parameters())
+    estimate.check(output, memory=None if on_host else estimate.peak)
+
+
 def available_memory() -> int:
     """Bytes that this process may still take: what the system has free, within the container's limit if there is one."""
     free = int(psutil.virtual_memory().available)

@@ -199,14 +199,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise
 
 
+class WriteError(OSError):
+    """A write failed; what was finished before is safe."""
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A failed write as an `OSError` that says what is safe and what to do."""
+    """A failed write as a `WriteError` that says what is safe and what to do."""
     try:
         yield
+    except WriteError:
+        raise
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0
-        raise OSError(
+        raise WriteError(
             f"writing to {folder} failed ({error}; {free:.2f} GiB free). What is finished is safe: "
             "make room, and start the same command again to go on"
         ) from error
@@ -214,19 +220,22 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C wait until a write is done."""
+    """Lets Ctrl-C, and a SIGTERM that somebody handles, wait until a write is done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[Any] = []
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *given: pressed.append(given))
+    pressed: list[tuple[int, Any]] = []
+    found = ((number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM))
+    handlers: dict[int, Callable[[int, Any], Any]] = {number: one for number, one in found if callable(one)}
+    for number in handlers:
+        signal.signal(number, lambda *given: pressed.append(given))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed and callable(before):
-            before(*pressed[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in pressed[:1]:
+            handlers[number](number, frame)
 
 
 def _read(path: Path, *, repair: bool) -> list[dict[str, Any]]:

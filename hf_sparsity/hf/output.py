@@ -7,7 +7,6 @@ Each block's shard is written as soon as the block is pruned, under the names of
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -30,10 +29,6 @@ from .layers import Block, Layout
 from .offload import onload
 from .processes import Processes
 from .source import read_blocks, source_weights
-
-logger = logging.getLogger(__name__)
-
-PLAN_FILE = "plan.json"
 
 
 class Output:
@@ -160,6 +155,8 @@ class Output:
                 report.save(place / REPORT_FILE)
                 write_json(place / SAFE_WEIGHTS_INDEX_NAME, index)
                 for file in sorted(place.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+                    if file.is_dir():  # a tokenizer may have folders; one is there if the run was killed here before
+                        shutil.rmtree(self.path / file.name, ignore_errors=True)
                     os.replace(file, self.path / file.name)
                 removed = self.path / f".{MARKER}.done"
                 os.rename(self.journal.folder, removed)
@@ -194,7 +191,7 @@ class Output:
         """A shard under the source's names, which are returned."""
         named = revert_weight_conversion(model, dict(state))
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-        write_tensors(self.path / file, _apart(kept), {"format": "pt"})
+        write_tensors(self.path / file, kept, {"format": "pt"})
         return list(kept)
 
     def _shard(self, layout: Layout, number: int) -> str:
@@ -203,17 +200,6 @@ class Output:
 
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _ITEMSIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share memory (fused ones, split again for the file) get their own, as safetensors wants it."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return result
 
 
 def _names(model: PreTrainedModel, layout: Layout) -> dict[str, list[str]]:

@@ -29,6 +29,7 @@ from ..core import budget
 from ..core.stats import STATS
 from ..plan import LayerPlan, LayerReport, Plan, Report
 from .batches import fingerprint, prepare_batches
+from .estimate import check_room
 from .fit import check_plan, check_widths, model_fingerprint, plan_config, versions
 from .journal import digest
 from .layers import Layout, Weight, find_layout
@@ -89,6 +90,10 @@ def make_plan(
 
     processes = Processes.current()
     output = _output(output_dir, overwrite, processes)
+    rows = config.row_allocator.needs if isinstance(config.row_allocator, RowAllocator) else frozenset()
+    whole = needs | pruner.needs | rows if output else needs  # with a folder, pruning follows
+    place = output.path if output else None
+    check_room(model, layout, share(data, processes), whole & STATS, hidden_limit=hidden_limit, output=place)
     facts: dict[str, Any] = {"model": model_fingerprint(model, layout), "data": fingerprint(data) if data else None}
     processes.agree("model and data", facts)
     if output is not None:
@@ -194,6 +199,8 @@ def prune(
     _check_resident_weights(layout)
     processes = Processes.current()
     output = _output(output_dir, overwrite, processes)
+    place = output.path if output else None
+    check_room(model, layout, share(data, processes), needs, hidden_limit=hidden_limit, output=place)
     facts: dict[str, Any] = {"model": model_fingerprint(model, layout), "data": fingerprint(data) if data else None}
     processes.agree("model, data and plan", {**facts, "plan": plan.to_dict()["layers"]})
     if output is not None:
