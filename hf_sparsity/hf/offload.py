@@ -126,8 +126,9 @@ def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
         store.save_folder = tempfile.mkdtemp(prefix="hf_sparsity_offload_")
     os.makedirs(store.save_folder, exist_ok=True)
     file = os.path.join(store.save_folder, f"{key}.pruned.safetensors")
-    save_file({key: value.to("cpu", dtype).contiguous()}, file + ".partial")
-    os.replace(file + ".partial", file)
+    partial = f"{file}.{os.getpid()}.partial"  # processes of one run may share the folder
+    save_file({key: value.to("cpu", dtype).contiguous()}, partial)
+    os.replace(partial, file)
     new = {"safetensors_file": file, "weight_name": key, "dtype": str(dtype).removeprefix("torch.")}
     place = (entry.get("safetensors_file"), entry.get("weight_name", key))
     for other, known in list(store.index.items()):  # names tied to this tensor follow it

@@ -7,9 +7,10 @@ import hashlib
 import pytest
 import torch
 import transformers as hf
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 
 from hf_sparsity import SparsityConfig, make_plan, measure_sparsity, prune
+from hf_sparsity.hf.source import open_streamed
 from tests.conftest import ZOO, tiny, tiny_batch
 
 # One of each kind: plain, sliding-window mix, tuple output, fused experts (both orientations), Conv1D.
@@ -82,3 +83,18 @@ def test_offloaded_equals_in_memory(name, where, pruner, tmp_path):
     for key, value in expected.items():
         assert torch.equal(reloaded[key], value), key
     assert digest(source) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_search_away_from_memory_finds_the_same_plan(name, tmp_path):
+    """Fisher information and candidates' losses under accelerate's disk offload, and streamed."""
+    config = SparsityConfig(0.5, allocator={"name": "msp", "generations": 1, "population": 4, "parents": 2})
+    ids = tiny_batch(name, sequences=3)["input_ids"]
+    tiny(name).save_pretrained(tmp_path / "source")
+    auto = getattr(hf, ZOO[name]()[0])
+    found = make_plan(auto.from_pretrained(tmp_path / "source"), config, ids).to_dict()["layers"]
+    model = auto.from_pretrained(tmp_path / "source", device_map={"": "cpu"})
+    disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert make_plan(model, config, ids).to_dict()["layers"] == found
+    assert make_plan(open_streamed(tmp_path / "source"), config, ids).to_dict()["layers"] == found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from hf_sparsity import SparsityConfig, make_plan, prune
 from hf_sparsity.core.stats import GRAM
 from hf_sparsity.hf.batches import prepare_batches
 from hf_sparsity.hf.layers import find_layout
+from hf_sparsity.hf.source import open_streamed
 from hf_sparsity.hf.stream import stream_blocks
 from tests.hf.shrink import causal_configs, shrunk
 from tests.hf.test_stream import plain_moments
@@ -51,5 +54,34 @@ def test_every_causal_architecture():
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
     print(f"{len(passed)} exact, {len(unshrunk)} could not be shrunk: {', '.join(unshrunk)}")
+    assert not failed, "\n".join(f"{k}: {v}" for k, v in failed.items())
+    assert len(passed) >= KNOWN
+
+
+@pytest.mark.slow
+def test_every_causal_architecture_streamed(tmp_path):
+    """Read block by block, pruned and written under the checkpoint's own names: the weights of pruning in memory."""
+    passed, failed = [], {}
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    for name, config_class in causal_configs().items():
+        print(name, end=" ", flush=True)
+        model = shrunk(config_class)
+        if model is None:
+            continue
+        try:
+            source, output = tmp_path / name, tmp_path / f"{name}_sparse"
+            model.save_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source)
+            streamed = open_streamed(source)
+            plan = make_plan(model, SparsityConfig(0.5))
+            prune(model, plan, ids)
+            prune(streamed, plan, ids, output_dir=output)
+            loaded, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"], info
+            expected = model.state_dict()
+            assert [k for k, v in loaded.state_dict().items() if not torch.equal(v, expected[k])] == []
+            passed.append(name)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
     assert not failed, "\n".join(f"{k}: {v}" for k, v in failed.items())
     assert len(passed) >= KNOWN
