@@ -111,6 +111,16 @@ class Journal:
         if stored and visit and self._processes.main:
             shutil.rmtree(self._hidden(visit - 1), ignore_errors=True)
 
+    def remove(self) -> None:
+        """The output is complete. The record goes last, so that until then the run can go on."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self._file:
+                path.unlink()
+        self._file.unlink()
+        self.folder.rmdir()
+
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
         for record in records:
             self._take(record)

@@ -78,7 +78,11 @@ class Output:
         raise ValueError(f"output {str(self.path)!r} holds files that are not a sparse model; choose another")
 
     def _check(self) -> None:
-        if (self.path / MARKER).is_dir():
+        marker = self.path / MARKER
+        if marker.is_dir() and not any(marker.iterdir()) and (self.path / CONFIG_NAME).exists():
+            with suppress(OSError):  # the run was killed at its very last step; another process may be quicker
+                marker.rmdir()
+        if marker.is_dir():
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             hint = (
@@ -158,9 +162,7 @@ class Output:
                     if file.is_dir():  # a tokenizer may have folders; one is there if the run was killed here before
                         shutil.rmtree(self.path / file.name, ignore_errors=True)
                     os.replace(file, self.path / file.name)
-                removed = self.path / f".{MARKER}.done"
-                os.rename(self.journal.folder, removed)
-                shutil.rmtree(removed, ignore_errors=True)
+                self.journal.remove()
         self.processes.wait()
 
     def _write_rest(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def main(folder: Path, trials: int) -> None:
             k: v for k, v in contents(output).items() if not k.startswith("UNFINISHED")
         } != whole[name]:
             sys.exit(f"trial {trial} ({name}): the folder loads and is wrong")
-        if not output.exists() or (output / "UNFINISHED").exists():
+        if not (output / "config.json").exists() or (output / "UNFINISHED" / "journal.jsonl").exists():
             finish(fork(job, name, folder / "source", output))
         if contents(output) != whole[name]:
             sys.exit(f"trial {trial} ({name}): the resumed folder differs")

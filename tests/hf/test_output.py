@@ -279,6 +279,29 @@ def test_a_record_cut_short_counts_as_not_written(source, tmp_path, monkeypatch)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_run_killed_while_it_takes_the_marker_away(source, tmp_path, monkeypatch):
+    """What it leaves is complete; an output whose record is still there is finished again."""
+    from hf_sparsity.hf.journal import Journal
+
+    model = auto("llama").from_pretrained(source("llama"))
+    plan = make_plan(model, SparsityConfig(0.5))
+    prune(model, plan, batches("llama"), output_dir=tmp_path / "whole")
+
+    def stop(self):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Journal, "remove", stop)
+        prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / MARKER).exists()
+    prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    (tmp_path / "out" / MARKER).mkdir()  # all but the last step
+    with pytest.raises(ValueError, match="not an empty folder"):
+        prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and not (tmp_path / "out" / MARKER).exists()
+
+
 def test_hidden_states_beyond_the_limit_wait_on_disk(source, tmp_path, monkeypatch):
     from hf_sparsity.hf import spill
 
