@@ -75,9 +75,10 @@ def main(folder: Path, trials: int) -> None:
     finish(fork(save, folder / "source"))
     whole, seconds = {}, {}
     for name in JOBS:
-        start = time.monotonic()
-        finish(fork(job, name, folder / "source", folder / f"whole {name}"))
-        seconds[name] = time.monotonic() - start
+        for run in ("whole", "again"):  # the second is as fast as those that follow
+            start = time.monotonic()
+            finish(fork(job, name, folder / "source", folder / f"{run} {name}"))
+            seconds[name] = time.monotonic() - start
         whole[name] = contents(folder / f"whole {name}")
     killed = 0
     for trial in range(trials):
