@@ -28,6 +28,9 @@ _HOME = {
     "pack": "hf.pack",
     "unpack": "hf.pack",
     "SparsityCallback": "hf.callback",
+    "BlockReconstruction": "hf.reconstruct",
+    "DistillationTrainer": "hf.distill",
+    "recover": "hf.recover",
     "sparse_lora": "hf.lora",
     "load_sparse_lora": "hf.lora",
     "merge_lora": "hf.lora",
@@ -39,6 +42,8 @@ _HOME = {
 
 __all__ = [
     "Allocator",
+    "BlockReconstruction",
+    "DistillationTrainer",
     "Layer",
     "Plan",
     "Pruner",
@@ -56,6 +61,7 @@ __all__ = [
     "merge_lora",
     "pack",
     "prune",
+    "recover",
     "save_sparse",
     "sparse_lora",
     "unpack",
@@ -66,10 +72,13 @@ if TYPE_CHECKING:
     from .config import SparsityConfig
     from .hf.calibration import calibration_batches
     from .hf.callback import SparsityCallback
+    from .hf.distill import DistillationTrainer
     from .hf.evaluate import evaluate_text, measure_sparsity
     from .hf.lora import load_sparse_lora, merge_lora, sparse_lora
     from .hf.model import SparseModel
     from .hf.pack import pack, save_sparse, unpack
+    from .hf.reconstruct import BlockReconstruction
+    from .hf.recover import recover
     from .hf.sparsify import make_plan, prune
     from .plan import Plan, Report
 

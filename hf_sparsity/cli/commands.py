@@ -26,6 +26,7 @@ from ..hf.model import default_length, find_tokenizer
 from ..hf.output import Output
 from ..hf.pack import pack as pack_folder
 from ..hf.pack import unpack as unpack_folder
+from ..hf.reconstruct import BlockReconstruction
 from ..hf.source import open_streamed
 from ..hf.sparsify import make_plan
 from ..hf.sparsify import prune as prune_model
@@ -80,7 +81,8 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
     layout = find_layout(model, config.ignore)
     if made is not None:
         check_plan(made, model, layout)
-    batches = _calibration(options, config, model, tokenizer, planning=made is None)
+    reconstruct = BlockReconstruction() if options.reconstruct else None
+    batches = _calibration(options, config, model, tokenizer, planning=made is None, always=options.reconstruct)
     needs = _needs(config, planning=made is None) & STATS
     prepared = output.processes.share(prepare_batches(model, batches)) if batches is not None else []
     estimate = estimate_memory(model, layout, prepared, needs, hidden_limit=limit, journal=True)
@@ -88,7 +90,9 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
         print(tables.before(describe(layout, model), estimate))
     if made is None:
         made = make_plan(model, config, batches, output_dir=output, hidden_limit=limit)
-    report = prune_model(model, made, batches, output_dir=output, hidden_limit=limit, tokenizer=tokenizer)
+    report = prune_model(
+        model, made, batches, output_dir=output, hidden_limit=limit, tokenizer=tokenizer, reconstruct=reconstruct
+    )
     if speaks:
         print(tables.plan_table(made, report))
         print(tables.after(report))
@@ -109,9 +113,16 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
 def interrupted(options: argparse.Namespace) -> str:
     """What to say after Ctrl-C."""
     marker = Path(getattr(options, "output", None) or "") / MARKER
-    if options.command != "prune" or not marker.is_dir():
+    if options.command not in ("prune", "recover") or not marker.is_dir():
         return "interrupted; nothing was written"
     return f"interrupted; what is finished is safe in {options.output}. Start the same command again to go on"
+
+
+def recover(options: argparse.Namespace) -> dict[str, Any]:
+    """See `cli/recover.py`."""
+    from .recover import recover_command
+
+    return recover_command(options)
 
 
 def eval(options: argparse.Namespace) -> dict[str, Any]:
@@ -267,10 +278,16 @@ def _needs(config: SparsityConfig, *, planning: bool) -> frozenset[str]:
 
 
 def _calibration(
-    options: argparse.Namespace, config: SparsityConfig, model: Any, tokenizer: Any, *, planning: bool
+    options: argparse.Namespace,
+    config: SparsityConfig,
+    model: Any,
+    tokenizer: Any,
+    *,
+    planning: bool,
+    always: bool = False,
 ) -> Any:
     """Token ids, or None where nothing needs them."""
-    if not _needs(config, planning=planning):
+    if not always and not _needs(config, planning=planning):
         return None
     if options.calibration is None and options.model == DEMO:
         data: Any = [text for _, text in demo_model.texts("calibration")]

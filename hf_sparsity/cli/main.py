@@ -1,4 +1,4 @@
-"""`hf-sparsity plan | prune | eval | inspect | pack | unpack | demo`: the arguments, and exit codes.
+"""`hf-sparsity plan | prune | eval | recover | inspect | pack | unpack | demo`: the arguments, and exit codes.
 
 0: done. 1: it went wrong on the way. 2: the input was wrong; nothing was started or written.
 Heavy imports happen when a command runs, so that `--help` is quick.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
+from .recover import add_recover_arguments
 
 _MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
 
@@ -92,6 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
     )
+
+    prune.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="train each half-block's survivors against the dense model's, without labels; zeros are held",
+    )
+
+    add_recover_arguments(add("recover", "train what pruning left, every zero kept, into a new folder"))
 
     evaluate = add("eval", "perplexity on a text; with --against also KL divergence and top-1 agreement")
     _add_model(evaluate)

@@ -16,6 +16,7 @@ from .calibration import LENGTH, calibration_batches
 from .evaluate import measure_sparsity, model_plan
 from .journal import check_finished
 from .output import Output
+from .reconstruct import BlockReconstruction
 from .solve import LARGEST_DEVIATION
 from .source import open_streamed
 from .sparsify import make_plan, prune
@@ -47,6 +48,7 @@ class SparseModel:
         output_dir: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
         hidden_limit: int | None = None,
+        reconstruct: BlockReconstruction | None = None,
         **kwargs: Any,
     ) -> Any:
         """Loads a model and makes it sparse; without a config or plan, loads a sparse one and checks it.
@@ -66,6 +68,7 @@ class SparseModel:
                 again with the same arguments.
             overwrite: start anew if `output_dir` holds an unfinished run or a sparse model.
             hidden_limit: see `prune`.
+            reconstruct: see `prune`.
             **kwargs: to transformers (`dtype`, `device_map`, `revision`, ...). `trust_remote_code` is off unless given.
 
         Returns:
@@ -116,7 +119,15 @@ class SparseModel:
         if plan is None:
             assert config is not None
             plan = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit)
-        report = prune(model, plan, batches, output_dir=output, hidden_limit=hidden_limit, tokenizer=tokenizer)
+        report = prune(
+            model,
+            plan,
+            batches,
+            output_dir=output,
+            hidden_limit=hidden_limit,
+            tokenizer=tokenizer,
+            reconstruct=reconstruct,
+        )
         logger.info(
             "reached a sparsity of %.4f over %d layers (target %.4f)",
             report.sparsity,

@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..plan import LayerReport, Report, read_json, write_json
 from .checkpoint import REPORT_FILE
-from .journal import MARKER, Journal, disk_errors, write_tensors
+from .journal import MARKER, Journal, disk_errors, sync_folder, write_tensors
 from .layers import Block, Layout
 from .offload import onload
 from .processes import Processes
@@ -162,6 +162,7 @@ class Output:
                     if file.is_dir():  # a tokenizer may have folders; one is there if the run was killed here before
                         shutil.rmtree(self.path / file.name, ignore_errors=True)
                     os.replace(file, self.path / file.name)
+                sync_folder(self.path)
                 self.journal.remove()
         self.processes.wait()
 

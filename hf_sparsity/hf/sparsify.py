@@ -26,7 +26,7 @@ from ..algorithm import (
 )
 from ..config import SparsityConfig
 from ..core import budget
-from ..core.stats import STATS
+from ..core.stats import NORMS, STATS
 from ..plan import LayerPlan, LayerReport, Plan, Report
 from .batches import fingerprint, prepare_batches
 from .estimate import check_room
@@ -37,6 +37,7 @@ from .measure import Measuring, algorithms, check_finite, fall_back, share
 from .output import Output
 from .probe import Candidates, MaskedLoss
 from .processes import Processes
+from .reconstruct import STREAMS, BlockReconstruction, Reconstruction
 from .run import Run, progress
 from .solve import prune_block
 from .source import source_weights
@@ -156,6 +157,7 @@ def prune(
     overwrite: bool = False,
     hidden_limit: int | None = None,
     tokenizer: Any = None,
+    reconstruct: BlockReconstruction | None = None,
 ) -> Report:
     """Carries out a plan, in place; the plan then stands in `model.config.sparsity_config`.
 
@@ -174,10 +176,13 @@ def prune(
         hidden_limit: bytes of hidden states of the calibration batches to keep in memory; what exceeds them waits
             on disk. None: no limit.
         tokenizer: saved along with the model.
+        reconstruct: train what is left of each half-block, zeros held, until it does again what the dense one did. The
+            model has to be dense, and one process does it all. The batches' hidden states are held about seven times;
+            `hidden_limit` is for two of these.
 
     Raises:
         ValueError: a plan for another model or that misses its target; bad or missing data; an output folder with
-            other files, or with a run of other arguments.
+            other files, or with a run of other arguments; reconstruction in several processes.
         RuntimeError: a layer ended less sparse than planned, or another process of the run stopped.
         OSError: the disk is full; what is finished is safe.
     """
@@ -193,32 +198,44 @@ def prune(
         raise ValueError(
             f"pruner {pruner.name!r}{f' with {rows.name!r}' if rows else ''} needs calibration data: pass batches"
         )
+    recovery = Reconstruction.of(reconstruct, config.seed)
+    if recovery and batches is None:
+        raise ValueError("reconstruction needs calibration data: pass batches")
     if output_dir is None and source_weights(model) is not None:
         raise ValueError("a streamed model is pruned into a folder: pass output_dir")
-    data = prepare_batches(model, batches) if needs and batches is not None else []
+    data = prepare_batches(model, batches) if (needs or recovery) and batches is not None else []
+    if recovery:
+        recovery.check(len(data))
     _check_resident_weights(layout)
     processes = Processes.current()
     output = _output(output_dir, overwrite, processes)
     place = output.path if output else None
-    check_room(model, layout, share(data, processes), needs, hidden_limit=hidden_limit, output=place)
+    if recovery:
+        check_room(model, layout, data * STREAMS, needs | {NORMS}, hidden_limit=None, output=place)
+    else:
+        check_room(model, layout, share(data, processes), needs, hidden_limit=hidden_limit, output=place)
     facts: dict[str, Any] = {"model": model_fingerprint(model, layout), "data": fingerprint(data) if data else None}
     processes.agree("model, data and plan", {**facts, "plan": plan.to_dict()["layers"]})
     if output is not None:
         done = {"plan": digest(plan.to_dict()), "pruner": pruner.to_dict(), "versions": versions(), **facts}
-        output.begin("prune", done)
+        output.begin("prune", done | {"reconstruct": recovery.options.to_dict() if recovery else None})
         output.resume(model, layout)
 
     reports: dict[str, LayerReport] = output.report() if output else {}
     run = Run(processes, hidden_limit, output.journal if output else None)
-    stream = stream_blocks(model, layout, share(data, processes), needs, rewrites=True, run=run)
+    twins = recovery is not None
+    stream = stream_blocks(model, layout, share(data, processes), needs, rewrites=True, run=run, twins=twins)
     for block in progress(stream, layout, "Pruning", run, data):
         check_finite(block)
         fallbacks = fall_back(block, layout, needs)
         for layer in block.layers.values():
             layer.sparsity = plan.layers[layer.name].sparsity
             layer.pattern = Pattern.parse(plan.layers[layer.name].pattern)
+        dense = recovery.watch(block, layout.blocks[block.index]) if recovery else None
         made = prune_block(block, pruner, rows, fallbacks, processes)
         reports |= made
+        if recovery and dense:
+            recovery.train(block, dense, run.journal)
         if output is not None:
             output.write_block(model, layout, layout.blocks[block.index], made)
     report = Report(
@@ -227,9 +244,10 @@ def prune(
         skipped=layout.skipped,
         seconds=time.perf_counter() - start,
     )
-    model.config.sparsity_config = plan.to_dict() | {
-        "pruned": {"sparsity": report.sparsity, "data": fingerprint(data) if data else None, "versions": versions()}
-    }
+    pruned = {"sparsity": report.sparsity, "data": fingerprint(data) if data else None, "versions": versions()}
+    if recovery:
+        pruned["reconstruction"] = recovery.summary(layout, run.journal)
+    model.config.sparsity_config = plan.to_dict() | {"pruned": pruned}
     if output is not None:
         output.finish(model, layout, report, tokenizer)
     for name, note in report.notes.items():

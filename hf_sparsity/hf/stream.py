@@ -30,6 +30,63 @@ from .tap import Collector, Enough, MaskedProducts, Operands
 
 logger = logging.getLogger(__name__)
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Twins:
+    """All batches at one block, each of them twice: behind the pruned blocks and, beside it, behind the dense ones.
+
+    Numbers run from 0 to `count - 1` in both.
+    """
+
+    count: int
+    _batches: Sequence[Batch]
+    _arrival: Arrival
+    _spill: Spill | None
+    _keep: Callable[[int, Any], None] | None
+
+    def call(self, number: int) -> Call:
+        """The arguments that a batch brings from the pruned blocks."""
+        if self._spill:
+            self._spill.fetch(number)
+        args, kwargs = self.lasting(self._arrival.calls[number])
+        if self._spill:
+            self._spill.rest(number)
+        return args, kwargs
+
+    def lasting(self, value: Any) -> Any:
+        """Nested arguments, seen while a block runs, for later: copied if what they hold may leave memory."""
+        if isinstance(value, Tensor):
+            return value.detach().clone() if self._spill else value.detach()
+        if type(value) in (tuple, list):
+            return type(value)(map(self.lasting, value))
+        return {key: self.lasting(one) for key, one in value.items()} if type(value) is dict else value
+
+    def pruned(self, number: int) -> Any:
+        """The block's output on what the pruned blocks gave; the batch waits on, whatever happens."""
+        try:
+            return self._arrival.run(number, stay=False)
+        finally:
+            if self._spill:
+                self._spill.rest(number)
+
+    def dense(self, number: int) -> tuple[Call, Any]:
+        """(arguments, the block's output) behind the dense blocks. Once, while the block is dense: the batch walks on."""
+        number += self.count
+        args, kwargs = self._arrival.calls[number]
+        output = self._arrival.run(number, stay=False)
+        call, last = self.lasting((args, kwargs)), self.lasting(output)
+        if self._keep:
+            self._keep(number, output)
+        self._arrival.finish(number, output)
+        return call, last
+
+    def real(self, number: int, shape: torch.Size) -> Tensor | None:
+        """Where an output of this shape belongs to tokens that are not padding, `[sequences, tokens]`; None: everywhere."""
+        masks = padding(self._batches[number], self._arrival.calls[number][1])[2]
+        return next((mask for mask in masks if mask.shape == shape[:2]), None)
+
 
 @dataclass
 class StreamedBlock:
@@ -46,6 +103,9 @@ class StreamedBlock:
     _weights: dict[str, Weight] = field(repr=False)
     _onloaded: Onloaded = field(repr=False)
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    twins: Twins | None = field(
+        default=None, repr=False
+    )  # if asked for; the dense ones must walk on before any `write`
     tell: Callable[[str], None] = field(default=lambda _: None, repr=False)  # says how far work on the block is
 
     def write(self, name: str, value: Tensor) -> None:
@@ -71,6 +131,7 @@ def stream_blocks(
     after_last: Callable[[Batch, Any], None] | None = None,
     run: Run | None = None,
     only: Container[int] | None = None,
+    twins: bool = False,
 ) -> Iterator[StreamedBlock]:
     """Yields every block with prunable weights once, in the order of execution, then those that never ran.
 
@@ -83,9 +144,14 @@ def stream_blocks(
         after_last: called with each batch and the model's output for it; without it no head is computed.
         run: the processes that share the work, where inputs spill, and what is finished already.
         only: without batches, the indices of the blocks that are wanted.
+        twins: let every batch walk a second time, behind the dense blocks; the caller runs it by `StreamedBlock.twins`.
 
     A block that the model runs several times in one pass gathers its statistics over all of them, in a
     dense pass of its own before the others, and is yielded once.
+
+    Raises:
+        ValueError: `twins` with a model that runs a block several times.
+        RuntimeError: `twins`, and an interrupted run whose stored inputs are of no use.
     """
     run = run or Run()
     visited: list[int] | None = None
@@ -94,9 +160,12 @@ def stream_blocks(
             visited = run.journal.order if run.journal else None
             visited = visited or known_order(model, layout, batches[0])
             if run.journal:
-                run.journal.begin_pass(visited, len(batches))
+                run.journal.begin_pass(visited, len(batches) * (1 + twins))
             repeated = {index for index in visited if visited.count(index) > 1}
-            one = _Pass(model, layout, batches, needs, run, spill)
+            if repeated and twins:
+                name = layout.blocks[min(repeated)].name
+                raise ValueError(f"{name} runs several times in one pass; such a model cannot be reconstructed")
+            one = _Pass(model, layout, batches, needs, run, spill, twins)
             if repeated:
                 yield from one.gather(repeated)
             yield from one.walk(visited, repeated, rewrites=rewrites, after_last=after_last)
@@ -114,6 +183,12 @@ def _streamed(index: int, block: Block, onloaded: Onloaded, stats: Mapping[str, 
     return StreamedBlock(index, block.name, layers, total, block.weights, onloaded)
 
 
+_NO_WAY_BACK = (
+    "{} is pruned already, and the inputs that its dense version gave to the next block were not kept or are of no use in "
+    "this architecture: an interrupted reconstruction cannot go on here. Start anew with overwrite=True (--overwrite)"
+)
+
+
 @dataclass(frozen=True)
 class _Pass:
     """The lockstep passes over a model with inputs."""
@@ -124,9 +199,15 @@ class _Pass:
     needs: frozenset[str]
     run: Run
     spill: Spill | None
+    twins: bool = False
+
+    @property
+    def walks(self) -> Sequence[Batch]:
+        """The batches that walk through the model; the dense ones come last."""
+        return [*self.batches, *self.batches] if self.twins else self.batches
 
     def arrivals(self, after_last: Callable[[Batch, Any], None] | None = None) -> Generator[Arrival]:
-        return lockstep(drive(self.model, after_last), [b.module for b in self.layout.blocks], self.batches, self.spill)
+        return lockstep(drive(self.model, after_last), [b.module for b in self.layout.blocks], self.walks, self.spill)
 
     def walk(
         self,
@@ -144,24 +225,29 @@ class _Pass:
                 block = self.layout.blocks[arrival.index]
                 if visit < start:
                     assert journal is not None
-                    for number in range(len(self.batches)):
+                    for number in range(len(self.walks)):
                         arrival.finish(number, journal.output(number, blank=visit < start - 1))
                     continue
                 wanted = block.weights and arrival.index not in repeated and not self.run.has_finished(block)
+                last = visit + 1 == len(order) and after_last is None  # nobody wants the output of the last block
+                keep = journal.keeper(visit) if journal and not last else None
+                if self.twins and self.run.has_finished(block) and not last:
+                    raise RuntimeError(_NO_WAY_BACK.format(block.name))
                 with onload(block.module) as onloaded:
                     if wanted:
                         operands = Operands(block.weights.values())
                         stats = self.collect(arrival, block, operands, keep_outputs=not rewrites)
                         streamed = _streamed(arrival.index, block, onloaded, stats, len(self.layout.blocks))
                         del stats
+                        if self.twins:
+                            streamed.twins = Twins(len(self.batches), self.batches, arrival, self.spill, keep)
                         yield streamed
                         streamed.layers.clear()
                         if streamed.masks:
                             with MaskedProducts(operands, streamed.mask_of):
                                 _advance(arrival)
-                    last = visit + 1 == len(order) and after_last is None  # nobody wants the output of the last block
                     if not last:
-                        _advance(arrival, journal.keeper(visit) if journal else None)
+                        _advance(arrival, keep)
                 if journal:
                     journal.commit(None if last else visit)
                 if last:
@@ -235,7 +321,7 @@ class _Pass:
 
     def arrives_alike(self, start: int, journal: Journal) -> bool:
         """Whether a walk of the first batch that begins with the stored output equals its true walk from there on."""
-        pair = replace(self, batches=[self.batches[0]] * 2, spill=None)
+        pair = replace(self, batches=[self.batches[0]] * 2, spill=None, twins=False)
         try:
             with closing(pair.arrivals()) as arrivals:
                 for visit, arrival in enumerate(arrivals):

@@ -24,16 +24,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-SHAPE = dict(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=8192,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SHAPE = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def make(folder: Path, blocks: int) -> None:

@@ -43,7 +43,11 @@ def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
     )
     assert Plan.load(out) == Plan.load(plan)
     assert Report.load(tmp_path / "out" / "sparsity_report.json").sparsity == pytest.approx(0.6, abs=0.01)
-    assert {f.name for f in (tmp_path / "out").iterdir()} >= {"model.safetensors.index.json", "config.json", "tokenizer.json"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} >= {
+        "model.safetensors.index.json",
+        "config.json",
+        "tokenizer.json",
+    }
     with safe_open(tmp_path / "out" / "model-00001-of-00009.safetensors", framework="pt") as tensors:
         zeros = float((tensors.get_tensor("model.layers.0.mlp.up_proj.weight") == 0).float().mean())
     assert zeros == pytest.approx(Plan.load(plan).layers["model.layers.0.mlp.up_proj"].sparsity, abs=1 / 192)

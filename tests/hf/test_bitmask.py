@@ -14,7 +14,6 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-import hf_sparsity
 from hf_sparsity import make_plan, prune
 from hf_sparsity.hf import pack as packs
 from hf_sparsity.hf.bitmask import BitmaskConfig, BitmaskQuantizer, register

@@ -1,0 +1,99 @@
+"""`hf-sparsity recover`: train what pruning left, with every zero kept, into a new folder."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+METHODS = ("lora", "full", "reconstruct")  # those of hf/recover.py, which is too heavy to import for --help
+DEMO = "demo"
+DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
+
+
+def add_recover_arguments(command: argparse.ArgumentParser) -> None:
+    """The options, without `--json`, which every command has."""
+    command.add_argument("model", help="a sparse model's folder")
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        default="lora",
+        help="lora: masked adapters, merged at the end; full: all weights, the zeros held; reconstruct: the teacher is "
+        "pruned again, each part trained towards the dense one (default: %(default)s)",
+    )
+    command.add_argument(
+        "--data",
+        metavar="DATA",
+        help="a local text, jsonl or parquet file, or a Hub dataset; default with '--teacher demo': its calibration text",
+    )
+    command.add_argument("--column", help="of a dataset")
+    command.add_argument("--split", default="train", help="of a Hub dataset (default: %(default)s)")
+    command.add_argument(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="new or empty folder for the recovered model; an interrupted run goes on when started again",
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="start anew if the output holds an unfinished run or a sparse model"
+    )
+    command.add_argument(
+        "--teacher", metavar="MODEL", help="the dense model, a folder or Hub id or 'demo': distil from it"
+    )
+    command.add_argument("--steps", type=int, help="optimizer steps (default: 200)")
+    command.add_argument("--tokens", type=int, help="tokens to train on, instead of --steps")
+    command.add_argument("--length", type=int, help="tokens of a sequence (default: 2048 or the model's limit)")
+    command.add_argument("--batch", type=int, default=8, help="sequences of a step (default: %(default)s)")
+    command.add_argument(
+        "--accumulation",
+        type=int,
+        default=1,
+        help="parts that a batch is cut into to save memory (default: %(default)s)",
+    )
+    command.add_argument("--lr", type=float, help="largest learning rate (default: goes with 1 / width)")
+    command.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def recover_command(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs it; prints for people, or returns what `--json` prints.
+
+    Raises:
+        ValueError: no data, and everything that `recover` refuses.
+        RuntimeError: a zero was lost, or no weight changed.
+    """
+    from .. import demo
+    from ..hf.recover import recover
+
+    data, length, teacher = options.data, options.length, options.teacher
+    if data is None and teacher != DEMO:
+        raise ValueError("--data is missing: a local text, jsonl or parquet file, or a Hub dataset such as c4")
+    if data is None:
+        data, length = [text for _, text in demo.texts("calibration")], length or DEMO_LENGTH
+    names = ("steps", "tokens", "batch", "accumulation", "lr", "rank", "seed", "column", "split", "overwrite")
+    model = recover(
+        options.model,
+        data,
+        options.method,
+        output_dir=options.output,
+        teacher=demo.PATH if teacher == DEMO else teacher,
+        length=length,
+        **{name: getattr(options, name) for name in names},
+    )
+    done = dict(model.config.sparsity_config["recovered"])
+    done["perplexity"] = {when: math.exp(loss) for when, loss in done["loss"].items()}
+    if not options.json:
+        print(summary(done))
+        print(f"saved to {options.output}")
+    return {"output": options.output, **done}
+
+
+def summary(done: dict[str, Any]) -> str:
+    """What was done, in two lines; `done` as in the result of `recover_command`."""
+    steps = f"{done['steps']} steps, " if done["steps"] else ""
+    before, after = done["perplexity"]["before"], done["perplexity"]["after"]
+    sequences = done["data"]["heldout"]
+    return (
+        f"{done['method']}: {steps}{done['tokens']} tokens; every zero kept\n"
+        f"perplexity on {sequences} held-out sequences of the data: {before:.2f} before, {after:.2f} after"
+    )
