@@ -11,9 +11,10 @@ from .. import demo as demo_model
 from ..allocators import ALLOCATORS, ROW_ALLOCATORS
 from ..config import SparsityConfig
 from ..hf.calibration import calibration_batches
-from ..hf.checkpoint import check_output, save_checkpoint
 from ..hf.evaluate import evaluate_text, windows
+from ..hf.pack import save_sparse
 from ..hf.sparsify import make_plan, prune
+from ..hf.writing import check_output
 from ..plan import Plan
 from . import tables
 from .commands import DEMO_LENGTH, heldout_text, load_demo
@@ -66,7 +67,7 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         if min(rows, key=lambda row: row["selection"]) is rows[-1]:
             best, best_report = model, report
     winner = min(rows, key=lambda row: row["selection"])["allocator"]
-    save_checkpoint(best, output, report=best_report, tokenizer=tokenizer)
+    save_sparse(best, output, report=best_report, tokenizer=tokenizer)
     plans[winner].save(output / "plan.json")
     by_layer = {name: plan for name, plan in plans.items() if name in ALLOCATORS}  # row allocators leave layers alone
     picture = draw_plans(by_layer, output / "sparsities.png")

@@ -11,37 +11,56 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
+from .arguments import add_calibration, add_config, add_model, add_output
 from .recover import add_recover_arguments
-
-_MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # A scheduler's notice, and a launcher's when another of its processes died: end as on Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        from . import commands  # heavy: torch and transformers
-
-        commands.set_up_progress()
-        result = getattr(commands, options.command)(options)
-        if options.json:
-            json.dump(result, sys.stdout, indent=2)
-            print()
-        return 0
+        with _ended_like_ctrl_c():
+            return _run(options)
     except (ValueError, FileNotFoundError) as error:
         return _fail(options, error, 2)
     except (RuntimeError, OSError) as error:
         return _fail(options, error, 1)
     except KeyboardInterrupt:
+        from . import commands
+
         print(commands.interrupted(options), file=sys.stderr)
         return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    from . import commands  # heavy: torch and transformers
+
+    commands.set_up_progress()
+    result = getattr(commands, options.command)(options)
+    if options.json:
+        json.dump(result, sys.stdout, indent=2)
+        print()
+    return 0
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, a scheduler's notice and a launcher's when another of its processes died, ends a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
@@ -65,29 +84,21 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     plan = add("plan", "decide the sparsity of each layer and write the plan")
-    _add_model(plan)
-    _add_config(plan)
-    _add_calibration(plan)
+    add_model(plan)
+    add_config(plan)
+    add_calibration(plan)
     plan.add_argument("--output", required=True, metavar="FILE", help="where the plan goes, JSON")
 
     prune = add("prune", "prune a model, from a plan or in one go, and save it")
-    _add_model(prune)
+    add_model(prune)
     prune.add_argument(
         "--plan",
         metavar="FILE",
         help="carry out this plan (a JSON file or a sparse model's folder) instead of making one",
     )
-    _add_config(prune)
-    _add_calibration(prune)
-    prune.add_argument(
-        "--output",
-        required=True,
-        metavar="FOLDER",
-        help="new or empty folder for the sparse model; an interrupted run goes on when started again",
-    )
-    prune.add_argument(
-        "--overwrite", action="store_true", help="start anew if the output holds an unfinished run or a sparse model"
-    )
+    add_config(prune)
+    add_calibration(prune)
+    add_output(prune)
     prune.add_argument(
         "--stream",
         action="store_true",
@@ -103,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_recover_arguments(add("recover", "train what pruning left, every zero kept, into a new folder"))
 
     evaluate = add("eval", "perplexity on a text; with --against also KL divergence and top-1 agreement")
-    _add_model(evaluate)
+    add_model(evaluate)
     evaluate.add_argument(
         "--text",
         metavar="DATA",
@@ -133,59 +144,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", default="hf_sparsity_demo", metavar="FOLDER", help="new or empty folder (default: %(default)s)"
     )
     return parser
-
-
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help=_MODEL)
-    command.add_argument("--dtype", default="auto", help="of the loaded weights (default: the checkpoint's)")
-    command.add_argument("--device-map", metavar="MAP", help="as in transformers: 'auto', 'cpu', 'cuda:0'")
-    command.add_argument("--offload-folder", metavar="FOLDER", help="for weights that device-map puts on disk")
-    command.add_argument("--revision", help="of a Hub model")
-    command.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
-    )
-
-
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--sparsity", type=float, help="fraction of weights to remove, in [0, 1)")
-    command.add_argument(
-        "--pattern", default="unstructured", help="unstructured, N:M (N kept of M), or *:M (default: %(default)s)"
-    )
-    command.add_argument(
-        "--allocator",
-        default="uniform",
-        metavar="NAME[:KEY=VALUE,...]",
-        help="how sparse each layer is (default: %(default)s)",
-    )
-    command.add_argument("--row-allocator", metavar="NAME[:KEY=VALUE,...]", help="how sparse each row is")
-    command.add_argument(
-        "--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]", help="which weights go (default: %(default)s)"
-    )
-    command.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="leave these layers dense: names, module paths or globs; repeatable",
-    )
-    command.add_argument("--seed", type=int, default=0)
-
-
-def _add_calibration(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--calibration",
-        metavar="DATA",
-        help="a local text, jsonl or parquet file, or a Hub dataset ('c4', 'wikitext2')",
-    )
-    command.add_argument("--column", help="of a dataset")
-    command.add_argument("--sequences", type=int, help="number of calibration sequences (default: 128)")
-    command.add_argument("--length", type=int, help="tokens of each (default: 2048 or the model's limit)")
-    command.add_argument(
-        "--hidden-limit",
-        type=float,
-        metavar="GIB",
-        help="hidden states of the calibration text to keep in memory; what exceeds them waits on disk (default: all)",
-    )
 
 
 def parse_algorithm(text: str | None) -> Any:

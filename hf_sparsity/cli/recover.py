@@ -6,6 +6,8 @@ import argparse
 import math
 from typing import Any
 
+from .arguments import add_output
+
 METHODS = ("lora", "full", "reconstruct")  # those of hf/recover.py, which is too heavy to import for --help
 DEMO = "demo"
 DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
@@ -28,15 +30,7 @@ def add_recover_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--column", help="of a dataset")
     command.add_argument("--split", default="train", help="of a Hub dataset (default: %(default)s)")
-    command.add_argument(
-        "--output",
-        required=True,
-        metavar="FOLDER",
-        help="new or empty folder for the recovered model; an interrupted run goes on when started again",
-    )
-    command.add_argument(
-        "--overwrite", action="store_true", help="start anew if the output holds an unfinished run or a sparse model"
-    )
+    add_output(command)
     command.add_argument(
         "--teacher", metavar="MODEL", help="the dense model, a folder or Hub id or 'demo': distil from it"
     )

@@ -54,7 +54,7 @@ def prepare_batches(model: PreTrainedModel, batches: Tensor | Iterable[Mapping[s
                 and "input_ids" in one
             ):
                 one["decoder_input_ids"] = one["input_ids"]
-            prepared.append({k: v.to(_input_device(model)) for k, v in one.items()})
+            prepared.append({k: v.to(input_device(model)) for k, v in one.items()})
     if not prepared:
         raise ValueError("the calibration data is empty: give at least one sequence")
     return prepared
@@ -128,7 +128,7 @@ def _without_padding(tensors: dict[str, Tensor], number: int) -> list[dict[str, 
     return cut
 
 
-def _input_device(model: PreTrainedModel) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where the embeddings are computed; accelerate's hooks move inputs on from there."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)

@@ -75,9 +75,11 @@ def calibration_batches(
     length = length or min(LENGTH, int(limit))
     wanted = sequences or SEQUENCES
     rng = random.Random(seed)
-    documents = _documents(data, tokenizer, column, split, seed, rng)
+    documents = read_documents(data, tokenizer, column, split, seed, rng)
     rows = (
-        _pack(documents, tokenizer, wanted, length) if packing == "full" else _windows(documents, wanted, length, rng)
+        packed_rows(documents, tokenizer, wanted, length)
+        if packing == "full"
+        else _windows(documents, wanted, length, rng)
     )
     if not rows:
         raise ValueError(
@@ -110,7 +112,7 @@ def _from_tensor(ids: Tensor, sequences: int | None, length: int | None) -> Tens
     return ids[:sequences, :length].to(torch.int64)
 
 
-def _documents(
+def read_documents(
     data: Any, tokenizer: Any, column: str | None, split: str, seed: int, rng: random.Random
 ) -> Iterator[list[int]]:
     """Token ids of one document after another, in an order drawn by seed."""
@@ -179,7 +181,8 @@ def _tokens(document: Any, tokenizer: Any, column: str | None) -> list[int]:
     raise ValueError(f"a calibration document is a {type(document).__name__}; a text, a chat or token ids are expected")
 
 
-def _pack(documents: Iterable[list[int]], tokenizer: Any, wanted: int, length: int) -> list[list[int]]:
+def packed_rows(documents: Iterable[list[int]], tokenizer: Any, wanted: int, length: int) -> list[list[int]]:
+    """Documents joined, an end token between them, and cut into at most `wanted` rows of `length` tokens."""
     end = getattr(tokenizer, "eos_token_id", None)
     stream: list[int] = []
     for document in documents:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .batches import _input_device as input_device
-from .evaluate import evaluating
+from .batches import input_device
+from .drive import evaluating
 
 CHUNK = 2**24  # logits that are float32 at a time: 64 MiB a tensor
 

@@ -97,20 +97,29 @@ def visits(model: PreTrainedModel, layout: Layout, batch: Batch) -> list[int]:
 
 
 @contextmanager
-def prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and experts computed one by one so that each one's inputs can be seen; restored after."""
-    training = {module: module.training for module in model.modules()}
-    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside, the previous modes after."""
+    before: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        if experts:
-            model.set_experts_implementation("eager")
         yield
     finally:
-        if experts:
-            model.set_experts_implementation(experts)
-        for module, mode in training.items():
+        for module, mode in before.items():
             module.training = mode
+
+
+@contextmanager
+def prepared(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and experts computed one by one so that each one's inputs can be seen; restored after."""
+    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    with evaluating(model):
+        try:
+            if experts:
+                model.set_experts_implementation("eager")
+            yield
+        finally:
+            if experts:
+                model.set_experts_implementation(experts)
 
 
 def release_memory() -> None:

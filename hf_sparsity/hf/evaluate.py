@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..plan import LayerReport, Plan, Report
 from .batches import prepare_batches
-from .drive import Batch
-from .layers import find_layout
+from .drive import Batch, evaluating
+from .layers import Layout, find_layout
 from .offload import onload
 
 LOGITS = 2**25  # numbers in one batch's logits while evaluating: 128 MiB in float32
@@ -44,9 +42,7 @@ def measure_sparsity(model: PreTrainedModel, ignore: tuple[str, ...] | None = No
     `.sparsity` is the whole's, `.layers[name].sparsity` a layer's. `ignore` defaults to the plan's.
     """
     plan = model_plan(model)
-    if ignore is None:
-        ignore = tuple(plan.config.get("ignore", ())) if plan else ()
-    layout = find_layout(model, ignore)
+    layout = planned_layout(model) if ignore is None else find_layout(model, ignore)
     layers = {}
     for block in layout.blocks:
         with onload(block.module):
@@ -62,6 +58,12 @@ def model_plan(model: PreTrainedModel) -> Plan | None:
     """The plan in the model's config, or None; `ValueError` when it is malformed."""
     stored = getattr(model.config, "sparsity_config", None)
     return None if stored is None else Plan.from_dict(stored)
+
+
+def planned_layout(model: PreTrainedModel) -> Layout:
+    """What the model's plan is about; without one, everything that can be pruned."""
+    plan = model_plan(model)
+    return find_layout(model, tuple(plan.config.get("ignore", ())) if plan is not None else ())
 
 
 def evaluate_text(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> Quality:
@@ -137,15 +139,3 @@ def windows(text: str, tokenizer: Any, length: int) -> Tensor:
             f"the text has {len(ids)} tokens, fewer than one window of {length}; give more text or a smaller length"
         )
     return torch.tensor(ids[: count * length]).reshape(count, length)
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside, the previous modes after."""
-    before: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..algorithm import Pattern, Pruner
@@ -106,9 +107,14 @@ def _sampled(layout: Layout, *, lend: bool = False) -> str | None:
                     return None
                 if weight.parameter not in sampled:
                     sampled.add(weight.parameter)
-                    flat = parameter.detach().reshape(-1)
-                    values.update(flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64).numpy().tobytes())
+                    values.update(sample(parameter))
     return values.hexdigest()
+
+
+def sample(parameter: Tensor) -> bytes:
+    """At least 64 values, evenly spread (all, if there are fewer), as float64: for a fingerprint."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64).numpy().tobytes()
 
 
 def versions() -> dict[str, str]:

@@ -7,8 +7,7 @@ with as many zeros as `prune` would give it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,11 @@ from ..core.stats import InputStats
 from ..plan import Plan
 from ..pruners.magnitude import Magnitude
 from ..pruners.wanda import Wanda
-from .evaluate import evaluating
+from .drive import prepared
 from .fit import plan_config
 from .held import HeldZeros
 from .layers import Weight
+from .measure import FEWEST_TOKENS
 from .tap import InputTap, Operands
 
 SCHEDULES = {
@@ -34,7 +34,6 @@ SCHEDULES = {
     "linear": lambda way: 1 - way,
 }
 MEMORY = 0.9  # share of the earlier batches in the running input norms at each update
-FEWEST_TOKENS = 16  # as in `prune`: an expert that saw fewer is scored by magnitude
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class RunningNorms:
             sums[weight.name][-1] += rows.shape[0]
 
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch", "use_cache")}
-        with evaluating(model), _experts_one_by_one(model), InputTap(Operands(self.weights), add):
+        with prepared(model), InputTap(Operands(self.weights), add):
             model(**inputs, use_cache=False)
         for name, total in sums.items():
             if dist.is_available() and dist.is_initialized():
@@ -159,15 +158,3 @@ class RunningNorms:
         stats = InputStats(needs)
         stats.mean_sq = self.mean_sq[weight.name]
         return stats
-
-
-@contextmanager
-def _experts_one_by_one(model: PreTrainedModel) -> Iterator[None]:
-    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
-    try:
-        if experts:
-            model.set_experts_implementation("eager")
-        yield
-    finally:
-        if experts:
-            model.set_experts_implementation(experts)

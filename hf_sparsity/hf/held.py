@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .fit import sample
 from .layers import Weight
-
-SAMPLES = 64  # values of each parameter that go into a fingerprint
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -182,9 +181,7 @@ def fingerprint(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             return None
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)].to("cpu", torch.float64)
-        values.update(name.encode() + sample.numpy().tobytes())
+        values.update(name.encode() + sample(parameter))
     return values.hexdigest()
 
 

@@ -10,19 +10,17 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from .processes import Processes
+from .writing import disk_errors, uninterrupted, write_tensors
 
 MARKER = "UNFINISHED"
 
@@ -192,71 +190,6 @@ def check_finished(folder: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"{folder} is unfinished: its run was interrupted. Start the same command again to complete it"
         )
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file under a temporary name, safely on disk before it gets its own."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with uninterrupted(), disk_errors(path.parent):
-        try:
-            save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a loss of power, where the system can open folders."""
-    with suppress(PermissionError, IsADirectoryError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-class WriteError(OSError):
-    """A write failed; what was finished before is safe."""
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """A failed write as a `WriteError` that says what is safe and what to do."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free / 2**30 if folder.exists() else 0
-        raise WriteError(
-            f"writing to {folder} failed ({error}; {free:.2f} GiB free). What is finished is safe: "
-            "make room, and start the same command again to go on"
-        ) from error
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C, and a SIGTERM that somebody handles, wait until a write is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[tuple[int, Any]] = []
-    found = ((number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM))
-    handlers: dict[int, Callable[[int, Any], Any]] = {number: one for number, one in found if callable(one)}
-    for number in handlers:
-        signal.signal(number, lambda *given: pressed.append(given))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in pressed[:1]:
-            handlers[number](number, frame)
 
 
 def _read(path: Path, *, repair: bool) -> list[dict[str, Any]]:

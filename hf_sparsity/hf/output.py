@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..plan import LayerReport, Report, read_json, write_json
-from .checkpoint import REPORT_FILE
-from .journal import MARKER, Journal, disk_errors, sync_folder, write_tensors
+from .checkpoint import REPORT_FILE, check_written
+from .journal import MARKER, Journal
 from .layers import Block, Layout
 from .offload import onload
 from .processes import Processes
 from .source import read_blocks, source_weights
+from .writing import disk_errors, sync_folder, write_tensors
 
 
 class Output:
@@ -56,8 +57,9 @@ class Output:
         if self.processes.main:
             if self._wipe:
                 (self.path / CONFIG_NAME).unlink(missing_ok=True)  # first, so that nothing loads what is left
-                for file in [*self.path.glob("model*.safetensors"), self.path / SAFE_WEIGHTS_INDEX_NAME]:
-                    file.unlink(missing_ok=True)
+                for stem in ("model", "sparse"):  # dense and packed weights, and their indexes
+                    for file in self.path.glob(f"{stem}*.safetensors*"):
+                        file.unlink()
                 shutil.rmtree(self.path / MARKER, ignore_errors=True)
             with disk_errors(self.path):
                 (self.path / MARKER).mkdir(parents=True, exist_ok=True)
@@ -126,8 +128,7 @@ class Output:
             file = self._shard(layout, layout.blocks.index(block))
             state = {name: _tensor(model, name) for name in names}
             tensors = self._write(model, file, state)
-            if _zeros(self.path / file) < sum(layer.zeros for layer in layers.values()):
-                raise RuntimeError(f"{file} has fewer zeros than pruning made; please report this")
+            check_written([self.path / file], layers)
             record |= {"file": file, "tensors": tensors}
             if (streamed := source_weights(model)) is not None:
                 streamed.redirect(block.name, self.path, dict.fromkeys(tensors, file))
@@ -149,22 +150,28 @@ class Output:
     def finish(self, model: PreTrainedModel, layout: Layout, report: Report, tokenizer: Any = None) -> None:
         """Writes what is not in a pruned block, the index, the config; the folder is complete then."""
         if self.processes.main:
-            place = self.journal.folder / "final"
-            shutil.rmtree(place, ignore_errors=True)
-            with disk_errors(self.path):
-                index = self._write_rest(model, layout)
+            with self.finishing(report, tokenizer) as place:
+                write_json(place / SAFE_WEIGHTS_INDEX_NAME, self._write_rest(model, layout))
                 _save_config(model, place)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(place)
-                report.save(place / REPORT_FILE)
-                write_json(place / SAFE_WEIGHTS_INDEX_NAME, index)
-                for file in sorted(place.iterdir(), key=lambda file: file.name == CONFIG_NAME):
-                    if file.is_dir():  # a tokenizer may have folders; one is there if the run was killed here before
-                        shutil.rmtree(self.path / file.name, ignore_errors=True)
-                    os.replace(file, self.path / file.name)
-                sync_folder(self.path)
-                self.journal.remove()
         self.processes.wait()
+
+    @contextmanager
+    def finishing(self, report: Report, tokenizer: Any = None) -> Iterator[Path]:
+        """A folder inside the unfinished one: what is put there moves out, `config.json` last, and all is complete."""
+        place = self.journal.folder / "final"
+        shutil.rmtree(place, ignore_errors=True)
+        with disk_errors(self.path):
+            place.mkdir()
+            yield place
+            if tokenizer is not None:
+                tokenizer.save_pretrained(place)
+            report.save(place / REPORT_FILE)
+            for file in sorted(place.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+                if file.is_dir():  # a tokenizer may have folders; one is there if the run was killed here before
+                    shutil.rmtree(self.path / file.name, ignore_errors=True)
+                os.replace(file, self.path / file.name)
+            sync_folder(self.path)
+            self.journal.remove()
 
     def _write_rest(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         """Shards of what no pruned block holds; returns the index of all."""
@@ -234,20 +241,8 @@ def _lent(model: PreTrainedModel, name: str) -> Tensor:
         return _tensor(model, name).clone()
 
 
-def _zeros(file: Path) -> int:
-    """Zeros in all matrices of a file, read tensor by tensor."""
-    zeros = 0
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (not a dict)
-            tensor = tensors.get_tensor(name)
-            if tensor.ndim >= 2:
-                zeros += tensor.numel() - int(torch.count_nonzero(tensor))
-    return zeros
-
-
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
     """config.json, generation_config.json and code that came with the model, as `save_pretrained` writes them."""
-    folder.mkdir(parents=True)
     if model.is_remote_code():
         custom_object_save(model, str(folder), config=model.config)  # type: ignore[arg-type]
     model.config.architectures = [type(model).__name__]

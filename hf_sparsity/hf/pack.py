@@ -24,7 +24,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +37,8 @@ from transformers import PreTrainedModel
 from ..core import packing
 from ..core.bits import GROUPS
 from ..plan import LARGEST_FILE, Plan, Report, read_json, write_json
-from .checkpoint import REPORT_FILE, check_output, count_zeros
+from .checkpoint import REPORT_FILE, check_written
+from .writing import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def save_sparse(
         raise ValueError(f"layout {layout!r} is unknown; use 'dense' or 'bitmask'")
     if layout == "bitmask":
         _refuse(model.config.to_dict())
-    with _new_folder(path) as temporary:
+    with new_folder(path) as temporary:
         dense = temporary / ".dense" if layout == "bitmask" else temporary
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         model.save_pretrained(dense, **options)
@@ -89,9 +89,7 @@ def save_sparse(
             tokenizer.save_pretrained(dense)
         if report is not None:
             report.save(dense / REPORT_FILE)
-            written, expected = count_zeros(dense), sum(layer.zeros for layer in report.layers.values())
-            if written < expected:
-                raise RuntimeError(f"the files have {written} zeros where pruning made {expected}; nothing was saved")
+            check_written(dense.glob("*.safetensors"), report.layers)
         if layout == "bitmask":
             _pack(dense, temporary, consume=True)
             shutil.rmtree(dense)
@@ -108,7 +106,7 @@ def pack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path
         ValueError: `output` holds files; the folder is packed or quantized already, has no plan in its `config.json`,
             nothing worth packing, or files that are damaged or point outside it.
     """
-    with _new_folder(output) as temporary:
+    with new_folder(output) as temporary:
         _pack(Path(folder), temporary)
     return Path(output)
 
@@ -127,7 +125,7 @@ def unpack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pa
     described = check_description(config.get("quantization_config"))
     sources = [folder / name for name in described["files"]]
     verify(sources, described)
-    with _new_folder(output) as temporary:
+    with new_folder(output) as temporary:
         _copy_others(folder, temporary)
         for key in ("quantization_config", "transformers_weights"):
             config.pop(key, None)
@@ -224,23 +222,6 @@ def _check_name(name: Any, stem: str) -> None:
 
 
 # ---- writing
-
-
-@contextmanager
-def _new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name at the end, or vanishes."""
-    path = check_output(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        if path.exists():
-            path.rmdir()
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import random
-import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -27,14 +26,13 @@ from transformers.utils import CONFIG_NAME
 from ..plan import Report
 from .batches import fingerprint as data_fingerprint
 from .batches import prepare_batches
-from .calibration import _documents, _pack, calibration_batches
-from .checkpoint import REPORT_FILE, count_zeros
+from .calibration import calibration_batches, packed_rows, read_documents
+from .checkpoint import REPORT_FILE, check_written
 from .distill import check_teacher, check_weights
-from .evaluate import evaluate_text, measure_sparsity, model_plan
+from .evaluate import evaluate_text, measure_sparsity, model_plan, planned_layout
 from .fit import versions
 from .held import fingerprint
-from .journal import MARKER, Journal, check_finished, disk_errors
-from .layers import find_layout
+from .journal import MARKER, Journal, check_finished
 from .model import SparseModel, check_zeros, default_length, find_tokenizer
 from .output import Output
 from .retrain import Options, retrain
@@ -223,8 +221,8 @@ def _rows(data: Any, tokenizer: Any, options: Options, column: str | None, split
     if isinstance(data, Tensor):
         return calibration_batches(data, length=options.length)
     wanted = math.ceil(options.steps * options.batch * HELDOUT / (HELDOUT - 1)) + 1
-    documents = _documents(data, tokenizer, column, split, options.seed, random.Random(options.seed))
-    rows = _pack(documents, tokenizer, wanted, options.length)
+    documents = read_documents(data, tokenizer, column, split, options.seed, random.Random(options.seed))
+    rows = packed_rows(documents, tokenizer, wanted, options.length)
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, options.length)
 
 
@@ -313,9 +311,7 @@ def _loss(model: Any, heldout: Tensor) -> float:
 
 def _zeros(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """Which values of each parameter with planned weights are 0: one bit each, by name."""
-    plan = model_plan(model)
-    layout = find_layout(model, tuple(plan.config.get("ignore", ())) if plan is not None else ())
-    names = {weight.parameter for weight in layout.weights.values()}
+    names = {weight.parameter for weight in planned_layout(model).weights.values()}
     return {n: np.packbits((p.detach() == 0).cpu().numpy()) for n, p in model.named_parameters() if n in names}
 
 
@@ -329,25 +325,8 @@ def _check_kept(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray
 
 
 def _finish(model: Any, output: Output, tokenizer: Any) -> None:
-    """Writes everything inside `UNFINISHED`, then moves it out, `config.json` last."""
-    place = output.journal.folder / "final"
-    shutil.rmtree(place, ignore_errors=True)
-    with disk_errors(output.path):
+    made = output.journal.folder / "model" / REPORT_FILE  # by reconstruction
+    report = Report.load(made) if made.exists() else measure_sparsity(model)
+    with output.finishing(report, tokenizer) as place:
         model.save_pretrained(place)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(place)
-        made = output.journal.folder / "model" / REPORT_FILE  # by reconstruction
-        report = Report.load(made) if made.exists() else measure_sparsity(model)
-        report.save(place / REPORT_FILE)
-        written, expected = count_zeros(place), sum(layer.zeros for layer in report.layers.values())
-        if written < expected:
-            raise RuntimeError(
-                f"the files have {written} zeros where the model has {expected}; the folder stays unfinished"
-            )
-        for file in sorted(place.iterdir(), key=lambda file: file.name == CONFIG_NAME):
-            if file.is_dir():
-                shutil.rmtree(output.path / file.name, ignore_errors=True)
-            os.replace(file, output.path / file.name)
-        removed = output.path / f".{MARKER}.done"
-        os.rename(output.journal.folder, removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        check_written(place.glob("*.safetensors"), report.layers)

@@ -16,9 +16,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from .callback import SparsityCallback
 from .distill import DistillationTrainer
-from .evaluate import model_plan
+from .evaluate import planned_layout
 from .journal import Journal
-from .layers import find_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +68,7 @@ def retrain(model: Any, teacher: Any, rows: Tensor, options: Options, journal: J
 
 def _targets(model: Any) -> dict[str, Any]:
     """Every planned layer by its full name; peft's "all-linear" would take routers along and leave fused experts out."""
-    plan = model_plan(model)
-    weights = find_layout(model, tuple(plan.config.get("ignore", ())) if plan is not None else ()).weights.values()
+    weights = planned_layout(model).weights.values()
     experts = sorted({weight.parameter for weight in weights if weight.expert is not None})
     linear = [weight.name for weight in weights if weight.expert is None]
     return {"target_modules": linear} | ({"target_parameters": experts} if experts else {})

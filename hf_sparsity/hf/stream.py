@@ -154,6 +154,8 @@ def stream_blocks(
         RuntimeError: `twins`, and an interrupted run whose stored inputs are of no use.
     """
     run = run or Run()
+    if run.journal and all(run.has_finished(block) for block in layout.blocks if block.weights):
+        return
     visited: list[int] | None = None
     if batches:
         with prepared(model), run.spilling(model, batches) as spill:

@@ -333,9 +333,9 @@ def _noting(function, seen):
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing(source, tmp_path, monkeypatch):
-    from hf_sparsity.hf import journal
+    from hf_sparsity.hf import writing
 
-    save, left = journal.save_file, [9]
+    save, left = writing.save_file, [9]
 
     def full(tensors, path, metadata=None):
         if not left[0]:
@@ -348,10 +348,40 @@ def test_a_full_disk_is_an_error_that_loses_nothing(source, tmp_path, monkeypatc
     plan = make_plan(model, SparsityConfig(0.5))
     prune(model, plan, batches("llama"), output_dir=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "save_file", full)
+        patch.setattr(writing, "save_file", full)
         model = auto("llama").from_pretrained(source("llama"))
         with pytest.raises(OSError, match="make room"):
             prune(model, plan, batches("llama"), output_dir=tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.partial"))
     prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_with_nothing_left_computes_nothing(source, tmp_path, monkeypatch):
+    from hf_sparsity.hf.output import Output
+    from hf_sparsity.hf.stream import _Pass
+
+    model = auto("llama").from_pretrained(source("llama"))
+    plan = make_plan(model, SparsityConfig(0.5))
+
+    def stop(*_, **__):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Output, "finish", stop)
+        prune(model, plan, batches("llama"), output_dir=tmp_path / "out")
+    monkeypatch.setattr(_Pass, "arrivals", stop)
+    prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out" / MARKER).exists()
+
+
+def test_overwriting_a_packed_model_leaves_nothing_of_it(source, tmp_path):
+    from hf_sparsity import pack
+
+    model = auto("llama").from_pretrained(source("llama"))
+    plan = make_plan(model, SparsityConfig(0.5))
+    prune(model, plan, batches("llama"), output_dir=tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    model = auto("llama").from_pretrained(source("llama"))
+    prune(model, plan, batches("llama"), output_dir=tmp_path / "packed", overwrite=True)
+    assert contents(tmp_path / "packed") == contents(tmp_path / "dense")
