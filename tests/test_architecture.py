@@ -29,11 +29,12 @@ MAY_IMPORT = {
     "core": {"core"},
     "plan.py": set(),
     "demo": set(),
+    "pictures": {"plan.py", "pictures"},
     "algorithm.py": {"core"},
     "allocators": {"core", "algorithm.py"},
     "pruners": {"core", "algorithm.py"},
     "config.py": {"core", "algorithm.py", "allocators", "pruners"},
-    "hf": {"core", "plan.py", "algorithm.py", "allocators", "pruners", "config.py", "hf"},
+    "hf": {"core", "plan.py", "algorithm.py", "allocators", "pruners", "config.py", "pictures", "hf"},
     "cli": {
         "core",
         "plan.py",
@@ -41,6 +42,7 @@ MAY_IMPORT = {
         "allocators",
         "pruners",
         "config.py",
+        "pictures",
         "hf",
         "cli",
         "demo",
@@ -50,7 +52,11 @@ MAY_IMPORT = {
     "__main__.py": {"cli"},
 }
 TORCH = {"core", "algorithm.py", "allocators", "pruners", "hf", "cli"}
-OTHERS = {"hf": {"tqdm", "numpy", "psutil", *HUGGING_FACE}, "cli": {"tqdm", "matplotlib", *HUGGING_FACE}}
+OTHERS = {
+    "pictures": {"matplotlib"},
+    "hf": {"tqdm", "numpy", "psutil", "lm_eval", *HUGGING_FACE},
+    "cli": {"tqdm", "numpy", *HUGGING_FACE},
+}
 
 
 def part(path: Path) -> str:

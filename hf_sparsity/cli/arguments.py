@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 _MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
 
@@ -74,3 +75,29 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--overwrite", action="store_true", help="start anew if the output holds an unfinished run or a sparse model"
     )
+
+
+def parse_algorithm(text: str | None) -> Any:
+    """`name:key=value,...` -> `{"name": ..., ...}`; values are numbers, true, false, none or strings."""
+    if text is None or ":" not in text:
+        return text
+    name, _, rest = text.partition(":")
+    values: dict[str, Any] = {"name": name}
+    for pair in rest.split(","):
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{text!r}: {pair!r} is not KEY=VALUE; write for example owl:outlier=7,spread=0.12")
+        values[key.strip().replace("-", "_")] = _value(value.strip())
+    return values
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

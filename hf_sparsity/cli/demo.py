@@ -7,24 +7,33 @@ import sys
 import time
 from typing import Any
 
-from .. import demo as demo_model
-from ..allocators import ALLOCATORS, ROW_ALLOCATORS
-from ..config import SparsityConfig
-from ..hf.calibration import calibration_batches
-from ..hf.evaluate import evaluate_text, windows
-from ..hf.pack import save_sparse
-from ..hf.sparsify import make_plan, prune
-from ..hf.writing import check_output
-from ..plan import Plan
-from . import tables
-from .commands import DEMO_LENGTH, heldout_text, load_demo
-from .main import parse_algorithm
+from .arguments import parse_algorithm
 
+HELP = "prune the embedded model with every allocator, compare, save the best, draw it"
 SEQUENCES = 32  # of calibration; eight more are the text by which the best is chosen
 
 
-def demo(options: argparse.Namespace) -> dict[str, Any]:
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    command.add_argument("--sparsity", type=float, default=0.6)
+    command.add_argument("--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]")
+    command.add_argument(
+        "--output", default="hf_sparsity_demo", metavar="FOLDER", help="new or empty folder (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Every allocator on the embedded model; the best by calibration text is saved and drawn."""
+    from .. import demo as demo_model
+    from ..allocators import ALLOCATORS
+    from ..config import SparsityConfig
+    from ..hf.calibration import calibration_batches
+    from ..hf.evaluate import evaluate_text, windows
+    from ..hf.pack import save_sparse
+    from ..hf.sparsify import make_plan, prune
+    from ..hf.writing import check_output
+    from . import tables
+    from .loading import DEMO_LENGTH, heldout_text, load_demo
     from .pictures import draw_plans  # matplotlib: asked for before the work, not after it
 
     output = check_output(options.output)
@@ -42,7 +51,7 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     heldout = windows(heldout_text(), tokenizer, DEMO_LENGTH)
     before = evaluate_text(dense, heldout).perplexity
     rows: list[dict[str, Any]] = []
-    plans: dict[str, Plan] = {}
+    plans = {}
     for name, allocator, row_allocator in _runs():
         config = SparsityConfig(
             sparsity=base.sparsity, pruner=base.pruner, allocator=allocator, row_allocator=row_allocator
@@ -81,6 +90,8 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
 
 def _runs() -> list[tuple[str, Any, Any]]:
     """(name, allocator, row allocator) of each row of the table."""
+    from ..allocators import ALLOCATORS, ROW_ALLOCATORS
+
     # The search is the one costly method; a small population shows what it does.
     special = {"msp": {"name": "msp", "population": 8, "generations": 3, "parents": 2}}
     runs: list[tuple[str, Any, Any]] = [(name, special.get(name, name), None) for name in ALLOCATORS]

@@ -1,12 +1,14 @@
-"""`hf-sparsity plan | prune | eval | recover | inspect | pack | unpack | demo`: the arguments, and exit codes.
+"""`hf-sparsity COMMAND`: the commands and their exit codes.
 
 0: done. 1: it went wrong on the way. 2: the input was wrong; nothing was started or written.
-Heavy imports happen when a command runs, so that `--help` is quick.
+A command is a file: `HELP`, `add_arguments(command)`, and `run(options)`, which prints for people and returns what `--json`
+prints. Heavy imports happen when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import signal
@@ -14,11 +16,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from types import ModuleType
 
 from .. import __version__
-from .arguments import add_calibration, add_config, add_model, add_output
-from .recover import add_recover_arguments
+
+COMMANDS = ("plan", "prune", "recover", "eval", "inspect", "pack", "unpack", "demo")
+RESUMABLE = ("prune", "recover")
+UNFINISHED = "UNFINISHED"  # hf/journal.py's, which is too heavy to import for --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,17 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         return _fail(options, error, 1)
     except KeyboardInterrupt:
-        from . import commands
-
-        print(commands.interrupted(options), file=sys.stderr)
+        print(_interrupted(options), file=sys.stderr)
         return 130
 
 
 def _run(options: argparse.Namespace) -> int:
-    from . import commands  # heavy: torch and transformers
+    if not sys.stderr.isatty():  # transformers' own bars, too, only where a person looks at a terminal
+        from transformers.utils import logging as transformers_logging
 
-    commands.set_up_progress()
-    result = getattr(commands, options.command)(options)
+        transformers_logging.disable_progress_bar()
+    result = _module(options.command).run(options)
     if options.json:
         json.dump(result, sys.stdout, indent=2)
         print()
@@ -63,6 +67,13 @@ def _ended_like_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _interrupted(options: argparse.Namespace) -> str:
+    marker = Path(getattr(options, "output", None) or "") / UNFINISHED
+    if options.command not in RESUMABLE or not marker.is_dir():
+        return "interrupted; nothing was written"
+    return f"interrupted; what is finished is safe in {options.output}. Start the same command again to go on"
+
+
 def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
     if options.json:
         print(json.dumps({"error": str(error)}))
@@ -77,99 +88,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_sparsity {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+    for name in COMMANDS:
+        module = _module(name)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-        return command
-
-    plan = add("plan", "decide the sparsity of each layer and write the plan")
-    add_model(plan)
-    add_config(plan)
-    add_calibration(plan)
-    plan.add_argument("--output", required=True, metavar="FILE", help="where the plan goes, JSON")
-
-    prune = add("prune", "prune a model, from a plan or in one go, and save it")
-    add_model(prune)
-    prune.add_argument(
-        "--plan",
-        metavar="FILE",
-        help="carry out this plan (a JSON file or a sparse model's folder) instead of making one",
-    )
-    add_config(prune)
-    add_calibration(prune)
-    add_output(prune)
-    prune.add_argument(
-        "--stream",
-        action="store_true",
-        help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
-    )
-
-    prune.add_argument(
-        "--reconstruct",
-        action="store_true",
-        help="train each half-block's survivors against the dense model's, without labels; zeros are held",
-    )
-
-    add_recover_arguments(add("recover", "train what pruning left, every zero kept, into a new folder"))
-
-    evaluate = add("eval", "perplexity on a text; with --against also KL divergence and top-1 agreement")
-    add_model(evaluate)
-    evaluate.add_argument(
-        "--text",
-        metavar="DATA",
-        help="a local text, jsonl or parquet file, or a Hub dataset; default for 'demo' shapes: its held-out text",
-    )
-    evaluate.add_argument("--split", default="test", help="of a Hub dataset (default: test)")
-    evaluate.add_argument("--column", help="of a dataset")
-    evaluate.add_argument("--against", metavar="MODEL", help="the dense model to compare with")
-    evaluate.add_argument("--length", type=int, help="tokens per window (default: 2048 or the model's limit)")
-    evaluate.add_argument("--windows", type=int, help="score only the first so many windows")
-
-    inspect = add("inspect", "table of a sparse model or plan: per block and projection, reached against planned")
-    inspect.add_argument("path", help="a sparse model's folder, or a plan.json")
-
-    for name, text in (
-        ("pack", "store a sparse folder small: one bit per pruned weight and the values that are left"),
-        ("unpack", "make an ordinary checkpoint of a packed folder"),
-    ):
-        command = add(name, text)
-        command.add_argument("folder", help="a sparse model's folder")
-        command.add_argument("output", help="new or empty folder")
-
-    demo = add("demo", "prune the embedded model with every allocator, compare, save the best, draw it")
-    demo.add_argument("--sparsity", type=float, default=0.6)
-    demo.add_argument("--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]")
-    demo.add_argument(
-        "--output", default="hf_sparsity_demo", metavar="FOLDER", help="new or empty folder (default: %(default)s)"
-    )
+        module.add_arguments(command)
     return parser
 
 
-def parse_algorithm(text: str | None) -> Any:
-    """`name:key=value,...` -> `{"name": ..., ...}`; values are numbers, true, false, none or strings."""
-    if text is None or ":" not in text:
-        return text
-    name, _, rest = text.partition(":")
-    values: dict[str, Any] = {"name": name}
-    for pair in rest.split(","):
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{text!r}: {pair!r} is not KEY=VALUE; write for example owl:outlier=7,spread=0.12")
-        values[key.strip().replace("-", "_")] = _value(value.strip())
-    return values
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f".{command}", __package__)
 
 
 if __name__ == "__main__":

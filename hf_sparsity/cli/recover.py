@@ -9,12 +9,13 @@ from typing import Any
 from .arguments import add_output
 
 METHODS = ("lora", "full", "reconstruct")  # those of hf/recover.py, which is too heavy to import for --help
+HELP = "train what pruning left, every zero kept, into a new folder"
 DEMO = "demo"
 DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
 
 
-def add_recover_arguments(command: argparse.ArgumentParser) -> None:
-    """The options, without `--json`, which every command has."""
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", help="a sparse model's folder")
     command.add_argument(
         "--method",
@@ -49,7 +50,7 @@ def add_recover_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
 
 
-def recover_command(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs it; prints for people, or returns what `--json` prints.
 
     Raises:
@@ -83,7 +84,7 @@ def recover_command(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(done: dict[str, Any]) -> str:
-    """What was done, in two lines; `done` as in the result of `recover_command`."""
+    """What was done, in two lines; `done` as in the result of `run`."""
     steps = f"{done['steps']} steps, " if done["steps"] else ""
     before, after = done["perplexity"]["before"], done["perplexity"]["after"]
     sequences = done["data"]["heldout"]

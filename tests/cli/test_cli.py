@@ -12,7 +12,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hf_sparsity import Plan, Report
-from hf_sparsity.cli.main import main, parse_algorithm
+from hf_sparsity.cli.arguments import parse_algorithm
+from hf_sparsity.cli.main import main
 from tests.conftest import tiny
 
 SMALL = ["--sequences", "4", "--length", "64"]
@@ -161,11 +162,11 @@ def test_as_a_module():
 def test_the_demo(capsys, tmp_path, monkeypatch):
     """The demo on a tenth of its data: the table has every allocator, uniform first; the winner is saved and drawn."""
     from hf_sparsity.allocators import ALLOCATORS
-    from hf_sparsity.cli import demo
+    from hf_sparsity.cli import demo, loading
 
-    monkeypatch.setattr(demo, "DEMO_LENGTH", 64)
+    monkeypatch.setattr(loading, "DEMO_LENGTH", 64)
     monkeypatch.setattr(demo, "SEQUENCES", 4)
-    monkeypatch.setattr(demo, "heldout_text", lambda: "def f(x):\n    return x\n" * 40)
+    monkeypatch.setattr(loading, "heldout_text", lambda: "def f(x):\n    return x\n" * 40)
     result = run_json(capsys, "demo", "--output", str(tmp_path / "out"))
     assert [row["allocator"] for row in result["rows"]][: len(ALLOCATORS)] == list(ALLOCATORS)
     assert all(row["sparsity"] == pytest.approx(0.6, abs=0.01) for row in result["rows"])

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparsity import SparseModel, calibration_batches, demo, make_plan, prune
-from hf_sparsity.cli.recover import add_recover_arguments, recover_command
+from hf_sparsity.cli import recover as command
 from hf_sparsity.hf import recover as module
 from hf_sparsity.hf import retrain
 from hf_sparsity.hf.journal import MARKER, check_finished
@@ -280,18 +280,18 @@ def test_the_command(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "sparse")
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true")
-    add_recover_arguments(parser)
+    command.add_arguments(parser)
     given = [str(tmp_path / "sparse"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch", "2"]
     with pytest.raises(ValueError, match="--data is missing"):
-        recover_command(parser.parse_args(given))
-    result = recover_command(parser.parse_args([*given, "--teacher", "demo", "--method", "full"]))
+        command.run(parser.parse_args(given))
+    result = command.run(parser.parse_args([*given, "--teacher", "demo", "--method", "full"]))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "full: 3 steps, 768 tokens; every zero kept" and said[2] == f"saved to {tmp_path / 'out'}"
     assert result["perplexity"]["after"] < result["perplexity"]["before"] and result["method"] == "full"
     assert json.loads(json.dumps(result)) == result
     (tmp_path / "text.txt").write_text(demo.texts("calibration")[0][1])
     given[2] = str(tmp_path / "other")
-    recover_command(parser.parse_args([*given, "--data", str(tmp_path / "text.txt"), "--length", "32", "--json"]))
+    command.run(parser.parse_args([*given, "--data", str(tmp_path / "text.txt"), "--length", "32", "--json"]))
     assert capsys.readouterr().out == ""
 
 

@@ -1,0 +1,38 @@
+"""`hf-sparsity plan`: decide how sparse each layer shall be, and write it down."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .arguments import add_calibration, add_config, add_model
+
+HELP = "decide the sparsity of each layer and write the plan"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    add_model(command)
+    add_config(command)
+    add_calibration(command)
+    command.add_argument("--output", required=True, metavar="FILE", help="where the plan goes, JSON")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Makes a plan and writes it."""
+    from ..hf.sparsify import make_plan
+    from . import tables
+    from .loading import calibration, hidden_limit, load, sparsity_config
+
+    if Path(options.output).exists():
+        raise ValueError(f"output {options.output!r} exists; choose another name, or remove it")
+    config = sparsity_config(options)
+    model, tokenizer = load(options)
+    batches = calibration(options, config, model, tokenizer, planning=True)
+    made = make_plan(model, config, batches, hidden_limit=hidden_limit(options))
+    made.save(options.output)
+    if not options.json:
+        print(tables.plan_table(made))
+        print(f"plan written to {options.output}")
+    return {"plan": options.output, "sparsity": made.sparsity, "target": made.target, "layers": len(made.layers)}

@@ -1,0 +1,89 @@
+"""`hf-sparsity prune`: from a plan or in one go, resumable, streamed if asked."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import add_calibration, add_config, add_model, add_output
+
+HELP = "prune a model, from a plan or in one go, and save it"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    add_model(command)
+    command.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="carry out this plan (a JSON file or a sparse model's folder) instead of making one",
+    )
+    add_config(command)
+    add_calibration(command)
+    add_output(command)
+    command.add_argument(
+        "--stream",
+        action="store_true",
+        help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
+    )
+    command.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="train each half-block's survivors against the dense model's, without labels; zeros are held",
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Plans unless a plan is given, prunes, saves; goes on where an earlier run was interrupted."""
+    from ..core.stats import STATS
+    from ..hf.batches import prepare_batches
+    from ..hf.checkpoint import folder_bytes
+    from ..hf.estimate import describe, estimate_memory
+    from ..hf.fit import check_plan, plan_config
+    from ..hf.layers import find_layout
+    from ..hf.output import Output
+    from ..hf.reconstruct import BlockReconstruction
+    from ..hf.sparsify import make_plan
+    from ..hf.sparsify import prune as prune_model
+    from ..plan import Plan
+    from . import tables
+    from .loading import calibration, hidden_limit, load, needed, sparsity_config
+
+    made = Plan.load(options.plan) if options.plan else None
+    if made is not None and options.sparsity is not None:
+        raise ValueError("give --plan or --sparsity, not both: a plan carries its config")
+    config = plan_config(made) if made else sparsity_config(options)
+    output = Output(options.output, overwrite=options.overwrite)
+    speaks = output.processes.main and not options.json
+    limit = hidden_limit(options)
+    model, tokenizer = load(options)
+    layout = find_layout(model, config.ignore)
+    if made is not None:
+        check_plan(made, model, layout)
+    reconstruct = BlockReconstruction() if options.reconstruct else None
+    batches = calibration(options, config, model, tokenizer, planning=made is None, always=options.reconstruct)
+    needs = needed(config, planning=made is None) & STATS
+    prepared = output.processes.share(prepare_batches(model, batches)) if batches is not None else []
+    estimate = estimate_memory(model, layout, prepared, needs, hidden_limit=limit, journal=True)
+    if speaks:
+        print(tables.before(describe(layout, model), estimate))
+    if made is None:
+        made = make_plan(model, config, batches, output_dir=output, hidden_limit=limit)
+    report = prune_model(
+        model, made, batches, output_dir=output, hidden_limit=limit, tokenizer=tokenizer, reconstruct=reconstruct
+    )
+    if speaks:
+        print(tables.plan_table(made, report))
+        print(tables.after(report))
+        print(
+            f"saved to {output.path} ({folder_bytes(output.path) / 2**20:.1f} MiB: zeros are stored like other numbers)"
+        )
+    return {
+        "output": str(output.path),
+        "sparsity": report.sparsity,
+        "target": report.target,
+        "seconds": report.seconds,
+        "notes": report.notes,
+        "skipped": report.skipped,
+        "bytes": folder_bytes(output.path),
+    }

@@ -1,0 +1,19 @@
+"""`hf-sparsity unpack`: the reverse of `pack`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .pack import add_arguments, repacked
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "make an ordinary checkpoint of a packed folder"
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """A packed folder into the dense layout."""
+    from ..hf.pack import unpack
+
+    return repacked(options, unpack)
