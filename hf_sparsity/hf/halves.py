@@ -7,9 +7,10 @@ is its input plus what its halves give, or it is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .layers import Block, Weight
 from .stream import Call, Twins
 from .tap import Enough
 
+DENSE, HALF = "dense", "half"  # what is recorded of a batch: of the dense block; of the half that is trained
 CLOSE = 0.02  # relative difference up to which two tensors in half precision count as equal
 
 
@@ -64,11 +66,15 @@ class Dense:
 
 @dataclass
 class Example:
-    """One batch at one half: how the half is called, what should come out, where it counts (None: everywhere)."""
+    """One batch at one half: how the half is called, what should come out, where it counts (None: everywhere).
+
+    Look at the first two only while they are `lent`: in between they may wait on disk.
+    """
 
     call: Call
     target: Tensor
     real: Tensor | None
+    lent: Callable[[], AbstractContextManager[None]]
 
     def error(self, half: Half, parameters: Mapping[str, Tensor]) -> Tensor:
         """Summed squared difference from the target, float32."""
@@ -89,6 +95,7 @@ def observe(twins: Twins, block: Block) -> Dense:
         if any(one is None for one in found):
             raise ValueError(f"{block.name} gives no tensor: it cannot be reconstructed")
         dense.outputs.append([one for one in found if one is not None])
+        twins.hold(DENSE, number, [dense.before[number], dense.outputs[number]])
     return dense
 
 
@@ -160,22 +167,28 @@ def _adds(stream: Tensor | None, outputs: Sequence[Tensor | None], output: Tenso
 def example(twins: Twins, dense: Dense, index: int, number: int) -> Example:
     """Runs the block up to a half and takes what it is called with, behind the pruned blocks and trained halves."""
     half = dense.halves[index]
-    target = dense.outputs[number][index]
-    real = twins.real(number, target.shape)
-    call = twins.call(number)
-    if half.whole:
-        return Example(call, target, real)
-    with _watching(twins, dense.halves[:index], stop=half) as seen, suppress(Enough):
-        twins.pruned(number)
-    if dense.adds:
-        here = [_stream(call), *(seen[one.name][0][1] for one in dense.halves[:index])]
-        there = [dense.before[number], *dense.outputs[number][:index]]
-        total = target.to(torch.float32)
-        for one, other in zip(there, here, strict=True):
-            assert one is not None and other is not None
-            total = total + (one.to(total.device, torch.float32) - other.to(total.device, torch.float32))
-        target = total.to(target.dtype)
-    return Example(seen[half.name][0][0], target, real)
+    with twins.lent(DENSE, number):
+        target = twins.lasting(dense.outputs[number][index])
+        call = twins.call(number)
+        if not half.whole:
+            with _watching(twins, dense.halves[:index], stop=half) as seen, suppress(Enough):
+                twins.pruned(number)
+            if dense.adds:
+                here = [_stream(call), *(seen[one.name][0][1] for one in dense.halves[:index])]
+                there = [dense.before[number], *dense.outputs[number][:index]]
+                target = (target.to(torch.float32) + _difference(there, here)).to(target.dtype)
+            call = seen[half.name][0][0]
+    twins.hold(HALF, number, [call, target])
+    return Example(call, target, twins.real(number, target.shape), partial(twins.lent, HALF, number))
+
+
+def _difference(there: Sequence[Tensor | None], here: Sequence[Tensor | None]) -> Tensor:
+    """Between two streams, each given as what it was and all that was added to it; float32, on the device of the second."""
+    total: Any = 0
+    for one, other in zip(there, here, strict=True):
+        assert one is not None and other is not None
+        total = total + (one.to(other.device, torch.float32) - other.to(torch.float32))
+    return total
 
 
 @contextmanager

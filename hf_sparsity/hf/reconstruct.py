@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .halves import Dense, Example, Half, energy, example, observe
+from .halves import DENSE, HALF, Dense, Example, Half, energy, example, observe
 from .journal import Journal
 from .layers import Block, Layout
 from .processes import Processes
-from .stream import StreamedBlock
+from .stream import StreamedBlock, Twins
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,8 @@ class Reconstruction:
                 *(block.name, half.name, record["before"], record["after"], record["epochs"]),
                 "" if new else " (weights kept)",
             )
+        assert block.twins is not None
+        block.twins.drop(DENSE)
         self.results[block.name] = records
         if journal:
             journal.remember("reconstructed", block.name, records)
@@ -138,9 +140,10 @@ class Reconstruction:
         half = dense.halves[index]
         examples = [example(block.twins, dense, index, number) for number in range(block.twins.count)]
         train, held = self.options.split(len(examples))
-        scale = sum(dense.energy(index, i, examples[i].real) for i in held) or 1.0
+        scale = sum(_energy(block.twins, dense, index, i, examples[i].real) for i in held) or 1.0
         fit = _Fit(half, [examples[i] for i in train], [examples[i] for i in held])
         before, after, epochs = fit.run(self.options, Random(f"{self.seed} {block.name} {half.name}"))
+        block.twins.drop(HALF)
         record = {"half": half.name, "before": before / scale, "after": after / scale, "epochs": epochs}
         return record, fit.found()
 
@@ -190,7 +193,7 @@ class _Fit:
 
     def step(self, masters: Mapping[str, Tensor], example: Example) -> None:
         """Gradients of one batch, zero outside the mask: so are Adam's moments there, and a zero never moves."""
-        with torch.enable_grad():
+        with torch.enable_grad(), example.lent():
             lent = {name: value.to(self.stored[name].dtype) for name, value in masters.items()}
             # Adam does not see the scale; half-precision gradients do.
             scale = max(float(energy(example.target.to(torch.float32), example.real)) / example.target.numel(), 1e-12)
@@ -202,7 +205,11 @@ class _Fit:
     @torch.no_grad()
     def judge(self, parameters: Mapping[str, Tensor]) -> float:
         """The error on the held-out sequences."""
-        return sum(float(example.error(self.half, parameters)) for example in self.held)
+        total = 0.0
+        for one in self.held:
+            with one.lent():
+                total += float(one.error(self.half, parameters))
+        return total
 
     def rounded(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As they would be stored."""
@@ -216,6 +223,11 @@ class _Fit:
                 one = value if weight.expert is None else value[weight.expert]
                 result[weight.name] = one.T if weight.transposed else one
         return result
+
+
+def _energy(twins: Twins, dense: Dense, index: int, number: int, real: Tensor | None) -> float:
+    with twins.lent(DENSE, number):
+        return dense.energy(index, number, real)
 
 
 def _parameter(half: Half, name: str) -> Tensor:

@@ -11,30 +11,32 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 
 SMALLEST = 1 << 16  # bytes of a storage that is worth a file
 
+Key: TypeAlias = "int | tuple[str, int]"  # a batch, or something recorded of a batch
+
 
 class Spill:
     """Keeps at most about `limit` bytes of the inputs of waiting batches in memory, the others in `folder`.
 
     Only storages that belong to one batch are touched: not weights, buffers or batches (`shared`), and
-    nothing that two batches have in common.
+    nothing that two batches have in common. What a consumer records of a batch may wait here in the same way.
     """
 
     def __init__(self, limit: int, shared: Iterable[Tensor], folder: Path | None = None):
         self._limit = limit
         self._folder = Path(tempfile.mkdtemp(prefix="hidden_", dir=folder))
         self._shared = _storages(t for t in shared if t.device.type != "meta")
-        self._held: dict[int, dict[int, UntypedStorage]] = {}  # of each waiting batch
-        self._on_disk: dict[int, dict[int, int]] = {}  # of each batch: storage -> bytes
-        self._last: int | None = None  # rests once the next has shown that it shares nothing with it
+        self._held: dict[Key, dict[int, UntypedStorage]] = {}  # of each waiting batch
+        self._on_disk: dict[Key, dict[int, int]] = {}  # of each batch: storage -> bytes
+        self._last: Key | None = None  # rests once the next has shown that it shares nothing with it
 
-    def arrive(self, batch: int, call: Any) -> None:
+    def arrive(self, batch: Key, call: Any) -> None:
         """A batch has come to a block and waits there with these inputs."""
         self._held[batch] = {k: s for k, s in _storages(tensors(call)).items() if s.nbytes() >= SMALLEST}
         if self._last is not None and self._last in self._held:
@@ -43,7 +45,7 @@ class Spill:
             self.rest(self._last)
         self._last = batch
 
-    def rest(self, batch: int) -> None:
+    def rest(self, batch: Key) -> None:
         """The inputs of a waiting batch are not needed for a while; beyond the limit they leave memory."""
         mine = self._private(batch)
         if batch not in self._on_disk:
@@ -56,7 +58,7 @@ class Spill:
         for key in self._on_disk.get(batch, {}):
             mine[key].resize_(0)
 
-    def fetch(self, batch: int) -> None:
+    def fetch(self, batch: Key) -> None:
         """Fills the inputs of a waiting batch again."""
         for key, size in self._on_disk.get(batch, {}).items():
             storage = self._held[batch][key]
@@ -64,9 +66,13 @@ class Spill:
                 storage.resize_(size)
                 _bytes(storage).copy_(torch.from_file(str(self._file(batch, key)), size=size, dtype=torch.uint8))
 
-    def leave(self, batch: int) -> None:
+    def leave(self, batch: Key) -> None:
         """The batch walks on: its inputs are filled, in case the model looks at them again, and forgotten."""
         self.fetch(batch)
+        self.drop(batch)
+
+    def drop(self, batch: Key) -> None:
+        """Nobody will look at these inputs again: they are forgotten as they are."""
         del self._held[batch]
         for key in self._on_disk.pop(batch, {}):
             self._file(batch, key).unlink()
@@ -77,11 +83,12 @@ class Spill:
             self.leave(batch)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _private(self, batch: int) -> dict[int, UntypedStorage]:
+    def _private(self, batch: Key) -> dict[int, UntypedStorage]:
         return {key: s for key, s in self._held[batch].items() if key not in self._shared}
 
-    def _file(self, batch: int, key: int) -> Path:
-        return self._folder / f"{batch}.{key:x}"
+    def _file(self, batch: Key, key: int) -> Path:
+        name = batch if isinstance(batch, int) else "-".join(map(str, batch))
+        return self._folder / f"{name}.{key:x}"
 
 
 def _storages(values: Iterable[Tensor]) -> dict[int, UntypedStorage]:

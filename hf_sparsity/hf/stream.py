@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +81,29 @@ class Twins:
             self._keep(number, output)
         self._arrival.finish(number, output)
         return call, last
+
+    def hold(self, what: str, number: int, value: Any) -> None:
+        """Tensors recorded of a batch wait with the batches: beyond the limit they leave memory, except while `lent`.
+
+        They must be of their own, see `lasting`; and `drop`ped when they are done with.
+        """
+        if self._spill:
+            self._spill.arrive((what, number), value)
+
+    @contextmanager
+    def lent(self, what: str, number: int) -> Iterator[None]:
+        """What is held under this name is in memory meanwhile."""
+        if self._spill:
+            self._spill.fetch((what, number))
+        yield
+        if self._spill:
+            self._spill.rest((what, number))
+
+    def drop(self, what: str) -> None:
+        """What is held under this name of all batches is not needed any more."""
+        for number in range(self.count) if self._spill else ():
+            assert self._spill is not None
+            self._spill.drop((what, number))
 
     def real(self, number: int, shape: torch.Size) -> Tensor | None:
         """Where an output of this shape belongs to tokens that are not padding, `[sequences, tokens]`; None: everywhere."""

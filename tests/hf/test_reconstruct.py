@@ -197,7 +197,15 @@ def test_hidden_states_on_disk_and_offloaded_weights_give_the_same_bits(name, mo
 
     monkeypatch.setattr(spill, "SMALLEST", 1)
     expected = pruned(name, pruner="wanda").state_dict()
+    files, file_of = set(), spill.Spill._file
+
+    def noted(self, batch, key):
+        files.add(batch[0] if isinstance(batch, tuple) else "walks")
+        return file_of(self, batch, key)
+
+    monkeypatch.setattr(spill.Spill, "_file", noted)
     found = pruned(name, pruner="wanda", hidden_limit=0).state_dict()
+    assert files == {"walks", "dense", "half"}
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     model = tiny(name)
     cpu_offload(model, execution_device=torch.device("cpu"))
