@@ -19,7 +19,7 @@ from hf_sparsity.pruners.wanda import Wanda
 
 # A value other than the default for every hyperparameter, so that a round trip that loses one shows.
 CHANGED = {
-    "owl": {"outlier": 7, "spread": 0.05, "group_spread": 1.5},
+    "owl": {"outlier": 7, "spread": 0.05, "group_spread": 1.5, "per": "layer"},
     "alphapruning": {"fit": "ks", "per": "layer", "spread": 0.2, "floor": 1e-5},
     "farms": {"rows": 100, "ratio": 2.0, "ops": 10, "fit": "mid", "per": "layer", "spread": 0.1, "floor": 1e-5},
     "mrp": {
@@ -31,7 +31,13 @@ CHANGED = {
         "refresh": "F2",
         "growth": 0.05,
         "score": "wanda",
+        "per": "layer",
     },
+    "dlp": {"statistic": "median", "spread": 0.1, "per": "layer"},
+    "atp": {"beta": 0.01, "step": 0.004, "trials": 5, "steps": 50},
+    "lsa": {"spread": 0.07, "per": "layer", "columns": 64, "trial": 0.4},
+    "qkvo": {"q": 0.1, "k": 0.05, "v": -0.1, "o": -0.05, "strength": 0.5},
+    "fisher": {"spread": 0.05, "per": "layer"},
     "msp": {
         "per": "layer",
         "steps": 8,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..algorithm import NORMS, REMEASURE, SCORES, Allocator, Layer, Pattern, Probe, Pruner
 from ..core.budget import Curve, fill
+from ..core.importance import check_per
 from ..core.masks import keep_rows
 from ..core.outliers import Survivors, row_levels
 
@@ -35,7 +36,8 @@ class MRP(Allocator):
 
     `refresh`: scores are taken again from the sparse model never (`"F0"`), each time the sparsity of the whole
     has grown by `growth` since the last measurement (`"F1"`), or after every step (`"F2"`); without
-    `probe.remeasure` it is never. All layers of a block share its sparsity.
+    `probe.remeasure` it is never. All layers of a block share its sparsity; with `per="layer"` (not in the paper) each
+    layer is treated as a block of its own.
     """
 
     outlier: float | None = None  # M; default 7 up to a target of 0.7, 10 above
@@ -46,12 +48,14 @@ class MRP(Allocator):
     refresh: str = "F1"
     growth: float = 0.02
     score: str = "pruner"  # or "wanda", for comparison with OWL
+    per: str = "block"  # "block": one sparsity a block, "layer": one a layer
 
     name = "mrp"
     paper = "https://arxiv.org/abs/2503.18377"
     needs = frozenset({SCORES, REMEASURE})
 
     def __post_init__(self) -> None:
+        check_per(self.per)
         options = {"reading": ("D1", "D4"), "refresh": ("F0", "F1", "F2"), "score": ("pruner", "wanda")}
         for field, allowed in options.items():
             if getattr(self, field) not in allowed:
@@ -62,20 +66,24 @@ class MRP(Allocator):
         object.__setattr__(self, "needs", frozenset(needs))
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
-        """A table of the block's NOR over sparsity, shared by its layers.
+        """A table of the block's NOR over sparsity, shared by its layers; or one of each layer.
 
         `{"sparsity": [s, ...], "nor": {M: [NOR at s, ...]}, "outliers": dense outlier ratio}`, exact for the masks
         of `pruner` at every s. To refresh, call it with the **dense** weights and the inputs of the sparse model.
         """
         if not block:
             return {}
-        scores = [self._scores(layer) for layer in block.values()]
-        grid, levels = _levels(list(block.values()), scores, pruner)
+        if self.per == "layer":
+            return {name: self._table([layer], pruner) for name, layer in block.items()}
+        return dict.fromkeys(block, self._table(list(block.values()), pruner))
+
+    def _table(self, layers: list[Layer], pruner: Pruner) -> dict[str, Any]:
+        scores = [self._scores(layer) for layer in layers]
+        grid, levels = _levels(layers, scores, pruner)
         left = Survivors(scores, levels, len(grid))
         multiples = (SMALL, LARGE) if self.outlier is None else (self.outlier,)
         nor = {f"{m:g}": left.non_outlier_ratios(m, dense=self.reading == "D4") for m in multiples}
-        table = {"sparsity": grid, "nor": nor, "outliers": 1 - next(iter(nor.values()))[0]}
-        return dict.fromkeys(block, table)
+        return {"sparsity": grid, "nor": nor, "outliers": 1 - next(iter(nor.values()))[0]}
 
     def _scores(self, layer: Layer) -> Tensor:
         if self.score == "pruner" and layer.scores is not None:
@@ -102,7 +110,7 @@ class MRP(Allocator):
         `start <= s <= cap`, and the weighted mean is `target`. Warns when blocks with more outliers end up
         sparser: M is then too small for the target, and the method's order inverted.
         """
-        measures = [block for block in measures if block]
+        measures = self._parts(measures)
         weights = [sum(sizes[name] for name in block) for block in measures]
         start = max(0.0, target - 0.15) if self.start is None else self.start
         cap = max(target, min(HIGHEST, target + 0.20)) if self.cap is None else self.cap
@@ -110,7 +118,7 @@ class MRP(Allocator):
             raise ValueError(f"mrp: needs 0 <= start <= target <= cap < 1, not start={start}, {target=}, cap={cap}")
 
         def curves(new: Sequence[Mapping[str, Any]]) -> list[Curve]:
-            return [self._curve(next(iter(block.values())), target) for block in new if block]
+            return [self._curve(next(iter(block.values())), target) for block in self._parts(new)]
 
         def again(sparsities: Sequence[float]) -> list[Curve]:
             return curves(remeasure(_spread(measures, sparsities)))  # type: ignore[misc]
@@ -123,6 +131,12 @@ class MRP(Allocator):
             message = "mrp: blocks with more outliers became sparser (rank correlation %+.2f); raise `outlier` (M)"
             logger.warning(message, correlation)
         return _spread(measures, sparsities)
+
+    def _parts(self, measures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """What shares one sparsity: the blocks that have layers, or each layer."""
+        if self.per == "layer":
+            return [{name: table} for block in measures for name, table in block.items()]
+        return [block for block in measures if block]
 
     def _curve(self, table: Mapping[str, Any], target: float) -> Curve:
         multiple = self.outlier or (SMALL if target <= 0.7 + 1e-9 else LARGE)

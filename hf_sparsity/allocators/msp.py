@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from ..algorithm import FISHER, LOSS, Allocator, Layer, Probe, Pruner
+from ..core.importance import floored, standard_logs
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +143,8 @@ class Genes:
         self.sizes, self.levels, self.random = sizes, levels, random
         self.mean = (1 - target) * levels
         self.budget = math.floor(self.mean * sum(sizes) + 1e-6)
-        # A layer that (almost) never received a gradient, such as an idle expert, counts as the least of the others.
-        tiny = 1e-12 * max(fisher)
-        floor = min((f for f in fisher if f > tiny), default=1.0)
-        self.fisher = [f if f > tiny else floor for f in fisher]
-        logs = [math.log(f) for f in self.fisher]
-        centre = math.fsum(logs) / len(logs)
-        spread = math.sqrt(math.fsum((x - centre) ** 2 for x in logs) / len(logs))
-        self.z = [(x - centre) / spread if spread > 1e-12 else 0.0 for x in logs]
+        self.fisher = floored(fisher)
+        self.z = standard_logs(self.fisher)
 
     def uniform(self) -> Genotype:
         """All genes equal; where the budget lies between two levels, the higher one is dealt out evenly in depth."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..algorithm import NORMS, Allocator, Layer, Probe, Pruner
+from ..core.importance import check_per, linear, shares, units
 from ..core.outliers import outlier_percent
 
 
@@ -24,7 +25,8 @@ class OWL(Allocator):
 
     A weight is an outlier when its Wanda score `|W_ij| * norm(x_j)` exceeds `outlier` times the mean score of
     its block, whatever the pruner. No block strays more than `2 * spread` from another; with the pattern `*:M`
-    the numbers pruned of M differ by at most `group_spread`.
+    the numbers pruned of M differ by at most `group_spread`. `per="layer"` (not published) does the same with
+    layers in the place of blocks: each one's outliers are those above `outlier` times its own mean.
 
     Deliberate differences: equal outlier ratios give uniform (the authors' code divides by zero), and with
     `*:M` at least one weight of M is kept.
@@ -33,16 +35,25 @@ class OWL(Allocator):
     outlier: float = 5.0  # M in the paper
     spread: float = 0.08  # lambda in the paper
     group_spread: float = 2.0  # lambda of the authors' N:M runs, in weights of a group
+    per: str = "block"  # "block": one sparsity a block, "layer": one a layer
 
     name = "owl"
     paper = "https://arxiv.org/abs/2310.05175"
     needs = frozenset({NORMS})
     mixes = True
 
+    def __post_init__(self) -> None:
+        check_per(self.per)
+
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
-        """The block's outliers in percent of its weights, D, the same for each of its layers."""
+        """The block's outliers in percent of its weights, D, the same for each of its layers; or each layer's own."""
         if not block:
             return {}
+        if self.per == "layer":
+            return {
+                name: outlier_percent([_wanda_scores(layer)], layer.weight.numel(), self.outlier)
+                for name, layer in block.items()
+            }
         count = sum(layer.weight.numel() for layer in block.values())
         percent = outlier_percent((_wanda_scores(layer) for layer in block.values()), count, self.outlier)
         return dict.fromkeys(block, percent)
@@ -56,24 +67,21 @@ class OWL(Allocator):
         group: int | None = None,
         probe: Probe | None = None,
     ) -> dict[str, float]:
-        """The published mapping: the same sparsity for all layers of a block.
+        """The published mapping: the same sparsity for all layers of a block (or each its own).
 
         The mean that is held is the one over blocks, unweighted by size. A sparsity of 0 or less becomes 0.01;
         there is no cap. `*:M`: the authors' "structure" variant, rounded half to even.
         """
-        blocks = [block for block in measures if block]
-        shares = _shares([float(next(iter(block.values()))) for block in blocks])
+        parts = units(measures, self.per)
+        percents = [percent for _, percent in parts]
         if group is None:
-            mean = math.fsum(2 * self.spread * u for u in shares) / max(len(shares), 1)
-            density = [2 * self.spread * u - mean + (1 - target) for u in shares]
-            sparsities = [0.01 if 1 - d <= 0 else 1 - d for d in density]
-            if not any(shares):
-                sparsities = [target] * len(shares)
+            sparsities = linear(percents, target, self.spread)
         else:
-            mean = math.fsum(self.group_spread * u for u in shares) / max(len(shares), 1)
-            pruned = [round(target * group) - round(self.group_spread * u - mean) for u in shares]
+            share = shares(percents)
+            mean = math.fsum(self.group_spread * u for u in share) / max(len(share), 1)
+            pruned = [round(target * group) - round(self.group_spread * u - mean) for u in share]
             sparsities = [min(max(n, 0), group - 1) / group for n in pruned]
-        return {name: s for block, s in zip(blocks, sparsities, strict=True) for name in block}
+        return {name: s for (names, _), s in zip(parts, sparsities, strict=True) for name in names}
 
 
 def _wanda_scores(layer: Layer) -> torch.Tensor:
@@ -81,11 +89,3 @@ def _wanda_scores(layer: Layer) -> torch.Tensor:
     if layer.stats is None:
         raise ValueError(f"{layer.name}: OWL needs the norms of the layer's inputs, and none were collected")
     return layer.weight.abs().to(torch.float32) * layer.stats.norms.reshape(1, -1)
-
-
-def _shares(percents: Sequence[float]) -> list[float]:
-    """Outlier ratios scaled to [0, 1]; all 0 when they are equal or not numbers."""
-    low, high = min(percents, default=0.0), max(percents, default=0.0)
-    if not math.isfinite(math.fsum(percents)) or low == high:
-        return [0.0] * len(percents)
-    return [(d - low) * (1 / (high - low)) for d in percents]

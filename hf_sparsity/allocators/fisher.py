@@ -1,0 +1,61 @@
+"""Fisher: the sensitivities that MSP starts its search from, taken at their word.
+
+The measure is that of MSP, Xu et al., https://arxiv.org/abs/2503.11164; without the search, the mapping is
+**reconstructed** from its first population, and not a method of that paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..algorithm import FISHER, Allocator, Layer, Probe, Pruner
+from ..core.importance import check_per, floored, standard_logs
+
+
+@dataclass(frozen=True)
+class Fisher(Allocator):
+    """Blocks to whose weights the loss reacts most keep more: `target - spread * z(log F)`, z in standard deviations.
+
+    F is the trace of the empirical Fisher information, of a block the sum over its layers. One backward pass over
+    the calibration data and no search. Equal traces give uniform; a layer that received no gradient counts as the
+    least of the others.
+    """
+
+    spread: float = 0.1  # per standard deviation; 0.8 of 8 levels, the middle of what MSP starts from
+    per: str = "block"  # "block": one sparsity a block, "layer": one a layer
+
+    name = "fisher"
+    paper = "https://arxiv.org/abs/2503.11164"
+    needs = frozenset({FISHER})
+
+    def __post_init__(self) -> None:
+        check_per(self.per)
+        if not 0 <= self.spread < 1:
+            raise ValueError(f"fisher: spread={self.spread!r} must be at least 0 and below 1")
+
+    def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
+        """Each layer's trace: mean over sequences of the squared norm of the loss' gradient."""
+        for layer in block.values():
+            if layer.fisher is None or not math.isfinite(layer.fisher):
+                raise ValueError(f"{layer.name}: fisher needs the Fisher information, and it is {layer.fisher}")
+        return {name: float(layer.fisher or 0.0) for name, layer in block.items()}
+
+    def assign(
+        self,
+        measures: Sequence[Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        target: float,
+        *,
+        group: int | None = None,
+        probe: Probe | None = None,
+    ) -> dict[str, float]:
+        """The formula; values outside [0, 1) are the caller's to clamp and make up for."""
+        parts = [list(block) for block in measures if block]
+        if self.per == "layer":
+            parts = [[name] for names in parts for name in names]
+        traces = {name: float(value) for block in measures for name, value in block.items()}
+        z = standard_logs(floored([math.fsum(traces[name] for name in names) for names in parts]))
+        return {name: target - self.spread * z_ for names, z_ in zip(parts, z, strict=True) for name in names}
