@@ -23,7 +23,12 @@ _HOME = {
     "SparseModel": "hf.model",
     "calibration_batches": "hf.calibration",
     "measure_sparsity": "hf.evaluate",
+    "evaluate": "hf.evaluation",
     "evaluate_text": "hf.evaluate",
+    "verify": "hf.verify",
+    "certify": "hf.certificate",
+    "make_card": "hf.card",
+    "push_sparse": "hf.hub",
     "save_sparse": "hf.pack",
     "pack": "hf.pack",
     "unpack": "hf.pack",
@@ -54,17 +59,22 @@ __all__ = [
     "SparsityConfig",
     "__version__",
     "calibration_batches",
+    "certify",
+    "evaluate",
     "evaluate_text",
     "load_sparse_lora",
+    "make_card",
     "make_plan",
     "measure_sparsity",
     "merge_lora",
     "pack",
     "prune",
+    "push_sparse",
     "recover",
     "save_sparse",
     "sparse_lora",
     "unpack",
+    "verify",
 ]
 
 if TYPE_CHECKING:
@@ -72,14 +82,19 @@ if TYPE_CHECKING:
     from .config import SparsityConfig
     from .hf.calibration import calibration_batches
     from .hf.callback import SparsityCallback
+    from .hf.card import make_card
+    from .hf.certificate import certify
     from .hf.distill import DistillationTrainer
     from .hf.evaluate import evaluate_text, measure_sparsity
+    from .hf.evaluation import evaluate
+    from .hf.hub import push_sparse
     from .hf.lora import load_sparse_lora, merge_lora, sparse_lora
     from .hf.model import SparseModel
     from .hf.pack import pack, save_sparse, unpack
     from .hf.reconstruct import BlockReconstruction
     from .hf.recover import recover
     from .hf.sparsify import make_plan, prune
+    from .hf.verify import verify
     from .plan import Plan, Report
 
 

@@ -201,6 +201,8 @@ class RowAllocator(Algorithm, ABC):
 class Pruner(Algorithm, ABC):
     """Decides which weights of a layer go, and what becomes of the others."""
 
+    updates: ClassVar[bool] = False  # `prune` also changes the weights that stay
+
     def check(self, pattern: Pattern, has_rows: bool) -> None:
         """`ValueError` when this pruner cannot honour the pattern, or row sparsities."""
 

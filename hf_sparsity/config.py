@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 
 from .algorithm import Algorithm, Allocator, Pattern, Pruner, RowAllocator
 from .allocators import ALLOCATORS, ROW_ALLOCATORS
+from .allocators.race import Race, Search
 from .pruners import PRUNERS
 
 A = TypeVar("A", bound=Algorithm)
+
+CHOOSERS: dict[str, type[Allocator]] = {"race": Race, "search": Search}  # which allocator, is for the model to say
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class SparsityConfig:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen: the one place that sets)
         set_("pattern", str(pattern))
         set_("sparsity", _sparsity(self.sparsity, pattern))
-        set_("allocator", resolve("allocator", self.allocator, ALLOCATORS, Allocator))
+        set_("allocator", resolve("allocator", self.allocator, ALLOCATORS | CHOOSERS, Allocator))
         set_("pruner", resolve("pruner", self.pruner, PRUNERS, Pruner))
         if self.row_allocator is not None:
             set_("row_allocator", resolve("row_allocator", self.row_allocator, ROW_ALLOCATORS, RowAllocator))
@@ -60,6 +63,9 @@ class SparsityConfig:
             raise ValueError(f"seed={self.seed!r}: an integer is expected")
 
         assert isinstance(self.allocator, Allocator) and isinstance(self.pruner, Pruner)  # resolved above
+        for name in self.allocator.candidates if isinstance(self.allocator, Race) else ():
+            if name not in ALLOCATORS:
+                raise ValueError(f"{self.allocator.name}: unknown candidate {name!r}{_nearest(name, list(ALLOCATORS))}")
         if pattern.kept is not None and self.allocator.name != "uniform":
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the sparsity of every layer, so allocator {self.allocator.name!r} has nothing "

@@ -8,6 +8,7 @@ A plan is data: readable, editable, publishable. The same schema stands in `plan
      "model":    {"type", "name", "layers", "weights"},    # fingerprints
      "data":     {"sequences", "tokens", "sha256"} | null,
      "versions": {"hf_sparsity", "torch", "transformers"},
+     "chosen":   {...},                       # only of a race or search
      "layers":   {name: {"sparsity", "size", "pattern"?, "measure"?}}}
 
 `pattern` stands only where it differs from the config's. The experts of one fused parameter
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -59,6 +61,7 @@ class Plan:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, Any] | None = None  # how a race or search came to it, see `hf/choose.py`
     # Instances of algorithms from outside our tree, so that `prune` need not know their names. Not in the JSON.
     algorithms: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -78,7 +81,7 @@ class Plan:
                 raise ValueError(f"plan: the sparsity of {name} is {layer.sparsity!r}; it must be a number in [0, 1)")
             if isinstance(layer.size, bool) or not isinstance(layer.size, int) or not 0 < layer.size < 2**63:
                 raise ValueError(f"plan: the size of {name} is {layer.size!r}; it must be a positive number of weights")
-            if layer.measure is not None and not (_is_number(layer.measure) and math.isfinite(layer.measure)):
+            if layer.measure is not None and not _is_number(layer.measure):
                 raise ValueError(f"plan: the measure of {name} is {layer.measure!r}; it must be a number, or left out")
             if not isinstance(layer.pattern, str) or not _PATTERN.fullmatch(layer.pattern):
                 raise ValueError(f"plan: the pattern of {name} is {layer.pattern!r}; use 'unstructured' or 'N:M'")
@@ -131,7 +134,7 @@ class Plan:
             n: replace(x, sparsity=round(shifted[n], 9) if _SLICE.fullmatch(n) else shifted[n])
             for n, x in self.layers.items()
         }
-        return replace(self, config={**self.config, "sparsity": target}, layers=layers)
+        return replace(self, config={**self.config, "sparsity": target}, layers=layers, chosen=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, fused experts folded into one entry."""
@@ -150,6 +153,7 @@ class Plan:
             "model": dict(self.model),
             "data": None if self.data is None else dict(self.data),
             "versions": dict(self.versions),
+            **({} if self.chosen is None else {"chosen": dict(self.chosen)}),
             "layers": _fold(entries),
         }
 
@@ -167,7 +171,7 @@ class Plan:
         config, layers = data["config"], data["layers"]
         if not isinstance(config, Mapping) or "sparsity" not in config:
             raise ValueError("the plan's 'config' must be an object with the global 'sparsity'")
-        for key in ("model", "data", "versions"):
+        for key in ("model", "data", "versions", "chosen"):
             if not isinstance(data.get(key), (Mapping, type(None))):
                 raise ValueError(f"the plan's {key!r} must be an object, not {data[key]!r}")
         if not isinstance(layers, Mapping) or not all(isinstance(v, Mapping) for v in layers.values()):
@@ -191,6 +195,7 @@ class Plan:
             model=dict(data.get("model") or {}),
             data=data.get("data"),
             versions=dict(data.get("versions") or {}),
+            chosen=data.get("chosen"),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -221,7 +226,8 @@ class LayerReport:
 
     `zeros` of `size` weights are zero; `planned` is the sparsity the plan wanted; `error` is the relative squared
     error of the layer's output, ‖(W − W′)X‖² / ‖WX‖² (exact where the Gram matrix was collected, else from the
-    column norms alone; None without data); `tokens` reached it; `note` says what was done differently.
+    column norms alone; None without data); `tokens` reached it; `note` says what was done differently; `mask` is the
+    hash of where the zeros are (`hf/checkpoint.mask_hash`), 32 hex digits.
     """
 
     zeros: int
@@ -231,6 +237,7 @@ class LayerReport:
     tokens: int | None = None
     seconds: float = 0.0
     note: str = ""
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         if not (
@@ -240,6 +247,8 @@ class LayerReport:
             and self.size > 0
         ):
             raise ValueError(f"a layer's report has {self.zeros!r} zeros of {self.size!r} weights")
+        if self.mask is not None and not (isinstance(self.mask, str) and re.fullmatch("[0-9a-f]{32}", self.mask)):
+            raise ValueError(f"a layer's report has {self.mask!r} as the hash of its mask; 32 hex digits are expected")
 
     @property
     def sparsity(self) -> float:
@@ -357,7 +366,7 @@ def _column(values: list[Any]) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_sparsity(value: Any) -> bool:
@@ -365,14 +374,15 @@ def _is_sparsity(value: Any) -> bool:
 
 
 def _unfold(layers: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
+    total = 0
     for name, entry in layers.items():
         match = _SLICES.fullmatch(name)
         if match is None:
             yield name, dict(entry)
             continue
-        count = int(match[2])
-        if not 0 < count <= 1_000_000:
-            raise ValueError(f"the plan's entry {name} names {count} experts")
+        total += (count := int(match[2]))
+        if not 0 < count <= total <= 1_000_000:  # or a short file could fill the memory
+            raise ValueError(f"the plan's entry {name} names {count} experts, of {total} in all")
         columns: dict[str, list[Any]] = {}
         for key, value in entry.items():
             parts = value.split() if isinstance(value, str) and " " in value else [value] * count

@@ -43,6 +43,7 @@ def goldens() -> Path:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # some libraries change it
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32):

@@ -20,18 +20,19 @@ def add_model(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config(command: argparse.ArgumentParser) -> None:
+def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> None:
     """What a `SparsityConfig` says."""
     command.add_argument("--sparsity", type=float, help="fraction of weights to remove, in [0, 1)")
     command.add_argument(
         "--pattern", default="unstructured", help="unstructured, N:M (N kept of M), or *:M (default: %(default)s)"
     )
-    command.add_argument(
-        "--allocator",
-        default="uniform",
-        metavar="NAME[:KEY=VALUE,...]",
-        help="how sparse each layer is (default: %(default)s)",
-    )
+    if allocator:
+        command.add_argument(
+            "--allocator",
+            default="uniform",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="how sparse each layer is (default: %(default)s)",
+        )
     command.add_argument("--row-allocator", metavar="NAME[:KEY=VALUE,...]", help="how sparse each row is")
     command.add_argument(
         "--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]", help="which weights go (default: %(default)s)"
@@ -47,6 +48,17 @@ def add_config(command: argparse.ArgumentParser) -> None:
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
+    """The calibration text, and what may be held of it."""
+    add_text(command)
+    command.add_argument(
+        "--hidden-limit",
+        type=float,
+        metavar="GIB",
+        help="hidden states of the calibration text to keep in memory; what exceeds them waits on disk (default: all)",
+    )
+
+
+def add_text(command: argparse.ArgumentParser) -> None:
     """The calibration text."""
     command.add_argument(
         "--calibration",
@@ -56,12 +68,6 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument("--column", help="of a dataset")
     command.add_argument("--sequences", type=int, help="number of calibration sequences (default: 128)")
     command.add_argument("--length", type=int, help="tokens of each (default: 2048 or the model's limit)")
-    command.add_argument(
-        "--hidden-limit",
-        type=float,
-        metavar="GIB",
-        help="hidden states of the calibration text to keep in memory; what exceeds them waits on disk (default: all)",
-    )
 
 
 def add_output(command: argparse.ArgumentParser) -> None:

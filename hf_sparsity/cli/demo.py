@@ -32,10 +32,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..hf.pack import save_sparse
     from ..hf.sparsify import make_plan, prune
     from ..hf.writing import check_output
+    from ..pictures.png import check_matplotlib, draw_plans
     from . import tables
     from .loading import DEMO_LENGTH, heldout_text, load_demo
-    from .pictures import draw_plans  # matplotlib: asked for before the work, not after it
 
+    check_matplotlib()  # before the work, not after it
     output = check_output(options.output)
     base = SparsityConfig(sparsity=options.sparsity, pruner=parse_algorithm(options.pruner))
     start = time.perf_counter()

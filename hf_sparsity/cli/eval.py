@@ -1,13 +1,16 @@
-"""`hf-sparsity eval`: what a model is worth."""
+"""`hf-sparsity eval`: what a model is worth; a sparse model's folder keeps the result."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import add_model
 
-HELP = "perplexity on a text; with --against also KL divergence and top-1 agreement"
+if TYPE_CHECKING:
+    from ..hf.metrics import Metrics, TaskRecord, TextRecord
+
+HELP = "perplexity on texts and scores on tasks; with --against also how far it is from the dense model"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -15,40 +18,130 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model(command)
     command.add_argument(
         "--text",
+        action="append",
+        default=[],
         metavar="DATA",
-        help="a local text, jsonl or parquet file, or a Hub dataset; default for 'demo' shapes: its held-out text",
+        help="wikitext2, c4 or ptb as in the papers, a local text, jsonl or parquet file, or a Hub dataset; repeatable "
+        "(default for 'demo' shapes: its held-out text)",
     )
-    command.add_argument("--split", default="test", help="of a Hub dataset (default: test)")
+    command.add_argument("--split", help="of a Hub dataset (default: test)")
     command.add_argument("--column", help="of a dataset")
-    command.add_argument("--against", metavar="MODEL", help="the dense model to compare with")
     command.add_argument("--length", type=int, help="tokens per window (default: 2048 or the model's limit)")
-    command.add_argument("--windows", type=int, help="score only the first so many windows")
+    command.add_argument("--windows", type=int, help="score only the first so many windows of each text")
+    command.add_argument(
+        "--tasks", metavar="NAME[,NAME...]", help="tasks of lm-evaluation-harness (pip install 'hf_sparsity[eval]')"
+    )
+    command.add_argument(
+        "--include-path",
+        metavar="FOLDER",
+        help="task files of your own; trust them as you would a script: the harness renders their templates unguarded",
+    )
+    command.add_argument("--shots", type=int, help="examples in a task's prompt (default: the task's)")
+    command.add_argument("--limit", type=float, help="documents of each task; below 1 a share of them")
+    command.add_argument("--batch-size", type=int, default=8, help="task requests at a time (default: %(default)s)")
+    command.add_argument("--against", metavar="MODEL", help="the dense model to compare with")
+    command.add_argument(
+        "--resamples", type=int, default=1000, help="of the bootstrap behind the intervals (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap and the tasks (default: %(default)s)")
+    command.add_argument(
+        "--no-record", action="store_true", help="do not add the results to the folder's sparsity_metrics.json"
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity, and divergence from a second model."""
-    from ..hf.calibration import read_texts
-    from ..hf.evaluate import evaluate_text, windows
-    from ..hf.model import default_length
-    from . import tables
-    from .loading import DEMO, DEMO_LENGTH, heldout_text, load
+    """Perplexity, tasks, divergence from a second model."""
+    from .. import demo as demo_model
+    from ..hf.evaluation import evaluate, recordable
+    from ..hf.metrics import METRICS_FILE
+    from ..hf.tasks import find_tasks
+    from ..hf.texts import Text, read_text
+    from .loading import DEMO, DEMO_LENGTH, load
 
-    if options.text is None and options.model != DEMO and options.against != DEMO:
-        raise ValueError("--text is missing: a local text, jsonl or parquet file, or a Hub dataset")
+    is_demo = DEMO in (options.model, options.against)
+    names = [name for name in (options.tasks or "").split(",") if name]
+    if not options.text and not names and not is_demo:
+        raise ValueError("--text or --tasks is missing: wikitext2, a local text file, arc_easy, ...")
+    texts: list[Any] = [read_text(name, split=options.split, column=options.column) for name in options.text]
+    length = options.length
+    if not texts and not names:
+        texts = [Text("demo held-out", [text for _, text in demo_model.texts("heldout")])]
+        length = length or DEMO_LENGTH
+    # Before a large model is loaded for nothing.
+    tasks = find_tasks(names, options.include_path, trust_remote_code=options.trust_remote_code) if names else ()
     model, tokenizer = load(options)
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer, so texts cannot be scored")
-    length = options.length or (DEMO_LENGTH if options.text is None else default_length(model, tokenizer))
-    text = (
-        heldout_text()
-        if options.text is None
-        else "\n\n".join(read_texts(options.text, split=options.split, column=options.column))
-    )
-    ids = windows(text, tokenizer, length)[: options.windows]
-    reference = None
+    against = None
     if options.against is not None:
-        reference, _ = load(argparse.Namespace(**{**vars(options), "model": options.against}))
-    quality = evaluate_text(model, ids, reference)
+        against, _ = load(argparse.Namespace(**{**vars(options), "model": options.against}))
+    metrics = evaluate(
+        model,
+        texts=texts,
+        tasks=tasks,
+        against=against,
+        tokenizer=tokenizer,
+        length=length,
+        windows=options.windows,
+        shots=options.shots,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        resamples=options.resamples,
+        seed=options.seed,
+        record=False if options.no_record else options.model,
+        trust_remote_code=options.trust_remote_code,
+    )
+    recorded = f"{options.model}/{METRICS_FILE}" if not options.no_record and recordable(options.model) else None
     if not options.json:
-        print(tables.quality(quality, length))
-    return {**vars(quality), "length": length}
+        print(show(metrics))
+        if recorded:
+            print(f"recorded in {recorded}")
+    return {**metrics.to_dict(), "recorded": recorded}
+
+
+def show(metrics: Metrics) -> str:
+    """Tables of texts and tasks."""
+    parts = ([_texts(metrics.texts)] if metrics.texts else []) + ([_tasks(metrics.tasks)] if metrics.tasks else [])
+    return "\n\n".join(parts)
+
+
+def _texts(records: tuple[TextRecord, ...]) -> str:
+    from .tables import render
+
+    header = ["text", "perplexity"]
+    rows = [[record.name, str(record.perplexity)] for record in records]
+    if any(record.against for record in records):
+        header += ["dense perplexity", "ratio", "KL, nats a token", "same first token"]
+        for row, record in zip(rows, records, strict=True):
+            dense = record.against
+            row += [str(x) for x in (dense.perplexity, dense.ratio, dense.kl, dense.top1)] if dense else [""] * 4
+    notes = [
+        f"{r.name}: {r.predictions} predictions in {r.windows} windows of {r.length}; "
+        + (f"{100 * r.confidence:g} % intervals by bootstrap over {r.documents} {r.unit}s" if r.documents > 1 else "")
+        for r in records
+    ]
+    return "\n".join([render(header, rows), *notes])
+
+
+def _tasks(records: tuple[TaskRecord, ...]) -> str:
+    from .tables import render
+
+    header, rows = ["task", "metric", "score"], []
+    compared = any(record.against for record in records)
+    for record in records:
+        for metric, score in record.metrics.items():
+            row = [record.name, metric, _score(score)]
+            if compared:
+                dense = record.against
+                row += [_score(dense.metrics.get(metric)), str(dense.difference.get(metric, ""))] if dense else ["", ""]
+            rows.append(row)
+    notes = [
+        f"{r.name}: version {r.version}, {r.samples} documents, {r.shots} examples in the prompt; "
+        f"lm-evaluation-harness {r.harness}"
+        for r in records
+    ]
+    return "\n".join([render([*header, *(["dense", "difference"] if compared else [])], rows), *notes])
+
+
+def _score(score: Any) -> str:
+    if score is None:
+        return ""
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")

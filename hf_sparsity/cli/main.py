@@ -21,14 +21,18 @@ from types import ModuleType
 
 from .. import __version__
 
-COMMANDS = ("plan", "prune", "recover", "eval", "inspect", "pack", "unpack", "demo")
+COMMANDS = ("plan", "race", "prune", "recover", "eval", "inspect", "verify", "card", "pack", "unpack", "push", "demo")
 RESUMABLE = ("prune", "recover")
 UNFINISHED = "UNFINISHED"  # hf/journal.py's, which is too heavy to import for --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    return execute(build_parser().parse_args(arguments))
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Runs the command of parsed arguments; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         with _ended_like_ctrl_c():
@@ -51,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         json.dump(result, sys.stdout, indent=2)
         print()
-    return 0
+    return 0 if result.get("ok", True) else 1
 
 
 @contextmanager
@@ -91,9 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
     for name in COMMANDS:
         module = _module(name)
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-        module.add_arguments(command)
+        add_arguments(command, name)
     return parser
+
+
+def add_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    """The arguments of a command, and the one that all have."""
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    _module(name).add_arguments(command)
 
 
 def _module(command: str) -> ModuleType:

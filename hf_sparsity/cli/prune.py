@@ -22,6 +22,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_calibration(command)
     add_output(command)
     command.add_argument(
+        "--layout",
+        choices=("dense", "bitmask"),
+        default="dense",
+        help="how zeros are stored: like other numbers, which loads everywhere, or as bits, which needs this package "
+        "(default: %(default)s)",
+    )
+    command.add_argument(
         "--stream",
         action="store_true",
         help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
@@ -48,12 +55,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..plan import Plan
     from . import tables
     from .loading import calibration, hidden_limit, load, needed, sparsity_config
+    from .race import certificate
 
     made = Plan.load(options.plan) if options.plan else None
     if made is not None and options.sparsity is not None:
         raise ValueError("give --plan or --sparsity, not both: a plan carries its config")
     config = plan_config(made) if made else sparsity_config(options)
-    output = Output(options.output, overwrite=options.overwrite)
+    output = Output(options.output, overwrite=options.overwrite, layout=options.layout)
     speaks = output.processes.main and not options.json
     limit = hidden_limit(options)
     model, tokenizer = load(options)
@@ -75,9 +83,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if speaks:
         print(tables.plan_table(made, report))
         print(tables.after(report))
-        print(
-            f"saved to {output.path} ({folder_bytes(output.path) / 2**20:.1f} MiB: zeros are stored like other numbers)"
-        )
+        scored = model.config.sparsity_config["pruned"].get("certificate")
+        if made.chosen and scored:
+            print(certificate(made.chosen["certificate"]))
+            print(f"  of the pruned model, there: kl {scored['kl']:.4f}, perplexity {scored['perplexity']:.4f}")
+        zeros = "zeros are stored like other numbers" if options.layout == "dense" else "zeros are stored as bits"
+        print(f"saved to {output.path} ({folder_bytes(output.path) / 2**20:.1f} MiB: {zeros})")
     return {
         "output": str(output.path),
         "sparsity": report.sparsity,

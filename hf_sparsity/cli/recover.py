@@ -33,6 +33,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="train", help="of a Hub dataset (default: %(default)s)")
     add_output(command)
     command.add_argument(
+        "--layout", choices=("dense", "bitmask"), default="dense", help="see prune (default: %(default)s)"
+    )
+    command.add_argument(
         "--teacher", metavar="MODEL", help="the dense model, a folder or Hub id or 'demo': distil from it"
     )
     command.add_argument("--steps", type=int, help="optimizer steps (default: 200)")
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--data is missing: a local text, jsonl or parquet file, or a Hub dataset such as c4")
     if data is None:
         data, length = [text for _, text in demo.texts("calibration")], length or DEMO_LENGTH
-    names = ("steps", "tokens", "batch", "accumulation", "lr", "rank", "seed", "column", "split", "overwrite")
+    names = ("steps", "tokens", "batch", "accumulation", "lr", "rank", "seed", "column", "split", "overwrite", "layout")
     model = recover(
         options.model,
         data,

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import SparsityConfig
 from ..hf.estimate import Estimate
 from ..hf.evaluate import Quality
+from ..pictures.grid import by_block_and_projection, split_name
 from ..plan import Plan, Report
-
-_BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`model.layers.3.mlp.up_proj` -> (`model.layers.3`, `up_proj`); experts of one parameter are one projection."""
-    match = _BLOCK.match(name)
-    block, rest = (match[1], match[2]) if match else ("", name)
-    return block, re.sub(r"\[\d+\]$", "", rest).rsplit(".", 1)[-1]
-
-
-def by_block_and_projection(sparsities: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """{block: {projection: sparsity}}, the mean weighted by size where several layers share a projection."""
-    sums: dict[str, dict[str, tuple[float, int]]] = {}
-    for name, sparsity in sparsities.items():
-        block, projection = split_name(name)
-        total, size = sums.setdefault(block, {}).get(projection, (0.0, 0))
-        sums[block][projection] = (total + sparsity * sizes[name], size + sizes[name])
-    return {block: {p: total / size for p, (total, size) in row.items()} for block, row in sums.items()}
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,8 +1,8 @@
-"""Masks of weights as bits: set, counted, coded in groups, turned into places. The machinery under `packing.py`.
+"""Masks of weights as bits: set, counted, coded in groups, and what they keep taken out and put back.
 
 Bits are uint8 tensors, lowest bit first, padded with zeros to whole words of 8 bytes. All of it is arithmetic on
-whole tensors without a branch on a weight: `masked_select`, `masked_scatter` and `nonzero`, which branch, take three
-to ten times as long on masks of random weights.
+whole tensors without a branch on a weight: torch's `masked_select`, `masked_scatter` and `nonzero`, which branch, take
+four to eight times as long on masks of random weights.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import accumulate
+from itertools import product
 from threading import Barrier, local
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-CHUNK = 2**18  # weights at a time: temporaries of 3 MB, so that they stay in the cache
-TASK = 2**19  # weights for one thread at a time
+CHUNK = 2**18  # weights at a time where bits are made: temporaries of 3 MB, so that they stay in the cache
+TASK = 2**19  # weights for one thread at a time; fewer, and torch's time per call shows
 GROUPS = (2, 4, 8)  # the M of N:M that have codes
 _T = TypeVar("_T")
 _LANE = 0x0101010101010101  # 1 in each byte of a word
+_WIDER = {8: (torch.uint8, torch.int16), 16: (torch.uint16, torch.int32), 32: (torch.uint32, torch.int64)}
 _buffers = local()
 
 
 def mark(flat: Tensor, bits: Tensor) -> int:
-    """Sets in `bits`, which are zero, those of the elements that are not zero; returns how many."""
+    """Sets in `bits`, which are zero and whole words, those of the elements that are not zero; returns how many."""
     mask = flat.new_zeros(min(CHUNK, padded(flat.numel(), 64)), dtype=torch.bool)
-    count = 0
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
         mask[part.numel() :] = False
-        count += int(torch.count_nonzero(mask[: part.numel()].copy_(part)))
+        mask[: part.numel()].copy_(part)
         # Eight bytes of 0 or 1 times this constant have bit k of the answer in bit 56 + k.
         words = mask.view(torch.int64)[: -(-part.numel() // 8)] * 0x0102040810204080
         bits[start // 8 : start // 8 + words.numel()] = words.view(torch.uint8)[7::8]
-    return count
+    return int(count_bits(bits)[1].sum())
 
 
 def count_bits(bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,9 +57,17 @@ def code_width(kept: int, group: int) -> int:
 
 
 @cache
-def _masks(kept: int, group: int) -> list[int]:
-    """The M-bit masks with N bits, ascending: code -> mask."""
-    return [mask for mask in range(2**group) if mask.bit_count() == kept]
+def _code_tables(kept: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`[256]` int64: byte of a mask -> the codes of its groups, 0 for none; and back, int16, -1 for none."""
+    width, each = code_width(kept, group), range(8 // group)
+    masks = [mask for mask in range(2**group) if mask.bit_count() == kept]  # ascending: code -> mask
+    rank = {mask: code for code, mask in enumerate(masks)}
+    codes = [sum(rank.get(byte >> k * group & 2**group - 1, 0) << k * width for k in each) for byte in range(256)]
+    back = [-1] * 2 ** (width * len(each))
+    for chosen in product(range(len(masks)), repeat=len(each)):
+        byte = sum(masks[code] << k * group for k, code in enumerate(chosen))
+        back[codes[byte]] = byte
+    return torch.tensor(codes, device=device), torch.tensor(back, dtype=torch.int16, device=device)
 
 
 def fill(bits: Tensor, weights: int, width: int, group: tuple[int, int]) -> Tensor | None:
@@ -80,72 +88,106 @@ def fill(bits: Tensor, weights: int, width: int, group: tuple[int, int]) -> Tens
 
     table = torch.tensor([filled(byte) for byte in range(256)], dtype=torch.uint8, device=bits.device)
     out = table.index_select(0, bits.to(torch.int32))
-    last, used = divmod(weights, 8)
-    if used:
-        out[last] &= 2**used - 1
-    out[-(-weights // 8) :] = 0  # what pads the last word
+    _clear(out, weights)
     return out if int(count_bits(out)[1].sum()) == weights // size * kept else None
 
 
 def encode(bits: Tensor, kept: int, group: int) -> Tensor:
     """Bits with N in each group -> codes: uint8, at least as many bytes as needed."""
-    width, masks = code_width(kept, group), _masks(kept, group)
-    table = torch.zeros(2**group, dtype=torch.int64, device=bits.device)
-    table[masks] = torch.arange(len(masks), device=bits.device)
-    places = torch.arange(0, 8, group, device=bits.device)
-    shifts = torch.arange(0, 8 * width, width, device=bits.device)
-    codes = []
-    for chunk in bits.split(CHUNK // 8):
-        found = table[chunk.to(torch.int64).unsqueeze(1) >> places & 2**group - 1]
-        words = (found.view(-1, 8) << shifts).sum(1)  # eight codes fill `width` bytes exactly
-        codes.append(words.view(torch.uint8).view(-1, 8)[:, :width].reshape(-1))
-    return torch.cat(codes)
+    width, table = code_width(kept, group), _code_tables(kept, group, bits.device)[0]
+    words = bits.new_zeros(bits.numel() // group, dtype=torch.int64)  # eight codes: `group` bytes of bits, `width` here
+    for k, column in enumerate(bits.view(-1, group).unbind(1)):
+        words |= table.index_select(0, column.to(torch.int32)) << k * width * 8 // group
+    return words.view(torch.uint8).view(-1, 8)[:, :width].reshape(-1)
 
 
 def decode(codes: Tensor, groups: int, kept: int, group: int) -> Tensor:
     """`groups` codes -> bits, uint8, padded to whole words; `ValueError` for codes that the pattern has not."""
-    width, masks = code_width(kept, group), _masks(kept, group)
-    words = codes.new_zeros(-(-groups // 8), 8)
-    words[: codes.numel() // width, :width] = codes[: codes.numel() // width * width].view(-1, width)
+    width, table = code_width(kept, group), _code_tables(kept, group, codes.device)[1]
+    raw = codes.new_zeros(-(-groups // 8), 8)
+    raw[: codes.numel() // width, :width] = codes[: codes.numel() // width * width].view(-1, width)
     if rest := codes.numel() % width:
-        words[-1, :rest] = codes[-rest:]
-    shifts = torch.arange(0, 8 * width, width, device=codes.device)
-    found = (words.view(torch.int64) >> shifts & 2**width - 1).view(-1)
-    if int(found.max()) >= len(masks) or bool(found[groups:].any()):
+        raw[-1, :rest] = codes[-rest:]
+    words, step = raw.view(torch.int64).view(-1), width * 8 // group
+    bits = codes.new_zeros(padded(len(words) * group))
+    wrong = bool(groups % 8) and int(words[-1]) >> groups % 8 * width != 0
+    for k in range(group):
+        found = table.index_select(0, (words >> k * step) & 2**step - 1)
+        wrong |= bool((found < 0).any())
+        bits[k : len(words) * group : group] = found
+    if wrong:
         raise ValueError(f"packed weight: a code that {kept}:{group} does not have")
-    parts = torch.tensor(masks, dtype=torch.int64, device=codes.device)[found]
-    parts[groups:] = 0
-    joined = (parts.view(-1, 8 // group) << torch.arange(0, 8, group, device=codes.device)).sum(1)
-    bits = codes.new_zeros(padded(joined.numel()))
-    bits[: joined.numel()] = joined
+    _clear(bits, groups * group)
     return bits
 
 
+def _clear(bits: Tensor, weights: int) -> None:
+    """Sets the bits after the last weight to 0."""
+    last, used = divmod(weights, 8)
+    if used:
+        bits[last] &= 2**used - 1
+    bits[-(-weights // 8) :] = 0
+
+
 @cache
-def _ranks(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two tables `[256]` of words, one byte a bit: how many bits are set up to this one, and whether it is."""
-    bits = [[b >> k & 1 for k in range(8)] for b in range(256)]
-    upto = [list(accumulate(row)) for row in bits]
-    tables = (torch.tensor(rows, dtype=torch.int8, device=device) for rows in (upto, bits))
-    upto_words, bit_words = (table.view(torch.int64).view(-1) for table in tables)
-    return upto_words, bit_words
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each of the 256 bytes, in the bytes of one number: int32, see `expand`; int64, its eight bits, 0 or 1 each.
 
-
-def fill_slots(bits: Tensor, out: Tensor, scratch: Tensor) -> int:
-    """Fills `out` `[8 * bytes]`, int32 or int64, with 1, 2, … at the bits that are set, in order, and 0 elsewhere.
-
-    Returns how many are set. There is no branch on a weight, so random masks cost what regular ones do: ranks in a
-    byte from a table, in a word of 64 by eight additions at once, and only those of whole words one by one.
+    The first: for weights 0 and 1, 2 and 3, … which of the byte's values is the first that either has, from 1 on; one
+    less where only the second weight has a value, so that this is the second of the pair.
     """
-    upto, bit = _ranks(bits.device)
-    before, totals = count_bits(bits)
-    ends = totals.cumsum(0)
-    index = bits.to(torch.int32)
-    in_word = before.to(torch.int64).mul_(_LANE).add_(upto.index_select(0, index))
-    out.copy_(in_word.view(torch.int8))
-    out.view(-1, 64).add_((ends - totals).to(out.dtype).unsqueeze(1))
-    out.mul_(scratch.copy_(bit.index_select(0, index).view(torch.int8)))
-    return int(ends[-1])
+    bits = [[byte >> k & 1 for k in range(8)] for byte in range(256)]
+    first = [[sum(row[:k]) + 1 - (row[k : k + 2] == [0, 1]) for k in range(0, 8, 2)] for row in bits]
+    firsts, lanes = (torch.tensor(rows, dtype=torch.int8, device=device) for rows in (first, bits))
+    return firsts.view(torch.int32).view(-1), lanes.view(torch.int64).view(-1)
+
+
+def expand(bits: Tensor, counted: tuple[Tensor, Tensor], values: Tensor, out: Tensor) -> None:
+    """`out` = the next of `values` where a bit is set, 0 elsewhere; integers. `counted`: what `count_bits` returned.
+
+    Two weights a step: all pairs of neighbours in `values` are laid out, each pair of weights fetches the one that
+    holds what it keeps, and what it does not keep is multiplied by 0. Where a pair is, is known from a table for the
+    byte, from eight additions at once for the word, and from a running sum only for words.
+    """
+    firsts, lanes = _tables(bits.device)
+    before, totals = counted
+    ends, byte = totals.cumsum(0), bits.to(torch.int32)
+    near = before.to(torch.int32).mul_(0x01010101).add_(firsts.index_select(0, byte))
+    index = buffer("index", 4 * bits.numel(), torch.int32, bits.device).copy_(near.view(torch.int8))
+    index.view(-1, 32).add_((ends - totals).to(torch.int32).unsqueeze(1))
+    whole = out
+    if out.numel() < 8 * bits.numel():
+        whole = buffer("whole", 8 * bits.numel(), out.dtype, out.device)
+    pairs = _pairs(values[: int(ends[-1])])
+    torch.index_select(pairs, 0, index, out=whole.view(pairs.dtype))
+    mask = buffer("mask", whole.numel(), out.dtype, out.device)
+    whole.mul_(mask.copy_(lanes.index_select(0, byte).view(torch.int8)))
+    if whole is not out:
+        out.copy_(whole[: out.numel()])
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """`[k + 2]`, each twice as wide: (0, v0), (v0, v1), … (v last, 0), (0, 0)."""
+    size, bits = values.numel() + 2, 8 * values.element_size()
+    if bits == 64:
+        both = buffer("pairs", 2 * size, values.dtype, values.device).zero_().view(-1, 2)
+        both[1:-1, 0], both[:-2, 1] = values, values
+        return both.view(-1).view(torch.complex128)
+    unsigned, wide = _WIDER[bits]
+    left, pairs = (buffer(name, size + 1, wide, values.device)[: size + 1] for name in ("left", "pairs"))
+    left[0], left[-2:] = 0, 0
+    left[1:-2] = values.view(unsigned)
+    return torch.add(left[:-1], left[1:], alpha=2**bits, out=pairs[:-1])
+
+
+def compress(flat: Tensor, bits: Tensor, values: Tensor) -> None:
+    """`values` = the elements of `flat` whose bit is set; as many as there are."""
+    lanes = _tables(bits.device)[1].index_select(0, bits.to(torch.int32))
+    mask = lanes.view(torch.bool)[: flat.numel()]
+    if flat.device.type == "cpu":  # NumPy finds what is set without a branch
+        flat.numpy().compress(mask.numpy(), out=values.numpy())
+    else:
+        values.copy_(flat[mask])
 
 
 def run_tasks(job: Callable[[int, int], _T], flat: Tensor) -> list[_T]:

@@ -45,16 +45,15 @@ import torch
 from torch import Tensor
 
 from .bits import (
-    CHUNK,
     GROUPS,
     TASK,
-    buffer,
     code_width,
+    compress,
     count_bits,
     decode,
     encode,
+    expand,
     fill,
-    fill_slots,
     mark,
     padded,
     run_tasks,
@@ -147,7 +146,7 @@ def pack(weight: Tensor, *, group: tuple[int, int] | None = None, swapped: bool 
     header = Header(tuple(weight.shape), weight.dtype, None, swapped, 0)
     flat = _integers(weight.detach().transpose(-1, -2) if swapped else weight.detach())
     bits = flat.new_zeros(padded(-(-flat.numel() // 8)), dtype=torch.uint8)
-    counts = run_tasks(lambda a, b: mark(flat[a:b], bits[a // 8 : -(-b // 8)]), flat)
+    counts = run_tasks(lambda a, b: mark(flat[a:b], bits[a // 8 : padded(-(-b // 8))]), flat)
     header = replace(header, values=sum(counts))
     which = bits
     if group is not None and (filled := fill(bits, header.size, header.width, group)) is not None:
@@ -158,7 +157,7 @@ def pack(weight: Tensor, *, group: tuple[int, int] | None = None, swapped: bool 
     packed = flat.new_zeros(header.total_bytes, dtype=torch.uint8)
     packed[HEADER : HEADER + header.which_bytes] = which[: header.which_bytes]
     values, ends = _values(packed, header), [0, *accumulate(counts)]
-    run_tasks(lambda a, b: _gather(flat[a:b], bits[a // 8 :], values[ends[a // TASK] :]), flat)
+    run_tasks(lambda a, b: compress(flat[a:b], bits[a // 8 : -(-b // 8)], _share(values, ends, a)), flat)
     packed[:HEADER] = _tensor(header.to_bytes(), packed.device)
     packed[:HEADER] = _tensor(header.to_bytes(_digest(packed)), packed.device)
     return packed
@@ -196,11 +195,11 @@ def unpack(packed: Tensor) -> Tensor:
         raise ValueError("packed weight: the checksum is wrong; the data are damaged")
     flat = packed.new_empty(header.size, dtype=_INTEGERS[header.dtype.itemsize])
     which, values = packed[HEADER : HEADER + header.which_bytes], _values(packed, header)
-    counts = run_tasks(lambda a, b: _count(which, a, b, header), flat)
-    if sum(counts) != header.values:
-        raise ValueError(f"packed weight: its mask has {sum(counts)} bits for {header.values} values")
-    ends = [0, *accumulate(counts)]
-    run_tasks(lambda a, b: _scatter(flat, which, values[ends[a // TASK] :], a, b, header), flat)
+    found = run_tasks(lambda a, b: _bits(which, a, b, header), flat)
+    ends = [0, *accumulate(int(totals.sum()) for _, (_, totals) in found)]
+    if ends[-1] != header.values:
+        raise ValueError(f"packed weight: its mask has {ends[-1]} bits for {header.values} values")
+    run_tasks(lambda a, b: expand(*found[a // TASK], _share(values, ends, a), flat[a:b]), flat)
     rows = (*header.shape[:-2], header.shape[-1], header.shape[-2]) if header.swapped else header.shape
     weight = flat.view(header.dtype).view(rows)
     return weight.transpose(-1, -2).contiguous() if header.swapped else weight
@@ -217,58 +216,27 @@ def checksum(tensor: Tensor) -> str:
     return _digest(tensor.detach().contiguous().view(-1).view(torch.uint8), skip=None).hex()
 
 
-def _bits(which: Tensor, start: int, stop: int, header: Header) -> Tensor:
-    """Bits of the weights from `start`, a multiple of 64, to `stop`: uint8, padded to whole words."""
+def _bits(which: Tensor, start: int, stop: int, header: Header) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Bits of the weights from `start`, a multiple of 64, to `stop`: uint8, padded to whole words; and their counts.
+
+    `ValueError` for a code that the pattern has not, or a bit after the last weight.
+    """
     if header.group is not None:
         kept, group = header.group
         first, groups = start // group * code_width(kept, group) // 8, (stop - start) // group
-        return decode(which[first : first + -(-groups * code_width(kept, group) // 8)], groups, kept, group)
+        bits = decode(which[first : first + -(-groups * code_width(kept, group) // 8)], groups, kept, group)
+        return bits, count_bits(bits)
+    if stop % 8 and int(which[stop // 8]) >> stop % 8:
+        raise ValueError("packed weight: its mask goes on after the last weight")
     bits = which[start // 8 : -(-stop // 8)]
     if bits.numel() % 8:
         bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)])
-    return bits
+    return bits, count_bits(bits)
 
 
-def _count(which: Tensor, start: int, stop: int, header: Header) -> int:
-    """How many weights from `start` to `stop` have values; `ValueError` for a bit after the last weight."""
-    if header.group is not None:
-        return (stop - start) // header.group[1] * header.group[0]
-    if stop % 8 and int(which[stop // 8]) >> stop % 8:
-        raise ValueError("packed weight: its mask goes on after the last weight")
-    return int(count_bits(_bits(which, start, stop, header))[1].sum())
-
-
-# ---- values: from their places to a list and back
-
-
-def _gather(flat: Tensor, which: Tensor, values: Tensor) -> None:
-    """`values` = the elements of `flat` whose bit is set."""
-    room = min(CHUNK, padded(flat.numel(), 64))
-    slots, scratch = (buffer(name, room, torch.int64, flat.device) for name in ("slots", "scratch"))
-    kept = buffer("values", room + 1, flat.dtype, flat.device)
-    done = 0
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        size = padded(part.numel(), 64)
-        count = fill_slots(which[start // 8 : (start + size) // 8], slots[:size], scratch[:size])
-        kept.scatter_(0, slots[: part.numel()], part)  # slot 0 takes what is not kept; nobody reads it
-        values[done : done + count] = kept[1 : count + 1]
-        done += count
-
-
-def _scatter(flat: Tensor, which: Tensor, values: Tensor, start: int, stop: int, header: Header) -> None:
-    """`flat[start:stop]` = `values`, from the first on, at the places that have one, and zeros."""
-    room = min(CHUNK, padded(stop - start, 64))
-    slots, scratch = (buffer(name, room, torch.int32, flat.device) for name in ("slots", "scratch"))
-    source = buffer("values", room + 1, flat.dtype, flat.device)
-    source[0] = 0
-    for first in range(start, stop, CHUNK):
-        part = flat[first : min(first + CHUNK, stop)]
-        size = padded(part.numel(), 64)
-        count = fill_slots(_bits(which, first, first + part.numel(), header), slots[:size], scratch[:size])
-        source[1 : count + 1] = values[:count]
-        torch.index_select(source, 0, slots[: part.numel()], out=part)
-        values = values[count:]
+def _share(values: Tensor, ends: list[int], start: int) -> Tensor:
+    """The values of the task that begins at weight `start`; `ends`: where those of each task begin and end."""
+    return values[ends[start // TASK] : ends[start // TASK + 1]]
 
 
 def _integers(weight: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core import packing
-from ..plan import LARGEST_FILE
-from .pack import METHOD, check_description, verify
+from .pack import METHOD, check_description, check_files, check_index
+from .stored import Stored, prefetch
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +96,16 @@ class BitmaskQuantizer(HfQuantizer):
                 "a packed folder cannot be loaded with tensor parallelism or another distributed_config: a slice of a "
                 "matrix is not a slice of its packed bytes. Make it dense first: hf_sparsity.unpack(folder, output)"
             )
-        weights = vars(self.quantization_config)["weights_file"]
-        index = Path(config._name_or_path) / weights
-        if index.is_file() and weights.endswith(".json") and index.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{index} has {index.stat().st_size} bytes; more than {LARGEST_FILE} are refused")
-        config.transformers_weights = weights
+        check_index(Path(config._name_or_path), vars(self.quantization_config))
+        config.transformers_weights = vars(self.quantization_config)["weights_file"]
         return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         files = [Path(os.path.normpath(file)) for file in checkpoint_files or ()]
-        self.packed = verify(files, vars(self.quantization_config))
+        prefetch(Stored(str(file), 0, file.stat().st_size, "", ()) for file in files)  # while we unpack, the disk reads
+        self.packed = check_files(files, vars(self.quantization_config))
         adjust = model._adjust_missing_and_unexpected_keys
 
         def adjust_and_check(loading_info: Any) -> None:

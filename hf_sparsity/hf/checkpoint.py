@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from ..plan import LayerReport
 
@@ -32,6 +35,15 @@ def count_zeros(file: Path) -> int:
             if tensor.ndim >= 2:
                 zeros += tensor.numel() - int(torch.count_nonzero(tensor))
     return zeros
+
+
+def mask_hash(weight: Tensor) -> str:
+    """Where the zeros of a weight `[out, in]` are, as 32 hex digits: BLAKE2b over its mask, row-major.
+
+    One bit a weight, 1 = kept, the first weight in the highest bit of the first byte, zeros after the last.
+    """
+    bits = np.packbits((weight != 0).cpu().numpy())
+    return hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()
 
 
 def folder_bytes(folder: str | os.PathLike[str]) -> int:

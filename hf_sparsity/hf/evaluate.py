@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +15,12 @@ from transformers import PreTrainedModel
 
 from ..plan import LayerReport, Plan, Report
 from .batches import prepare_batches
+from .checkpoint import mask_hash
 from .drive import Batch, evaluating
 from .layers import Layout, find_layout
 from .offload import onload
+
+Array = np.ndarray[Any, Any]
 
 LOGITS = 2**25  # numbers in one batch's logits while evaluating: 128 MiB in float32
 
@@ -36,10 +40,11 @@ class Quality:
     top1: float | None = None
 
 
-def measure_sparsity(model: PreTrainedModel, ignore: tuple[str, ...] | None = None) -> Report:
+def measure_sparsity(model: PreTrainedModel, ignore: tuple[str, ...] | None = None, *, masks: bool = False) -> Report:
     """Counts the zeros of every prunable layer; `planned` and `target` come from the model's plan if it has one.
 
-    `.sparsity` is the whole's, `.layers[name].sparsity` a layer's. `ignore` defaults to the plan's.
+    `.sparsity` is the whole's, `.layers[name].sparsity` a layer's. `ignore` defaults to the plan's. `masks`: with a hash of
+    each layer's mask.
     """
     plan = model_plan(model)
     layout = planned_layout(model) if ignore is None else find_layout(model, ignore)
@@ -47,9 +52,10 @@ def measure_sparsity(model: PreTrainedModel, ignore: tuple[str, ...] | None = No
     for block in layout.blocks:
         with onload(block.module):
             for name, weight in block.weights.items():
-                zeros = int((weight.read() == 0).sum())
+                values = weight.read()
+                zeros = int((values == 0).sum())
                 planned = plan.layers[name].sparsity if plan and name in plan.layers else zeros / weight.size
-                layers[name] = LayerReport(zeros, weight.size, planned)
+                layers[name] = LayerReport(zeros, weight.size, planned, mask=mask_hash(values) if masks else None)
     report = Report(0.0, layers, layout.skipped)
     return Report(plan.target if plan else report.sparsity, layers, layout.skipped)
 
@@ -74,38 +80,62 @@ def evaluate_text(model: PreTrainedModel, ids: Tensor, reference: PreTrainedMode
             protocol when the windows are cut from joined text (see `windows`).
         reference: the dense model, of the same vocabulary.
     """
+    scores = score_windows(model, ids, reference)
+    tokens = int(scores.predictions.sum())
+    loss = float(scores.loss.sum()) / tokens
+    if scores.reference is None or scores.kl is None or scores.same is None:
+        return Quality(math.exp(loss), tokens)
+    return Quality(
+        math.exp(loss),
+        tokens,
+        math.exp(float(scores.reference.sum()) / tokens),
+        float(scores.kl.sum()) / tokens,
+        float(scores.same.sum()) / tokens,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class WindowScores:
+    """Sums over each window's predictions, arrays `[windows]`: what a bootstrap over windows or documents needs.
+
+    `loss` and `reference` (the reference model's loss) in nats; `kl` = KL(reference ‖ model) in nats; `same` counts
+    positions where both rank the same token first.
+    """
+
+    predictions: Array
+    loss: Array
+    reference: Array | None = None
+    kl: Array | None = None
+    same: Array | None = None
+
+
+def score_windows(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> WindowScores:
+    """Scores each window by itself; arguments and errors as `evaluate_text`."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 2**17)
     size = max(1, LOGITS // (ids.shape[1] * vocabulary))
     batches = prepare_batches(model, [{"input_ids": rows} for rows in ids.split(size)])
-    totals = {"loss": 0.0, "reference": 0.0, "kl": 0.0, "same": 0.0}
-    tokens = 0
+    columns: list[list[Tensor]] = []
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=None, leave=False):
             logits = model(**batch, use_cache=False).logits
-            loss, count = next_token_loss(batch, logits)
-            totals["loss"] += loss
-            tokens += count
+            losses, counts = _sequence_losses(batch, logits)
+            columns.append([counts, losses])
             if reference is not None:
                 with evaluating(reference):
                     dense = reference(**{k: v.to(reference.device) for k, v in batch.items()}, use_cache=False).logits
-                totals["reference"] += next_token_loss(batch, dense)[0]
-                kl, same = divergence(dense[:, :-1], logits[:, :-1])
-                totals["kl"] += kl
-                totals["same"] += same
-    quality = Quality(math.exp(totals["loss"] / tokens), tokens)
-    if reference is None:
-        return quality
-    return Quality(
-        quality.perplexity,
-        tokens,
-        math.exp(totals["reference"] / tokens),
-        totals["kl"] / tokens,
-        totals["same"] / tokens,
-    )
+                columns[-1].append(_sequence_losses(batch, dense)[0])
+                columns[-1] += _sequence_divergences(dense[:, :-1], logits[:, :-1])
+    return WindowScores(*(torch.cat(column).numpy() for column in zip(*columns, strict=True)))
 
 
 def next_token_loss(batch: Batch, logits: Tensor) -> tuple[float, int]:
     """(summed cross-entropy in nats, number of predictions) of a batch's next tokens, padding excluded."""
+    losses, counts = _sequence_losses(batch, logits)
+    return float(losses.sum()), int(counts.sum())
+
+
+def _sequence_losses(batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`next_token_loss` of each sequence, float64 on the CPU."""
     ids = batch.get("decoder_input_ids", batch.get("input_ids"))
     if ids is None:
         raise ValueError("a loss needs text: batches with input_ids")
@@ -113,21 +143,28 @@ def next_token_loss(batch: Batch, logits: Tensor) -> tuple[float, int]:
     if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
         targets = targets.masked_fill(batch["attention_mask"][:, 1:].to(logits.device) == 0, -100)
     losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100
     )
-    return float(losses), int((targets != -100).sum())
+    return losses.view(targets.shape).sum(1).cpu().double(), (targets != -100).sum(1).cpu().double()
 
 
 def divergence(reference: Tensor, logits: Tensor) -> tuple[float, float]:
     """(summed KL(reference ‖ model) in nats, positions with the same first token), both `[sequences, tokens, vocabulary]`."""
+    kl, same = _sequence_divergences(reference, logits)
+    return float(kl.sum()), float(same.sum())
+
+
+def _sequence_divergences(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`divergence` of each sequence, float64 on the CPU."""
     if reference.shape != logits.shape:
         raise ValueError(
             f"the two models have vocabularies of {reference.shape[-1]} and {logits.shape[-1]}; they cannot be compared"
         )
     dense = F.log_softmax(reference.to(logits.device).float(), dim=-1)
     sparse = F.log_softmax(logits.float(), dim=-1)
-    kl = F.kl_div(sparse, dense, log_target=True, reduction="sum")
-    return float(kl), float((dense.argmax(-1) == sparse.argmax(-1)).sum())
+    kl = F.kl_div(sparse, dense, log_target=True, reduction="none").sum((1, 2))
+    same = (dense.argmax(-1) == sparse.argmax(-1)).sum(1)
+    return kl.cpu().double(), same.cpu().double()
 
 
 def windows(text: str, tokenizer: Any, length: int) -> Tensor:

@@ -73,9 +73,6 @@ def model_fingerprint(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     `weights` is None while any layer is offloaded by accelerate, since reading it would load the model; of a streamed
     model they are those of its checkpoint, read once.
     """
-    shapes = hashlib.sha256()
-    for name, weight in layout.weights.items():
-        shapes.update(f"{name}{weight.shape}".encode())
     streamed = source_weights(model)
     if streamed is None:
         weights = _sampled(layout)
@@ -89,9 +86,17 @@ def model_fingerprint(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     return {
         "type": getattr(model.config, "model_type", type(model).__name__),
         "name": getattr(model.config, "_name_or_path", "") or "",
-        "layers": shapes.hexdigest(),
+        "layers": shapes_hash(layout),
         "weights": weights,
     }
+
+
+def shapes_hash(layout: Layout) -> str:
+    """The names and shapes of the layers, hashed."""
+    shapes = hashlib.sha256()
+    for name, weight in layout.weights.items():
+        shapes.update(f"{name}{weight.shape}".encode())
+    return shapes.hexdigest()
 
 
 def _sampled(layout: Layout, *, lend: bool = False) -> str | None:

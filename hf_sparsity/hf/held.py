@@ -176,10 +176,10 @@ class HeldZeros:
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """A hash of a sample of all parameters, buffers left out; None when they are sharded."""
+    """A hash of a sample of all parameters, buffers left out; None when they are sharded or offloaded."""
     values = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) or parameter.is_meta:
             return None
         values.update(name.encode() + sample(parameter))
     return values.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,6 +49,7 @@ class SparseModel:
         overwrite: bool = False,
         hidden_limit: int | None = None,
         reconstruct: BlockReconstruction | None = None,
+        layout: Literal["dense", "bitmask"] = "dense",
         **kwargs: Any,
     ) -> Any:
         """Loads a model and makes it sparse; without a config or plan, loads a sparse one and checks it.
@@ -69,6 +70,8 @@ class SparseModel:
             overwrite: start anew if `output_dir` holds an unfinished run or a sparse model.
             hidden_limit: see `prune`.
             reconstruct: see `prune`.
+            layout: of the files in `output_dir`, see `save_sparse`. `bitmask` needs room for the dense files too until
+                the run is over, and a model with `offload="stream"` is then to be opened anew.
             **kwargs: to transformers (`dtype`, `device_map`, `revision`, ...). `trust_remote_code` is off unless given.
 
         Returns:
@@ -97,10 +100,12 @@ class SparseModel:
             raise ValueError("offload='stream' prunes into a folder: give output_dir")
         if output_dir is not None and config is None and plan is None:
             raise ValueError("output_dir without sparsity_config or plan: say how sparse the model shall be")
+        if layout != "dense" and output_dir is None:
+            raise ValueError(f"layout={layout!r} is for files: give output_dir, or save the model with save_sparse")
         location = {key: kwargs[key] for key in _LOCATION if key in kwargs}
         if os.path.isdir(pretrained_model_name_or_path):
             check_finished(pretrained_model_name_or_path)
-        output = Output(output_dir, overwrite=overwrite) if output_dir is not None else None
+        output = Output(output_dir, overwrite=overwrite, layout=layout) if output_dir is not None else None
         if offload == "stream":
             model = open_streamed(pretrained_model_name_or_path, auto_class=auto_class, **kwargs)
         else:

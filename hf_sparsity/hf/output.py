@@ -2,6 +2,9 @@
 
 Each block's shard is written as soon as the block is pruned, under the names of the source checkpoint.
 `config.json` comes last, so that nothing loads a folder that is not whole.
+
+Packed files are made of dense ones at the end, since until then a run may go on from these; so for a while both are on
+disk. The dense ones lie in the record of the run and go with it.
 """
 
 from __future__ import annotations
@@ -27,20 +30,32 @@ from .checkpoint import REPORT_FILE, check_written
 from .journal import MARKER, Journal
 from .layers import Block, Layout
 from .offload import onload
+from .pack import check_layout, pack_into
 from .processes import Processes
 from .source import read_blocks, source_weights
 from .writing import disk_errors, sync_folder, write_tensors
 
+PACKED = "packed"  # the dense files, under the name that says that they are needed no more
+
 
 class Output:
-    """Where a model goes. `journal` says what of it is there already.
+    """Where a model goes. `journal` says what of it is there already; `layout`: "dense" or "bitmask", see `save_sparse`.
 
     Raises:
-        ValueError: the folder is complete, or holds other files.
+        ValueError: an unknown layout; the folder is complete, or holds other files.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, processes: Processes | None = None):
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        processes: Processes | None = None,
+        layout: str = "dense",
+    ):
+        check_layout(layout)
+        self.path, self.layout = Path(path), layout
+        self._dense = self.path if layout == "dense" else self.path / MARKER / "dense"  # where blocks are written
         self.processes = processes or Processes.current()
         self._wipe = overwrite and self._is_ours()
         if not self._wipe:
@@ -62,7 +77,8 @@ class Output:
                         file.unlink()
                 shutil.rmtree(self.path / MARKER, ignore_errors=True)
             with disk_errors(self.path):
-                (self.path / MARKER).mkdir(parents=True, exist_ok=True)
+                for folder in (self.path / MARKER, self._dense):
+                    folder.mkdir(parents=True, exist_ok=True)
         self.processes.wait()
         if self._wipe:
             self._wipe, self.journal = False, Journal(self.path, self.processes)
@@ -81,9 +97,13 @@ class Output:
 
     def _check(self) -> None:
         marker = self.path / MARKER
-        if marker.is_dir() and not any(marker.iterdir()) and (self.path / CONFIG_NAME).exists():
-            with suppress(OSError):  # the run was killed at its very last step; another process may be quicker
-                marker.rmdir()
+        if marker.is_dir() and (self.path / CONFIG_NAME).exists():
+            # The run was killed in its very last steps; another process may be quicker.
+            if (marker / PACKED).exists() or (self.layout == "bitmask" and not self._dense.exists()):
+                shutil.rmtree(marker, ignore_errors=True)
+            elif not any(marker.iterdir()):
+                with suppress(OSError):
+                    marker.rmdir()
         if marker.is_dir():
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -104,10 +124,10 @@ class Output:
         }
         if (streamed := source_weights(model)) is not None:
             for name, files in finished.items():
-                streamed.redirect(name, self.path, files)
+                streamed.redirect(name, self._dense, files)
             return
         blocks = {block.name: block for block in layout.blocks}
-        for name, values in read_blocks(model, self.path, finished):
+        for name, values in read_blocks(model, self._dense, finished):
             with onload(blocks[name].module) as onloaded:
                 for weight in blocks[name].weights.values():
                     stored = values[weight.parameter]
@@ -128,15 +148,15 @@ class Output:
             file = self._shard(layout, layout.blocks.index(block))
             state = {name: _tensor(model, name) for name in names}
             tensors = self._write(model, file, state)
-            check_written([self.path / file], layers)
+            check_written([self._dense / file], layers)
             record |= {"file": file, "tensors": tensors}
             if (streamed := source_weights(model)) is not None:
-                streamed.redirect(block.name, self.path, dict.fromkeys(tensors, file))
+                streamed.redirect(block.name, self._dense, dict.fromkeys(tensors, file))
         if source_weights(model) is not None and self.processes.count > 1:
             record = self.processes.gather(record)[0]
             streamed = source_weights(model)
             assert streamed is not None
-            streamed.redirect(block.name, self.path, dict.fromkeys(record["tensors"], record["file"]))
+            streamed.redirect(block.name, self._dense, dict.fromkeys(record["tensors"], record["file"]))
         self.journal.block_done(block.name, record)
 
     def report(self) -> dict[str, LayerReport]:
@@ -157,12 +177,19 @@ class Output:
 
     @contextmanager
     def finishing(self, report: Report, tokenizer: Any = None) -> Iterator[Path]:
-        """A folder inside the unfinished one: what is put there moves out, `config.json` last, and all is complete."""
+        """A folder for the dense model inside the unfinished one.
+
+        What is put there, packed if so asked, moves out, `config.json` last, and all is complete.
+        """
         place = self.journal.folder / "final"
         shutil.rmtree(place, ignore_errors=True)
         with disk_errors(self.path):
             place.mkdir()
-            yield place
+            if self.layout == "dense":
+                yield place
+            else:
+                yield self._dense
+                pack_into(self._dense, place)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
             report.save(place / REPORT_FILE)
@@ -171,6 +198,8 @@ class Output:
                     shutil.rmtree(self.path / file.name, ignore_errors=True)
                 os.replace(file, self.path / file.name)
             sync_folder(self.path)
+            if self.layout == "bitmask":  # at once: a run cannot go on from some of its blocks
+                os.rename(self._dense, self.journal.folder / PACKED)
             self.journal.remove()
 
     def _write_rest(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
@@ -191,7 +220,7 @@ class Output:
         where |= dict.fromkeys(self._write(model, file, outside), file)
         size = 0
         for file in sorted(set(where.values())):
-            with safe_open(self.path / file, framework="pt") as opened:
+            with safe_open(self._dense / file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a dict)
                     part = opened.get_slice(name)
                     size += torch.Size(part.get_shape()).numel() * _ITEMSIZE[part.get_dtype()]
@@ -201,7 +230,7 @@ class Output:
         """A shard under the source's names, which are returned."""
         named = revert_weight_conversion(model, dict(state))
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-        write_tensors(self.path / file, kept, {"format": "pt"})
+        write_tensors(self._dense / file, kept, {"format": "pt"})
         return list(kept)
 
     def _shard(self, layout: Layout, number: int) -> str:

@@ -27,12 +27,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..core import packing
 from ..core.bits import GROUPS
@@ -40,12 +40,16 @@ from ..plan import LARGEST_FILE, Plan, Report, read_json, write_json
 from .checkpoint import REPORT_FILE, check_written
 from .writing import new_folder
 
+if TYPE_CHECKING:  # importing transformers imports `bitmask.py`, which needs this file whole
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
 
 METHOD, LAYOUT, VERSION = "hf_sparsity", "bitmask", 1
 CHECKS = "hf_sparsity_checksums"  # in a file's metadata: {tensor: checksum}, of what is not packed
 HOW_TO_LOAD = "this folder is packed; to load it, `pip install hf_sparsity` and `import hf_sparsity` first"
 _SHARD = re.compile(r"(model|sparse)(-\d{5,6}-of-\d{5,6})?\.safetensors")
+_TENSOR = re.compile(r"[\w.:/@+-]+")  # transformers makes regular expressions of names
 _WEIGHTS = re.compile(r"(model|sparse|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -77,8 +81,7 @@ def save_sparse(
             plan, or no zeros worth packing.
         RuntimeError: the files have fewer zeros than the report says.
     """
-    if layout not in ("dense", "bitmask"):
-        raise ValueError(f"layout {layout!r} is unknown; use 'dense' or 'bitmask'")
+    check_layout(layout)
     if layout == "bitmask":
         _refuse(model.config.to_dict())
     with new_folder(path) as temporary:
@@ -91,23 +94,38 @@ def save_sparse(
             report.save(dense / REPORT_FILE)
             check_written(dense.glob("*.safetensors"), report.layers)
         if layout == "bitmask":
-            _pack(dense, temporary, consume=True)
+            pack_into(dense, temporary, consume=True)
             shutil.rmtree(dense)
     return Path(path)
+
+
+def check_layout(layout: Any) -> None:
+    """`ValueError` for the name of none."""
+    if layout not in ("dense", "bitmask"):
+        raise ValueError(f"layout {layout!r} is unknown; use 'dense' or 'bitmask'")
+
+
+def check_worth(plan: Plan, dtype: torch.dtype) -> None:
+    """`ValueError` when no layer of a plan is sparse enough for its bits to take less than its zeros did."""
+    if all(layer.sparsity * dtype.itemsize * 8 <= 1 for layer in plan.layers.values()):
+        raise ValueError(f"a sparsity of {plan.sparsity:.4f} leaves nothing worth packing: use layout='dense'")
 
 
 def pack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
     """Rewrites a dense sparse-model folder with its pruned matrices packed; about one shard is in memory.
 
-    All other files are copied. Returns `output`.
+    All other files are copied, but a card of ours is rendered for the new layout. Returns `output`.
 
     Raises:
         FileNotFoundError: no config or weights.
         ValueError: `output` holds files; the folder is packed or quantized already, has no plan in its `config.json`,
             nothing worth packing, or files that are damaged or point outside it.
     """
+    from .card import refresh  # it knows the sizes of both layouts
+
     with new_folder(output) as temporary:
-        _pack(Path(folder), temporary)
+        pack_into(Path(folder), temporary)
+        refresh(temporary)
     return Path(output)
 
 
@@ -120,17 +138,21 @@ def unpack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pa
         FileNotFoundError: no config or weights.
         ValueError: `output` holds files, or the folder is not packed or is damaged in any way.
     """
+    from .card import refresh
+
     folder = Path(folder)
     config = _config(folder)
     described = check_description(config.get("quantization_config"))
+    check_index(folder, described)
     sources = [folder / name for name in described["files"]]
-    verify(sources, described)
+    check_files(sources, described)
     with new_folder(output) as temporary:
         _copy_others(folder, temporary)
         for key in ("quantization_config", "transformers_weights"):
             config.pop(key, None)
         write_json(temporary / "config.json", config)
         _write_shards(sources, temporary, "model", _unpacked)
+        refresh(temporary)
     return Path(output)
 
 
@@ -155,10 +177,22 @@ def check_description(described: Any) -> dict[str, Any]:
         _check_name(name, "sparse")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"packed folder: quantization_config has no checksum for {name}")
-    return dict(described)
+    return {key: described[key] for key in ("quant_method", "layout", "version", "weights_file", "files")}
 
 
-def verify(files: list[Path], described: Mapping[str, Any]) -> dict[str, bool]:
+def check_index(folder: Path, described: Mapping[str, Any]) -> None:
+    """`ValueError` when the index of a packed folder, if there is one, is damaged or names other files than its config."""
+    index = folder / described["weights_file"]
+    if not index.name.endswith(".json") or not index.is_file():
+        return
+    weight_map = read_json(index)
+    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if named != set(described["files"]):
+        raise ValueError(f"{index}: the index names {sorted(named)[:3]}, config.json {sorted(described['files'])[:3]}")
+
+
+def check_files(files: list[Path], described: Mapping[str, Any]) -> dict[str, bool]:
     """Checks files against the config: headers, and the tensors that are not packed.
 
     Packed ones are checked when they are unpacked. Returns {tensor: whether it is packed}.
@@ -178,6 +212,8 @@ def verify(files: list[Path], described: Mapping[str, Any]) -> dict[str, bool]:
         with _opened(file) as tensors:
             checks = _checks(tensors)
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                if name in packed or not _TENSOR.fullmatch(name):
+                    raise ValueError(f"{file}: {name!r} is in another file, too, or no name of a tensor")
                 packed[name] = name not in checks
                 if name in checks and packing.checksum(tensors.get_tensor(name)) != checks[name]:
                     raise ValueError(f"{file}: {name} is damaged; its checksum is wrong")
@@ -247,7 +283,8 @@ def _refuse(config: Mapping[str, Any]) -> Plan:
     return Plan.from_dict(config["sparsity_config"])
 
 
-def _pack(folder: Path, output: Path, *, consume: bool = False) -> None:
+def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
+    """`pack` into a folder that is there; `consume`: takes each dense file away once it is packed."""
     config = _config(folder)
     plan = _refuse(config)
     named = {layer.pattern for layer in plan.layers.values()} - {"unstructured"}
@@ -293,15 +330,18 @@ def _packed(tensor: Tensor, groups: list[tuple[int, int]]) -> tuple[Tensor, bool
         return tensor, False
     if tensor.dtype not in packing.DTYPES or packing.packed_bytes(tensor) >= tensor.nbytes:
         return tensor, False
-    best = packing.pack(tensor)
-    for group in groups:
-        for swapped in (False, True):
-            if tensor.shape[-2 if swapped else -1] % group[1] == 0:
-                coded = packing.pack(tensor, group=group, swapped=swapped)
-                best = min(best, coded, key=len)
-                if packing.read_header(coded).group:
-                    break
-    return best, True
+    coded = [packed for group in groups if (packed := _coded(tensor, group)) is not None]
+    return min(coded, key=len) if coded else packing.pack(tensor), True
+
+
+def _coded(tensor: Tensor, group: tuple[int, int]) -> Tensor | None:
+    """The tensor in the code of (N, M), in whichever direction it has the pattern; None where a bitmask is shorter."""
+    for swapped in (False, True):
+        if tensor.shape[-2 if swapped else -1] % group[1] == 0:
+            packed = packing.pack(tensor, group=group, swapped=swapped)
+            if packing.read_header(packed).group:
+                return packed
+    return None
 
 
 def _unpacked(tensor: Tensor, name: str, checks: Mapping[str, str]) -> tuple[Tensor, bool]:
@@ -324,6 +364,8 @@ def _write_shards(
         with _opened(source) as tensors:
             known = _checks(tensors)
             for key in tensors.keys():  # noqa: SIM118  (not a dict)
+                if key in weight_map:
+                    raise ValueError(f"{source}: {key} is in another file, too")
                 stored[key], converted = convert(tensors.get_tensor(key), key, known)
                 changed += converted
                 if not converted:
@@ -331,7 +373,8 @@ def _write_shards(
                 weight_map[key] = name
                 size += stored[key].nbytes
                 count += stored[key].numel()
-            metadata = {"format": "pt"} | ({CHECKS: json.dumps(checks)} if stem == "sparse" else {})
+            # One entry: safetensors writes several in a random order, and the same weights shall be the same bytes.
+            metadata = {CHECKS: json.dumps(checks)} if stem == "sparse" else {"format": "pt"}
             save_file(stored, output / name, metadata=metadata)
         if consume:
             source.unlink()

@@ -41,7 +41,8 @@ class BlockReconstruction:
     Args:
         epochs: passes over the training sequences, at most; one step a calibration batch.
         lr: of the first step, in units of the root mean square of a layer's surviving weights, so that one value suits
-            models of any scale; it falls linearly to zero.
+            models of any scale; it falls linearly to zero. The default is for about a thousand steps (on calibration text
+            0.0125 to 0.1 are within 1.5 % of each other in perplexity); few steps want more.
         patience: epochs without a new best on the held-out sequences after which a half is done.
         heldout: share of the calibration batches, the last ones, that judge and are not trained on; at least one.
 
@@ -50,7 +51,7 @@ class BlockReconstruction:
     """
 
     epochs: int = 10
-    lr: float = 0.05
+    lr: float = 0.025
     patience: int = 2
     heldout: float = 0.125
 

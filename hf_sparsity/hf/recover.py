@@ -328,7 +328,7 @@ def _check_kept(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray
 
 def _finish(model: Any, output: Output, tokenizer: Any) -> None:
     made = output.journal.folder / "model" / REPORT_FILE  # by reconstruction
-    report = Report.load(made) if made.exists() else measure_sparsity(model)
+    report = Report.load(made) if made.exists() else measure_sparsity(model, masks=True)
     with output.finishing(report, tokenizer) as place:
         model.save_pretrained(place)
         check_written(place.glob("*.safetensors"), report.layers)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..algorithm import SCORES, Layer, Pruner, RowAllocator
 from ..plan import LayerReport
+from .checkpoint import mask_hash
 from .processes import Processes, owners
 from .stream import StreamedBlock
 
@@ -76,7 +77,8 @@ def _prune_group(
         tokens = layer.stats.tokens if layer.stats is not None else None
         layer.scores = layer.rows = None
         weights[layer.name] = weight
-        reports[layer.name] = LayerReport(zeros, size, layer.sparsity, error, tokens, round(solved, 6), note)
+        mask = mask_hash(weight)
+        reports[layer.name] = LayerReport(zeros, size, layer.sparsity, error, tokens, round(solved, 6), note, mask)
     return weights, reports
 
 

@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from .conversion import convert, read_parameters, rehearse, slots, some, targets
 from .layers import find_stacks
-from .stored import Stored, find_files, opened, prefetch, read_headers
+from .locate import find_stored
+from .stored import Stored, opened, prefetch, read_headers
 
 _LOCATION = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "trust_remote_code")
 _ATTRIBUTE = "_hf_sparsity_source"
@@ -262,7 +263,7 @@ def open_streamed(
     """Opens a model whose blocks are read from its checkpoint each time they are used, and dropped afterwards.
 
     Args:
-        source: a folder or Hub id with safetensors.
+        source: a folder or Hub id with safetensors, dense or packed.
         auto_class: by default `AutoModelForCausalLM`.
         dtype: of the weights; "auto": as the config says, else as stored.
         device: where blocks and everything around them are computed; by default the CPU.
@@ -282,11 +283,7 @@ def open_streamed(
     location = {name: value for name, value in location.items() if value is not None}
     trust = bool(location.pop("trust_remote_code", False))
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **location)
-    if any(getattr(c, "quantization_config", None) is not None for c in (config, config.get_text_config())):
-        raise ValueError(
-            f"{str(source)!r} is quantized; its weights cannot be pruned. Prune the original, then quantize: zeros stay zero"
-        )
-    stored = read_headers(find_files(source, config, location))
+    stored = find_stored(source, config, location)
     with init_empty_weights(include_buffers=False):
         model = (auto_class or AutoModelForCausalLM).from_config(
             config, dtype=_choose_dtype(dtype, config, stored), trust_remote_code=trust

@@ -18,23 +18,27 @@ from ..algorithm import (
     LOSS,
     REMEASURE,
     SCORES,
-    Allocator,
     Pattern,
     Probe,
     Pruner,
     RowAllocator,
 )
+from ..allocators.race import Race
 from ..config import SparsityConfig
-from ..core import budget
 from ..core.stats import NORMS, STATS
 from ..plan import LayerPlan, LayerReport, Plan, Report
 from .batches import fingerprint, prepare_batches
+from .certificate import Witness
+from .choose import Choice, choose, split_of
+from .drive import Batch
+from .entrants import allocators, meet
 from .estimate import check_room
 from .fit import check_plan, check_widths, model_fingerprint, plan_config, versions
-from .journal import digest
+from .journal import Journal, digest
 from .layers import Layout, Weight, find_layout
 from .measure import Measuring, algorithms, check_finite, fall_back, share
 from .output import Output
+from .pack import check_worth
 from .probe import Candidates, MaskedLoss
 from .processes import Processes
 from .reconstruct import STREAMS, BlockReconstruction, Reconstruction
@@ -78,10 +82,9 @@ def make_plan(
     layout = find_layout(model, config.ignore)
     pattern = Pattern.parse(config.pattern)
     check_widths(layout, pattern)
-    sizes = {name: weight.size for name, weight in layout.weights.items()}
-    target = float(config.sparsity)  # type: ignore[arg-type]
-
     needs = allocator.needs | (pruner.needs if allocator.needs & {SCORES, LOSS} else frozenset())
+    if isinstance(allocator, Race):
+        needs = needs.union(*(one.needs for one in allocators(allocator.candidates).values()))
     data = prepare_batches(model, batches) if batches is not None else []
     wanting = needs & (STATS | {FISHER, LOSS})
     if wanting and not data:
@@ -102,42 +105,21 @@ def make_plan(
         if (known := output.journal.recall("plan")) is not None:
             return dataclasses.replace(Plan.from_dict(known), algorithms=_instances(config))
 
-    fitness = data
-    if LOSS in needs and len(data) > 1:  # candidates are judged on sequences that their scores never saw
-        held = max(1, len(data) // 8)
-        data, fitness = data[:-held], data[-held:]
-    measuring = Measuring(
-        model,
-        layout,
-        data,
-        config,
-        needs,
-        Run(processes, hidden_limit),
-        output.journal if output else None,
-    )
-    measures = measuring.first()
-    probe = None
-    if needs & {LOSS, REMEASURE}:
-        steps: int = pattern.group or vars(allocator).get("steps", 16)
-        candidates = None
-        if LOSS in needs:
-            loss = MaskedLoss(model, layout, measuring.batches, fitness, pruner, steps, pattern, measuring.run)
-            candidates = Candidates(loss, processes, measuring.journal)
-        probe = Probe(config.seed, candidates.one if candidates else None, measuring.again, candidates)
-    assigned = allocator.assign(measures, sizes, target, group=pattern.group, probe=probe)
-    if set(assigned) != set(sizes):
-        raise ValueError(f"allocator {allocator.name!r} returned other layers than it was given")
-    assigned = _meet_target(assigned, sizes, target, pattern, allocator)
-    numbers = {name: allocator.number(value) for block in measures for name, value in block.items()}
-    layers = {
-        name: _layer_plan(weight, assigned[name], pattern, numbers.get(name)) for name, weight in layout.weights.items()
-    }
+    journal = output.journal if output else None
+    if isinstance(allocator, Race):
+        choice = choose(model, layout, data, config, processes, journal=journal, hidden_limit=hidden_limit)
+    else:
+        choice = _allocate(model, layout, data, config, needs, Run(processes, hidden_limit), journal)
     plan = Plan(
         config=config.to_dict(),
-        layers=layers,
+        layers={
+            name: _layer_plan(weight, choice.sparsities[name], pattern, choice.numbers.get(name))
+            for name, weight in layout.weights.items()
+        },
         model=facts["model"],
-        data=fingerprint(data) if needs else None,
+        data=fingerprint(choice.data) if needs else None,
         versions=versions(),
+        chosen=choice.record,
         algorithms=_instances(config),
     )
     plan.check_target()
@@ -171,14 +153,15 @@ def prune(
         batches: calibration data, see `prepare_batches`; may be None for pruners that look at weights only.
         pruner: the instance, for a loaded plan that names a pruner from outside this package.
         output_dir: the folder to write the sparse model to; needed for a model from `open_streamed`, which
-            afterwards reads its weights from there.
+            afterwards reads its weights from there. `Output(folder, layout="bitmask")`: packed; that takes the files
+            from under a streamed model, which cannot be used any more then.
         overwrite: start anew if the folder holds an unfinished run or a sparse model.
         hidden_limit: bytes of hidden states of the calibration batches to keep in memory; what exceeds them waits
             on disk. None: no limit.
         tokenizer: saved along with the model.
         reconstruct: train what is left of each half-block, zeros held, until it does again what the dense one did. The
-            model has to be dense, and one process does it all. The batches' hidden states are held about seven times;
-            `hidden_limit` is for two of these.
+            model has to be dense, and one process does it all. The batches' hidden states are held about seven times,
+            which `hidden_limit` is for, too.
 
     Raises:
         ValueError: a plan for another model or that misses its target; bad or missing data; an output folder with
@@ -203,7 +186,8 @@ def prune(
         raise ValueError("reconstruction needs calibration data: pass batches")
     if output_dir is None and source_weights(model) is not None:
         raise ValueError("a streamed model is pruned into a folder: pass output_dir")
-    data = prepare_batches(model, batches) if (needs or recovery) and batches is not None else []
+    useful = needs or recovery or plan.chosen
+    data, kept = split_of(plan.chosen, prepare_batches(model, batches) if useful and batches is not None else [])
     if recovery:
         recovery.check(len(data))
     _check_resident_weights(layout)
@@ -211,14 +195,24 @@ def prune(
     output = _output(output_dir, overwrite, processes)
     place = output.path if output else None
     if recovery:
-        check_room(model, layout, data * STREAMS, needs | {NORMS}, hidden_limit=None, output=place)
+        check_room(model, layout, data * STREAMS, needs | {NORMS}, hidden_limit=hidden_limit, output=place)
     else:
         check_room(model, layout, share(data, processes), needs, hidden_limit=hidden_limit, output=place)
     facts: dict[str, Any] = {"model": model_fingerprint(model, layout), "data": fingerprint(data) if data else None}
     processes.agree("model, data and plan", {**facts, "plan": plan.to_dict()["layers"]})
     if output is not None:
-        done = {"plan": digest(plan.to_dict()), "pruner": pruner.to_dict(), "versions": versions(), **facts}
+        if output.layout == "bitmask":
+            check_worth(plan, model.dtype)
+        done = {
+            "layout": output.layout,
+            "plan": digest(plan.to_dict()),
+            "pruner": pruner.to_dict(),
+            "versions": versions(),
+            **facts,
+        }
         output.begin("prune", done | {"reconstruct": recovery.options.to_dict() if recovery else None})
+    witness = Witness(model, layout, kept) if kept else None
+    if output is not None:
         output.resume(model, layout)
 
     reports: dict[str, LayerReport] = output.report() if output else {}
@@ -247,6 +241,8 @@ def prune(
     pruned = {"sparsity": report.sparsity, "data": fingerprint(data) if data else None, "versions": versions()}
     if recovery:
         pruned["reconstruction"] = recovery.summary(layout, run.journal)
+    if witness:
+        pruned["certificate"] = witness.report()
     model.config.sparsity_config = plan.to_dict() | {"pruned": pruned}
     if output is not None:
         output.finish(model, layout, report, tokenizer)
@@ -264,15 +260,38 @@ def _output(given: str | os.PathLike[str] | Output | None, overwrite: bool, proc
 # ---- the steps of make_plan
 
 
-def _meet_target(
-    assigned: Mapping[str, float], sizes: Mapping[str, int], target: float, pattern: Pattern, allocator: Allocator
-) -> dict[str, float]:
-    """What the allocator wants, clamped and moved until the global sparsity is met exactly."""
-    if not pattern.is_mixed:
-        return budget.meet(assigned, sizes, target)
-    assert pattern.group is not None
-    ideal = assigned if allocator.mixes else budget.meet(assigned, sizes, target, high=1 - 1 / pattern.group)
-    return budget.meet_groups(ideal, sizes, target, pattern.group)
+def _allocate(
+    model: PreTrainedModel,
+    layout: Layout,
+    data: list[Batch],
+    config: SparsityConfig,
+    needs: frozenset[str],
+    run: Run,
+    journal: Journal | None,
+) -> Choice:
+    """Measures on the dense model, and what the allocator assigns, at the exact target."""
+    allocator, pruner = algorithms(config)
+    pattern, target = Pattern.parse(config.pattern), float(config.sparsity)  # type: ignore[arg-type]
+    sizes = {name: weight.size for name, weight in layout.weights.items()}
+    fitness = data
+    if LOSS in needs and len(data) > 1:  # candidates are judged on sequences that their scores never saw
+        held = max(1, len(data) // 8)
+        data, fitness = data[:-held], data[-held:]
+    measuring = Measuring(model, layout, data, config, needs, run, journal)
+    measures = measuring.first()
+    probe = None
+    if needs & {LOSS, REMEASURE}:
+        steps: int = pattern.group or vars(allocator).get("steps", 16)
+        candidates = None
+        if LOSS in needs:
+            loss = MaskedLoss(model, layout, measuring.batches, fitness, pruner, steps, pattern, run)
+            candidates = Candidates(loss, run.processes, journal)
+        probe = Probe(config.seed, candidates.one if candidates else None, measuring.again, candidates)
+    assigned = allocator.assign(measures, sizes, target, group=pattern.group, probe=probe)
+    if set(assigned) != set(sizes):
+        raise ValueError(f"allocator {allocator.name!r} returned other layers than it was given")
+    numbers = {name: allocator.number(value) for block in measures for name, value in block.items()}
+    return Choice(meet(assigned, sizes, target, pattern, mixes=allocator.mixes), numbers, None, data)
 
 
 def _layer_plan(weight: Weight, sparsity: float, pattern: Pattern, measure: float | None) -> LayerPlan:

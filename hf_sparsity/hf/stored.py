@@ -12,21 +12,25 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
+from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from ..core import packing
 
 # The kernel reads no more than one readahead window (128 KiB by default) for each piece of advice.
 _ADVICE = 128 * 1024
 
 
 class Stored(NamedTuple):
-    """Where a tensor is: bytes `start` to `end` of a safetensors file, and what they are."""
+    """Where a tensor is: bytes `start` to `end` of a safetensors file, and what they are, or once `packed` were."""
 
     file: str
     start: int
     end: int
     dtype: str
     shape: tuple[int, ...]
+    packed: bool = False
 
 
 def find_files(source: str | os.PathLike[str], config: Any, location: Mapping[str, Any]) -> list[str]:
@@ -75,7 +79,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Stored]:
 
 @contextmanager
 def opened(stored: Mapping[str, Stored], keys: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Name -> slice of the tensors in open files, in this order; nothing is read yet."""
+    """Name -> slice of the tensors in open files, in this order; only packed ones are read already, and unpacked."""
     # A private mapping reserves memory for the whole file on Windows; transformers reads without one there too.
     options = {"backend": "pread"} if sys.platform == "win32" else {}
     files: dict[str, Any] = {}
@@ -85,11 +89,19 @@ def opened(stored: Mapping[str, Stored], keys: Iterable[str]) -> Iterator[dict[s
             file = stored[key].file
             if file not in files:
                 files[file] = safe_open(file, framework="pt", **options)
-            tensors[key] = files[file].get_slice(key)
+            tensors[key] = _unpacked(files[file], key) if stored[key].packed else files[file].get_slice(key)
         yield tensors
     finally:
         for handle in files.values():
             handle.__exit__(None, None, None)
+
+
+def _unpacked(file: Any, key: str) -> Tensor:
+    """A packed tensor as a matrix; `ValueError` names it when it is damaged."""
+    try:
+        return packing.unpack(file.get_tensor(key))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def prefetch(ranges: Iterable[Stored]) -> None:

@@ -49,6 +49,7 @@ class SparseGPT(Pruner):
     name = "sparsegpt"
     paper = "https://arxiv.org/abs/2301.00774"
     needs = frozenset({GRAM})
+    updates = True
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

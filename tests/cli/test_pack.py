@@ -7,6 +7,7 @@ import json
 import pytest
 
 from hf_sparsity.cli.main import main
+from tests.conftest import tiny
 from tests.hf.test_output import contents
 
 GIVEN = ["prune", "demo", "--sparsity", "0.7", "--pruner", "magnitude"]
@@ -25,3 +26,13 @@ def test_there_and_back(tmp_path, capsys):
     assert len(shards) == 9 and all(dense[name] == again[name] for name in shards)
     assert main(["pack", str(tmp_path / "dense"), str(tmp_path / "packed")]) == 2
     assert main(["unpack", str(tmp_path / "dense"), str(tmp_path / "other")]) == 2
+
+
+def test_prune_into_a_packed_folder(tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path / "source", max_shard_size="150KB")
+    given = ["prune", str(tmp_path / "source"), "--sparsity", "0.7", "--pruner", "magnitude", "--output"]
+    assert main([*given, str(tmp_path / "dense")]) == 0
+    assert main([*given, str(tmp_path / "packed"), "--layout", "bitmask"]) == 0
+    assert "zeros are stored as bits" in capsys.readouterr().out
+    assert main(["pack", str(tmp_path / "dense"), str(tmp_path / "again")]) == 0
+    assert contents(tmp_path / "packed") == contents(tmp_path / "again")

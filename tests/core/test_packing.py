@@ -132,9 +132,9 @@ def test_every_shape(shape, sparsity):
 def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
     weight = sparse((90, 1000), 0.6)
     expected = pack(weight)
-    for name, value in (("TASK", 4096), ("CHUNK", 1024)):
-        monkeypatch.setattr(bits, name, value)
-        monkeypatch.setattr(packing, name, value)
+    monkeypatch.setattr(bits, "CHUNK", 1024)
+    for module in (bits, packing):
+        monkeypatch.setattr(module, "TASK", 4096)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     bits._pool.cache_clear()
     with torch.inference_mode():

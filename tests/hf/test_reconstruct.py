@@ -142,7 +142,7 @@ def test_a_real_model_becomes_better():
     ids = calibration_batches([text for _, text in demo.texts("calibration")], tokenizer, sequences=8, length=128)
     heldout = windows("".join(text for _, text in demo.texts("heldout")), tokenizer, 128)[::100]
     found = []
-    for options in (None, BlockReconstruction(epochs=3)):
+    for options in (None, BlockReconstruction(epochs=3, lr=0.05)):  # few steps: larger ones
         model = AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)
         prune(model, make_plan(model, SparsityConfig(0.7, pruner="wanda")), ids, reconstruct=options)
         found.append(evaluate_text(model, heldout).perplexity)

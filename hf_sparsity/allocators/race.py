@@ -1,0 +1,97 @@
+"""Race and search: not a formula, but all of them, judged on the model. What a user may say about it stands here.
+
+The judging needs the whole model and every other allocator, so `make_plan` does it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..algorithm import LOSS, Allocator, Probe
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|evals|tokens|[kKMG] tokens)")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "evals": 1, "tokens": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
+
+
+def parse_budget(text: str | None) -> dict[str, float]:
+    """`"10m"` -> `{"seconds": 600}`, `"2000 evals"` -> `{"evals": 2000}`, `"50M tokens"` -> `{"tokens": 5e7}`; None: no limit.
+
+    An eval is one candidate on one slice of text.
+    """
+    if text is None:
+        return {}
+    match = _BUDGET.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"budget={text!r}: a time ('90s', '10m', '2h'), '2000 evals' or '50M tokens' is expected")
+    unit = match[2].split()[0]
+    kind = "evals" if unit == "evals" else "seconds" if unit in "smh" else "tokens"
+    return {kind: float(match[1]) * _UNITS.get(unit, 1)}
+
+
+@dataclass(frozen=True)
+class Race(Allocator):
+    """Lets the other allocators, their hyperparameters and mixtures of them compete, and keeps the best.
+
+    Each plan is judged by how far the masked model departs from the dense one on calibration text that the pruner's
+    statistics never saw, in rounds on growing `slices`. `uniform` is always in and wins unless another is better
+    beyond doubt; of plans that cannot be told apart, the simplest wins.
+    """
+
+    candidates: tuple[str, ...] = ()  # names of allocators; none: all but those that search for themselves
+    budget: str | None = None  # see `parse_budget`
+    metric: str = "kl"  # KL(dense | masked) per token, or "loss", the cross-entropy of the next token
+    slices: tuple[int, ...] = (2048, 16384, 65536)  # tokens of each round, as far as there are so many
+    confidence: float = 0.95  # of the intervals, and of what counts as noise
+
+    name = "race"
+    needs = frozenset({LOSS})
+    searches: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        object.__setattr__(self, "slices", tuple(self.slices))
+        parse_budget(self.budget)
+        if self.metric not in ("kl", "loss"):
+            raise ValueError(f"{self.name}: metric={self.metric!r} is unknown; use 'kl' or 'loss'")
+        if not self.slices or self.slices[0] < 1 or any(a >= b for a, b in zip(self.slices, self.slices[1:])):  # noqa: B905
+            raise ValueError(f"{self.name}: slices={self.slices} must be rising numbers of tokens")
+        if not 0 < self.confidence < 1 or math.isnan(self.confidence):
+            raise ValueError(f"{self.name}: confidence={self.confidence} must be between 0 and 1, such as 0.95")
+
+    def assign(
+        self,
+        measures: Sequence[Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        target: float,
+        *,
+        group: int | None = None,
+        probe: Probe | None = None,
+    ) -> dict[str, float]:
+        """Always `ValueError`: the judging needs the model."""
+        raise ValueError(f"{self.name} compares plans on the model itself: use make_plan")
+
+
+@dataclass(frozen=True)
+class Search(Race):
+    """Evolves the best plans of a race until the budget is spent; the race's are judged by the same.
+
+    A child moves sparsity between layers, blocks, projections or stretches of depth, weighted by size, so that the
+    budget of weights stays the same. The first slice sorts the children out, the second decides. At any time the
+    best so far can be had: at the end of the budget, or after an interruption.
+    """
+
+    budget: str | None = "10m"
+    offspring: int = 8  # a generation
+    patience: int = 200  # generations without gain before it stops
+
+    name = "search"
+    searches = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.offspring < 1 or self.patience < 1:
+            raise ValueError("search: offspring and patience must be at least 1")

@@ -1,0 +1,117 @@
+"""`hf-sparsity race`: let the allocators compete on this model, keep the best plan, and prove it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import add_calibration, add_config, add_model
+
+HELP = "try the allocators (and with --search evolve their plans), keep the best plan, certify it against uniform"
+ROWS = 15  # of the table; all are in the plan
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    add_model(command)
+    add_config(command, allocator=False)
+    add_calibration(command)
+    command.add_argument(
+        "--candidates",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="allocators that take part; uniform always does (default: all but msp, which searches by itself)",
+    )
+    command.add_argument("--search", action="store_true", help="evolve the best plans until the budget is spent")
+    command.add_argument(
+        "--budget",
+        metavar="BUDGET",
+        help="a time such as 90s, 10m or 2h, '2000 evals' or '50M tokens' (default: none for the race, 10m for the search)",
+    )
+    command.add_argument("--metric", default="kl", help="kl or loss (default: %(default)s)")
+    command.add_argument("--output", required=True, metavar="FILE", help="where the plan goes, JSON")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Makes the plan and writes it; prints who did how well."""
+    from ..hf.sparsify import make_plan
+    from .loading import calibration, hidden_limit, load, sparsity_config
+
+    if Path(options.output).exists():
+        raise ValueError(f"output {options.output!r} exists; choose another name, or remove it")
+    options.allocator = {
+        "name": "search" if options.search else "race",
+        "candidates": options.candidates,
+        "metric": options.metric,
+    } | ({"budget": options.budget} if options.budget else {})
+    config = sparsity_config(options)
+    model, tokenizer = load(options)
+    batches = calibration(options, config, model, tokenizer, planning=True)
+    start = time.perf_counter()
+    made = make_plan(model, config, batches, hidden_limit=hidden_limit(options))
+    seconds = time.perf_counter() - start
+    made.save(options.output)
+    assert made.chosen is not None
+    if not options.json:
+        print(summary(made.chosen, seconds))
+        print(f"plan written to {options.output}")
+    return {
+        "plan": options.output,
+        "sparsity": made.sparsity,
+        "seconds": round(seconds, 1),
+        "chosen": dict(made.chosen),
+    }
+
+
+def summary(chosen: Mapping[str, Any], seconds: float) -> str:
+    """The table of the candidates, the winner, its certificate and what it cost."""
+    from .tables import render
+
+    metric, spent, data = chosen["metric"], chosen["spent"], chosen["data"]
+    table = chosen["candidates"]
+    shown = [*table[:ROWS], *(row for row in table[ROWS:] if row["kind"] == "uniform")]
+    tokens = chosen["slices"]
+    header = ["plan", "kind", *(f"{metric} ({n} tokens)" for n in tokens), "perplexity", f"uniform - plan ({metric})"]
+    lines = [render(header, [_row(row, metric, len(tokens)) for row in shown])]
+    if len(table) > len(shown):
+        lines.append(f"and {len(table) - len(shown)} more, all in the plan")
+    if "search" in chosen:
+        found = chosen["search"]
+        lines.append(f"search: {found['generations']} generations, {found['stopped']}")
+    lines += [
+        f"winner: {chosen['winner']} ({100 * chosen['confidence']:g} % intervals; within noise the simpler plan wins)",
+        certificate(chosen["certificate"]),
+        f"cost: {spent['evals']} evaluations, {spent['tokens']} tokens, {seconds:.0f} s; "
+        f"sequences for statistics {data['statistics']}, choice {data['selection']}, certificate {data['certificate']}",
+    ]
+    return "\n".join(lines)
+
+
+def certificate(made: Mapping[str, Any]) -> str:
+    """In two lines: the gain over uniform on untouched text."""
+    lines = [f"certificate, on {made['predictions']} predictions of text that nothing before has seen:"]
+    for name in ("kl", "perplexity"):
+        one, gain = made[name], made[name]["uniform_minus_chosen"]
+        lines.append(
+            f"  {name}: uniform {one['uniform']:.4f}, chosen {one['chosen']:.4f}, difference {gain['value']:.4f} "
+            f"[{gain['low']:.4f}, {gain['high']:.4f}]"
+        )
+    return "\n".join(lines)
+
+
+def _row(row: Mapping[str, Any], metric: str, rounds: int) -> Sequence[str]:
+    values = [f"{value:.4f}" for value in row[metric]]
+    gain = row["uniform_minus"]
+    interval = "" if row["kind"] == "uniform" else f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"
+    return [
+        row["name"],
+        row["kind"],
+        *values,
+        *[""] * (rounds - len(values)),
+        f"{row['perplexity']:.2f}",
+        interval,
+    ]

@@ -1,0 +1,100 @@
+"""`hf-sparsity verify`: does a folder hold what its plan and report say? Exit code 1 if it does not."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import add_text
+
+HELP = "check a sparse model's folder against its plan, its report and the dense model"
+LINES = 20  # problems that are printed
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    command.add_argument("folder", help="a sparse model's folder, dense or packed")
+    command.add_argument(
+        "--against",
+        metavar="DENSE",
+        help="the dense model, a folder or Hub id or 'demo': the weights left must be those of it, unless the pruner "
+        "updates them or they were trained",
+    )
+    command.add_argument("--revision", help="of a Hub model to compare with")
+    command.add_argument(
+        "--certificate",
+        action="store_true",
+        help="score the plan's certificate again, on the calibration text that it was made with: give that again",
+    )
+    add_text(command)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Prints what was found; what `--json` prints has all of it, with `ok` for the exit code."""
+    from .. import demo
+    from ..hf.verify import verify
+
+    against = demo.PATH if options.against == "demo" else options.against
+    location = {"revision": options.revision} if options.revision else {}
+    result = verify(options.folder, against, **location)
+    found = result.to_dict()
+    certificate = _certificate(options) if options.certificate else None
+    if certificate is not None:
+        found |= {"ok": found["ok"] and certificate["holds"], "certificate": certificate}
+    if not options.json:
+        print(_text(result))
+        if certificate is not None:
+            print(_scored_again(certificate))
+    return found
+
+
+def _certificate(options: argparse.Namespace) -> dict[str, Any]:
+    from ..hf.certificate import check
+    from ..hf.fit import plan_config
+    from ..hf.model import find_tokenizer
+    from ..plan import Plan
+    from .loading import DEMO, auto_class, calibration, load_demo
+
+    model = auto_class(options.folder).from_pretrained(options.folder)
+    if options.against == DEMO:
+        dense = load_demo()[0]
+    else:
+        dense = auto_class(options.against).from_pretrained(options.against) if options.against else None
+    options.model = options.against
+    config = plan_config(Plan.load(options.folder))
+    texts = calibration(options, config, model, find_tokenizer(options.folder), planning=True, always=True)
+    return check(options.folder, texts, model=model, dense=dense)
+
+
+def _scored_again(certificate: dict[str, Any]) -> str:
+    """What the certificate's text says today, beside what was recorded."""
+    pairs = [
+        f"{name} {certificate['now'][name]:.4f} (recorded {recorded:.4f})"
+        for name, recorded in certificate["recorded"].items()
+        if certificate["now"][name] is not None
+    ]
+    text = "the same text" if certificate["same_text"] else "ANOTHER text than the certificate's"
+    return f"  {'ok' if certificate['holds'] else 'FAILED':<6}  certificate   {', '.join(pairs)}; {text}"
+
+
+def _text(result: Any) -> str:
+    """The verdict, then a line for each check that passed and for each problem."""
+    lines = [f"{result.folder}: {'holds what it says' if result.ok else 'does NOT hold what it says'}"]
+    if (measured := result.measured) is not None:
+        lines[0] += f"; sparsity {measured.sparsity:.4f} (target {measured.target:.4f}), {len(measured.layers)} layers"
+    failed = result.failed
+    lines += [_line(finding) for finding in result.findings if finding.status in ("ok", "not applicable")]
+    lines += [_line(finding) for finding in failed[:LINES]]
+    if len(failed) > LINES:
+        lines.append(f"  and {len(failed) - LINES} more (--json lists all)")
+    notes = [finding for finding in result.findings if finding.status == "note"]
+    lines += [_line(finding) for finding in notes[:LINES]]
+    if len(notes) > LINES:
+        lines.append(f"  and {len(notes) - LINES} more notes")
+    return "\n".join(lines)
+
+
+def _line(finding: Any) -> str:
+    status = {"not applicable": "-", "failed": "FAILED"}.get(finding.status, finding.status)
+    where = f"{finding.where}: " if finding.where else ""
+    return f"  {status:<6}  {finding.check:<12}  {where}{finding.message}"

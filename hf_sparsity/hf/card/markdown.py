@@ -1,0 +1,75 @@
+"""Markdown that stays what it is meant to be, whatever strings and numbers from a checkpoint are put into it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+LONGEST = 200  # characters of a string from a checkpoint that are shown
+
+
+def line(text: Any, longest: int = LONGEST) -> str:
+    """One line: white space and control characters become single blanks, what is too long is cut."""
+    words = "".join(c if c.isprintable() else " " for c in str(text)).split()
+    joined = " ".join(words)
+    return joined if len(joined) <= longest else joined[: longest - 1] + "…"
+
+
+def code(text: Any) -> str:
+    """A code span, in which neither Markdown nor HTML means anything."""
+    shown = line(text) or " "
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"
+
+
+def block(text: str, language: str = "") -> str:
+    """A fenced block of code, its fence longer than any inside."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
+    """Columns, the first to the left, the others to the right where they are numbers; bars inside cells are escaped."""
+    ruler = ["---", *["---:" if right else "---"] * (len(header) - 1)]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ruler, *cells[1:]))
+
+
+def slug(text: Any) -> str:
+    """Letters, digits, dots, hyphens and underscores: what the Hub takes as a tag or part of an id."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)[:96]).strip("-.") or "unnamed"
+
+
+def number(value: Any, what: str) -> float:
+    """A finite number; `ValueError` names what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{what} is {line(value, 60)!r}; a number is expected")
+    return float(value)
+
+
+def decimals(value: float) -> str:
+    """A perplexity or a divergence: two decimals, three below 1, none above 1000."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    return (
+        f"{value:.0f}"
+        if size >= 1000
+        else f"{value:.2f}"
+        if size >= 1
+        else f"{value:.3f}"
+        if size >= 0.01
+        else f"{value:.2g}"
+    )
+
+
+def percent(value: float) -> str:
+    """A share of 1 in percent."""
+    return f"{100 * value:.1f} %"
+
+
+def megabytes(size: int) -> str:
+    """Bytes in units of 10^6, or 10^9 for large files."""
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.2f} MB"

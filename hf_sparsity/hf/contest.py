@@ -1,0 +1,122 @@
+"""The ground on which plans compete: text in slices, points judged and remembered, and what it has cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..core.ranks import Grid, Point, Ranks
+from .drive import Batch
+from .journal import Journal, digest
+from .judge import Reference, Rows, Scores
+from .layers import Block
+from .processes import Processes
+
+
+@dataclass
+class Allowance:
+    """What may be spent (`limits`, from `parse_budget`) and what is: on all processes the same."""
+
+    limits: Mapping[str, float]
+    processes: Processes
+    journal: Journal | None = None
+    spent: dict[str, int] = field(default_factory=lambda: {"evals": 0, "tokens": 0})
+    _before: float = 0.0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def over(self, moment: str) -> bool:
+        """Whether the budget is spent. `moment` names the point in the run, where an interrupted one had used time too."""
+        if "seconds" in self.limits and self._seconds(moment) >= self.limits["seconds"]:
+            return True
+        return any(self.spent[kind] >= limit for kind, limit in self.limits.items() if kind in self.spent)
+
+    def _seconds(self, moment: str) -> float:
+        known = self.journal.recall("elapsed", moment) if self.journal else None
+        if known is not None:
+            self._before, self._start = float(known), time.perf_counter()
+            return self._before
+        now = float(self.processes.gather(self._before + time.perf_counter() - self._start)[0])
+        if self.journal:
+            self.journal.remember("elapsed", moment, now)
+        return now
+
+
+class Contest:
+    """Judges points of the grid on slices of text; the longer ones contain the shorter.
+
+    What is known is not computed again, in this run or after an interruption. Points are shared out among processes;
+    each is judged by one of them, on the same batches, so that the numbers do not depend on how many there are.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Reference],
+        grid: Grid,
+        ranks: Mapping[str, Ranks],
+        allowance: Allowance,
+    ):
+        """`pieces`: the first slice, what the second adds to it, and so on."""
+        self.grid, self.allowance = grid, allowance
+        self._pieces, self._ranks = pieces, ranks
+        self._known: dict[tuple[int, Point], Rows] = {}
+        self.tokens = [sum(batch_tokens(b) for p in pieces[: i + 1] for b in p.batches) for i in range(len(pieces))]
+
+    def scores(self, points: Sequence[Point], slice_: int) -> list[Scores]:
+        """Of each point, on the slice of this number."""
+        for piece in range(slice_ + 1):
+            self._judge([p for p in dict.fromkeys(points) if (piece, p) not in self._known], piece)
+        return [Scores.of([row for i in range(slice_ + 1) for row in self._known[i, p]]) for p in points]
+
+    def _judge(self, points: Sequence[Point], piece: int) -> None:
+        journal, processes = self.allowance.journal, self.allowance.processes
+        names = {point: digest([piece, list(point)]) for point in points}
+        found: dict[str, Rows | None] = {n: journal.recall("score", n) if journal else None for n in names.values()}
+        todo = [point for point in points if found[names[point]] is None]
+        if processes.count == 1:
+            for point in todo:
+                found[names[point]] = self.rows(point, self._pieces[piece])
+                if journal:
+                    journal.remember("score", names[point], found[names[point]])
+        elif todo:
+            mine = {names[point]: self.rows(point, self._pieces[piece]) for point in processes.share(todo)}
+            for part in processes.gather(mine):
+                found |= part
+                for name, rows in part.items() if journal else ():
+                    journal.remember("score", name, rows)  # type: ignore[union-attr]
+        for point in points:
+            rows = found[names[point]]
+            assert rows is not None
+            self._known[piece, point] = rows
+            self.allowance.spent["evals"] += 1
+            self.allowance.spent["tokens"] += sum(batch_tokens(batch) for batch in self._pieces[piece].batches)
+
+    def rows(self, point: Point, reference: Reference) -> Rows:
+        """What the reference says of the model masked to a point."""
+        steps = dict(zip(self.grid.names, point, strict=True))
+
+        def masks(block: Block) -> dict[str, Tensor]:
+            return {name: self._ranks[name].mask(steps[name]) for name in block.weights if steps[name]}
+
+        return reference.rows(masks)
+
+
+def batch_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding included."""
+    return int(next(batch[k] for k in ("decoder_input_ids", "input_ids") if k in batch).numel())
+
+
+def cut(batches: Sequence[Batch], slices: Sequence[int]) -> list[list[Batch]]:
+    """Batches -> the first slice, what the second adds to it, ...: at least `slices` tokens each, as far as they go."""
+    pieces: list[list[Batch]] = []
+    taken, rest = 0, list(batches)
+    for tokens in slices:
+        piece: list[Batch] = []
+        while rest and taken < tokens:
+            taken += batch_tokens(rest[0])
+            piece.append(rest.pop(0))
+        if piece:
+            pieces.append(piece)
+    return pieces

@@ -1,0 +1,105 @@
+"""Who enters a race: every allocator with a small grid of its hyperparameters, and mixtures of the better ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..algorithm import LOSS, REMEASURE, Allocator, Pattern, Probe
+from ..allocators import ALLOCATORS
+from ..core import budget
+
+# What is tried of each allocator; those that are not named enter as they are.
+GRID: dict[str, dict[str, Sequence[Any]]] = {
+    "owl": {"outlier": (5.0, 7.0), "spread": (0.05, 0.08, 0.15)},
+    "alphapruning": {"spread": (0.1, 0.3), "per": ("block", "layer")},
+    "farms": {"spread": (0.1, 0.3), "per": ("block", "layer")},
+    "mrp": {"refresh": ("F0",)},  # a refresh is a pass over the model for each step of its loop
+    "dlp": {"statistic": ("mean", "median"), "spread": (0.05, 0.15)},
+    "lsa": {"spread": (0.05, 0.15)},
+    "qkvo": {"strength": (0.5, 1.0)},
+    "fisher": {"spread": (0.05, 0.1), "per": ("block", "layer")},
+}
+SEARCHERS = ("msp",)  # hundreds of evaluations each: only when named
+# Hyperparameters that `measure` never looks at: those who differ in nothing else share their measures.
+ASSIGNED = {
+    "owl": ("spread", "group_spread"),
+    "alphapruning": ("spread", "per"),
+    "farms": ("spread", "per"),
+    "dlp": ("spread",),
+    "lsa": ("spread", "per"),
+    "fisher": ("spread", "per"),
+}
+MIXED = 4  # the better ones, each two of which are mixed in equal parts
+
+KINDS = ("uniform", "single", "mixture", "search")  # the simplest first
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A plan in the making: `sparsities` meet the target. `origin` says how it was made, in JSON types."""
+
+    name: str
+    kind: str
+    sparsities: Mapping[str, float]
+    origin: Mapping[str, Any]
+
+
+def allocators(names: Sequence[str]) -> dict[str, Allocator]:
+    """Instances by a name that tells them apart; uniform first. No names: all of the table but the searchers."""
+    chosen = names or [name for name in ALLOCATORS if name not in SEARCHERS]
+    found: dict[str, Allocator] = {}
+    for name in dict.fromkeys(["uniform", *chosen]):
+        grid = GRID.get(name, {})
+        for values in itertools.product(*grid.values()):
+            said = ", ".join(f"{key}={value}" for key, value in zip(grid, values, strict=True))
+            found[f"{name}({said})" if said else name] = ALLOCATORS[name](**dict(zip(grid, values, strict=True)))
+    return found
+
+
+def measured_as(allocator: Allocator) -> Allocator:
+    """The same for all allocators that measure the same."""
+    default = type(allocator)()
+    return replace(allocator, **{key: getattr(default, key) for key in ASSIGNED.get(allocator.name, ())})  # type: ignore[type-var]
+
+
+def enter(
+    name: str,
+    allocator: Allocator,
+    measures: Sequence[Mapping[str, Any]],
+    sizes: Mapping[str, int],
+    target: float,
+    *,
+    pattern: Pattern,
+    probe: Probe,
+) -> Entrant:
+    """What an allocator assigns, at the exact budget."""
+    asked = probe if allocator.needs & {LOSS, REMEASURE} else None
+    assigned = allocator.assign(measures, sizes, target, group=pattern.group, probe=asked)
+    if set(assigned) != set(sizes):
+        raise ValueError(f"allocator {allocator.name!r} returned other layers than it was given")
+    kind = "uniform" if allocator.name == "uniform" else "single"
+    return Entrant(name, kind, meet(assigned, sizes, target, pattern, mixes=allocator.mixes), allocator.to_dict())
+
+
+def mixtures(best: Sequence[Entrant], sizes: Mapping[str, int], target: float, pattern: Pattern) -> list[Entrant]:
+    """Each two of the `best` in equal parts."""
+    made = []
+    for one, other in itertools.combinations(best[:MIXED], 2):
+        middle = {name: (one.sparsities[name] + other.sparsities[name]) / 2 for name in sizes}
+        met = meet(middle, sizes, target, pattern)
+        made.append(Entrant(f"{one.name} + {other.name}", "mixture", met, {"mixture": [one.name, other.name]}))
+    return made
+
+
+def meet(
+    assigned: Mapping[str, float], sizes: Mapping[str, int], target: float, pattern: Pattern, *, mixes: bool = False
+) -> dict[str, float]:
+    """Clamped and moved until the global sparsity is the target exactly; `mixes`: multiples of 1/M already, for `*:M`."""
+    if not pattern.is_mixed:
+        return budget.meet(assigned, sizes, target)
+    assert pattern.group is not None
+    ideal = assigned if mixes else budget.meet(assigned, sizes, target, high=1 - 1 / pattern.group)
+    return budget.meet_groups(ideal, sizes, target, pattern.group)

@@ -1,0 +1,271 @@
+"""Recorded evaluations: `sparsity_metrics.json` in a sparse model's folder, and the bootstrap behind its intervals.
+
+    {"version": 1,
+     "texts": [{"name", "split", "data": {"sequences", "tokens", "sha256"}, "length", "windows", "unit", "documents",
+                "predictions", "weights", "perplexity": INTERVAL,
+                "against": null | {"name", "weights", "perplexity": INTERVAL, "ratio": INTERVAL, "kl": INTERVAL,
+                                   "top1": INTERVAL},
+                "confidence", "resamples", "seed", "versions"}],
+     "tasks": [{"name", "version", "shots", "limit", "samples", "weights", "metrics": {metric: SCORE},
+                "against": null | {"name", "weights", "metrics": {metric: SCORE}, "difference": {metric: INTERVAL}},
+                "confidence", "resamples", "seed", "harness", "versions"}]}
+
+INTERVAL is {"value", "low", "high"}, the last two null where there was only one unit to draw from; SCORE is {"value",
+"stderr"}, null where the harness gives none. `weights` fingerprints the scored weights (`held.fingerprint`), so that a
+reader sees whether they are still the folder's. `unit` is what was resampled, `documents` how many of them there were.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..plan import read_json, write_json
+
+METRICS_FILE = "sparsity_metrics.json"
+VERSION = 1
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+DRAWN = 2**22  # numbers drawn at a time: 32 MiB
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured `value` and the confidence interval around it; no interval where only one unit was measured."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "value", "low", "high")
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + ("" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a task as the harness reports it."""
+
+    value: float
+    stderr: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "value", "stderr")
+
+
+@dataclass(frozen=True)
+class TextAgainst:
+    """A text's comparison with the dense model.
+
+    `perplexity` is the dense model's, `ratio` the sparse one's over it, `kl` the mean KL(dense ‖ sparse) in nats a
+    token, `top1` the share of positions where both rank the same token first.
+    """
+
+    name: str
+    weights: str | None
+    perplexity: Interval
+    ratio: Interval
+    kl: Interval
+    top1: Interval
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """Perplexity on one text. `documents` units of the kind `unit` were resampled for the intervals."""
+
+    name: str
+    split: str | None
+    data: Mapping[str, Any]
+    length: int
+    windows: int
+    unit: str
+    documents: int
+    predictions: int
+    weights: str | None
+    perplexity: Interval
+    against: TextAgainst | None
+    confidence: float
+    resamples: int
+    seed: int
+    versions: Mapping[str, str]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a newer record of the same kind replaces."""
+        return self.name, self.split, self.length, self.against and self.against.name
+
+
+@dataclass(frozen=True)
+class TaskAgainst:
+    """The dense model's `metrics` on the same documents, and by how much the sparse one's exceed them."""
+
+    name: str
+    weights: str | None
+    metrics: Mapping[str, Score]
+    difference: Mapping[str, Interval]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One task of lm-evaluation-harness, scored on `samples` documents."""
+
+    name: str
+    version: float | str | None
+    shots: int
+    limit: float | None
+    samples: int
+    weights: str | None
+    metrics: Mapping[str, Score]
+    against: TaskAgainst | None
+    confidence: float
+    resamples: int
+    seed: int
+    harness: str
+    versions: Mapping[str, str]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a newer record of the same kind replaces."""
+        return self.name, self.shots, self.limit, self.against and self.against.name
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """All recorded evaluations of a model, oldest first."""
+
+    texts: tuple[TextRecord, ...] = ()
+    tasks: tuple[TaskRecord, ...] = ()
+
+    def updated(self, newer: Metrics) -> Metrics:
+        """Both, a newer record in place of an older one with the same key."""
+        return Metrics(_updated(self.texts, newer.texts), _updated(self.tasks, newer.tasks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"version": VERSION, "texts": [asdict(x) for x in self.texts], "tasks": [asdict(x) for x in self.tasks]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Metrics:
+        """The reverse of `to_dict`; `ValueError` when it is something else."""
+        if not isinstance(data, Mapping) or data.get("version") != VERSION:
+            found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(
+                f"recorded evaluations of version {VERSION} are expected, not {found!r}; evaluate again, or update hf_sparsity"
+            )
+        try:
+            return cls(tuple(map(_text, data["texts"])), tuple(map(_task, data["tasks"])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is not a record of evaluations: {error}") from None
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes `METRICS_FILE` into a folder, whole or not at all; returns its path."""
+        path = Path(folder) / METRICS_FILE
+        write_json(path, self.to_dict())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Metrics:
+        """Reads a folder's `METRICS_FILE`, or a file; no file, no records.
+
+        Raises:
+            ValueError: a truncated or altered file; the message names it.
+        """
+        path = Path(path)
+        path = path / METRICS_FILE if path.is_dir() else path
+        if not path.exists():
+            return cls()
+        try:
+            return cls.from_dict(read_json(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def resample(sums: Array, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Bootstrap sums `[resamples, k]` of units `[units, k]`, each resample as many units drawn with replacement.
+
+    A column is a quantity, and all columns of a unit are drawn together: statistics of several columns are paired.
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    units = len(sums)
+    rng = np.random.default_rng(seed)
+    step = max(1, DRAWN // units)
+    parts = []
+    for start in range(0, resamples, step):
+        drawn = rng.integers(units, size=(min(step, resamples - start), units))
+        drawn += units * np.arange(len(drawn))[:, None]  # one bincount counts the units of all these resamples
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(len(drawn), units)
+        parts.append(counts @ sums)
+    return np.concatenate(parts)
+
+
+def interval(
+    statistic: Callable[[Array], Array], sums: Array, drawn: Array | None, confidence: float = CONFIDENCE
+) -> Interval:
+    """A statistic of sums `[..., k]` over all units, and its percentile interval over `resample`'s.
+
+    `drawn` is None where there is nothing to draw from: then there is no interval.
+    """
+    value = float(statistic(sums.sum(axis=0)))
+    if drawn is None:
+        return Interval(value)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(statistic(drawn), [tail, 1 - tail])
+    return Interval(value, float(low), float(high))
+
+
+def _updated(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple({record.key: record for record in (*old, *new)}.values())
+
+
+def _check_numbers(record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if value is None and name != "value":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} of a measurement is {value!r}; a finite number is expected")
+
+
+def _text(data: Mapping[str, Any]) -> TextRecord:
+    against = data["against"]
+    if against is not None:
+        against = TextAgainst(
+            **{**against, **{name: Interval(**against[name]) for name in ("perplexity", "ratio", "kl", "top1")}}
+        )
+    return TextRecord(**{**_checked(data), "perplexity": Interval(**data["perplexity"]), "against": against})
+
+
+def _task(data: Mapping[str, Any]) -> TaskRecord:
+    against = data["against"]
+    if against is not None:
+        difference = {name: Interval(**one) for name, one in against["difference"].items()}
+        against = TaskAgainst(**{**against, "metrics": _scores(against["metrics"]), "difference": difference})
+    return TaskRecord(**{**_checked(data), "metrics": _scores(data["metrics"]), "against": against})
+
+
+def _scores(data: Mapping[str, Any]) -> dict[str, Score]:
+    return {name: Score(**one) for name, one in data.items()}
+
+
+_COUNTS = ("length", "windows", "documents", "predictions", "samples", "shots", "resamples", "seed")
+
+
+def _checked(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same, its plain fields of the types that readers rely on."""
+    for name in {"name", "unit", "harness"} & set(data):
+        if not isinstance(data[name], str):
+            raise ValueError(f"{name} of a recorded evaluation is {data[name]!r}; text is expected")
+    for name in set(_COUNTS) & set(data):
+        if isinstance(data[name], bool) or not isinstance(data[name], int):
+            raise ValueError(f"{name} of a recorded evaluation is {data[name]!r}; a whole number is expected")
+    return data
