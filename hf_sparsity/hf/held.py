@@ -1,7 +1,7 @@
 """Zeros that training must not touch: which they are, and what keeps them.
 
 A mask is stored per parameter, not read from the weights again, so that a survivor that happens to become 0 stays a
-survivor. It is kept as its complement `dead` (True = zero), which is what `masked_fill_` wants at every step, one byte
+survivor. It is kept as its complement `dead` (True = zero), which is what `zero_` wants at every step, one byte
 per weight. Everything works on the local shard of a parameter, so holding zeros never communicates.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..core.masks import zero_
 from .fit import sample
 from .layers import Weight
 
@@ -110,7 +111,7 @@ class HeldZeros:
     def apply(self) -> None:
         """Makes every dead weight exactly 0."""
         for held in self.parameters.values():
-            local(held.parameter).masked_fill_(held.dead, 0)
+            zero_(local(held.parameter), held.dead)
 
     def hold_gradients(self) -> None:
         """From now on gradients of dead weights are 0 as soon as they are accumulated.
@@ -138,7 +139,7 @@ class HeldZeros:
         for held in self.parameters.values() if optimizer is not None else ():
             for value in (optimizer.state.get(held.parameter) or {}).values():
                 if isinstance(value, Tensor) and local(value).shape == held.dead.shape and value.is_floating_point():
-                    local(value).masked_fill_(held.dead, 0)
+                    zero_(local(value), held.dead)
 
     # ---- across a checkpoint
 
@@ -202,7 +203,7 @@ def _held(name: str, weights: list[Weight]) -> Held:
 
 def _mask_gradient(held: Held) -> None:
     if held.parameter.grad is not None:
-        local(held.parameter.grad).masked_fill_(held.dead, 0)
+        zero_(local(held.parameter.grad), held.dead)
 
 
 def _pack(flags: Tensor) -> str:

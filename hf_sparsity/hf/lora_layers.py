@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from ..core.masks import zero_
+
 # What an adapter's config says instead of "LORA": stock peft would load the adapter without its mask, which is another
 # function, and only warn. Of a type it does not know it says so.
 PEFT_TYPE = "SPARSE_LORA: load this adapter with hf_sparsity.load_sparse_lora(model, folder)"
@@ -75,7 +77,7 @@ class MaskedProduct(torch.autograd.Function):
         ctx.scaling, ctx.transposed, ctx.dtype = scaling, transposed, dtype
         with torch.autocast(kind, enabled=False):
             dead = (weight == 0).T if transposed else weight == 0
-            delta = outer(b, a, scaling).masked_fill_(dead, 0).to(dtype)
+            delta = zero_(outer(b, a, scaling), dead).to(dtype)
             return F.linear(x.to(dtype), delta)
 
     @staticmethod
@@ -87,12 +89,12 @@ class MaskedProduct(torch.autograd.Function):
         outputs = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            delta = outer(b, a, ctx.scaling).masked_fill_(dead, 0).to(ctx.dtype)
+            delta = zero_(outer(b, a, ctx.scaling), dead).to(ctx.dtype)
             grad_x = (outputs @ delta).to(x.dtype).reshape(x.shape)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             inputs = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             wide = torch.promote_types(a.dtype, torch.float32)
-            update = (outputs.T @ inputs).masked_fill_(dead, 0).to(wide).mul_(ctx.scaling)
+            update = zero_(outputs.T @ inputs, dead).to(wide).mul_(ctx.scaling)
             grad_a = (b.to(wide).T @ update).to(a.dtype)
             grad_b = (update @ a.to(wide).T).to(b.dtype)
         return grad_x, grad_a, grad_b, None, None, None
@@ -111,7 +113,7 @@ class MaskedSum(torch.autograd.Function):
         ctx.save_for_backward(base, left, right)
         ctx.scaling = scaling
         with torch.autocast(weight.device.type, enabled=False):
-            return outer(left, right, scaling).masked_fill_(base == 0, 0).add_(weight).to(weight.dtype)
+            return zero_(outer(left, right, scaling), base == 0).add_(weight).to(weight.dtype)
 
     @staticmethod
     @once_differentiable
@@ -159,7 +161,7 @@ class Masked:
         """The masked update in the base parameter's layout, float32."""
         left, right = self.factors(adapter)
         delta = outer(left, right, self.scaling[adapter]).to(self.base_parameter().device)  # type: ignore[attr-defined]
-        return delta.masked_fill_(self.dead(), 0)
+        return zero_(delta, self.dead())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

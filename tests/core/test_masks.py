@@ -1,10 +1,12 @@
 """Masks: exact counts, and ties as a stable ascending sort breaks them."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
+from hf_sparsity.core import masks
 from hf_sparsity.core.masks import keep_groups, keep_layer, keep_rows, ranks_in_groups
 
 
@@ -99,3 +101,25 @@ def test_masks_are_nested_in_the_number_kept(kind):
 def test_a_width_that_groups_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"2:8.*12"):
         keep_groups(torch.rand(3, 12), 2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_zeroing_is_masked_fill(dtype, monkeypatch):
+    monkeypatch.setattr(masks, "TILE", 50)
+    for shape in ((), (0,), (7,), (13, 11), (3, 5, 8)):
+        values, dead = torch.randn(shape, dtype=dtype), torch.rand(shape) < 0.5
+        if values.numel() > 5:
+            values.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+        expected = values.masked_fill(dead, 0)
+        found = masks.zero_(values, dead)
+        assert found is values and torch.equal(found.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    wide, dead = torch.randn(6, 8, dtype=dtype), torch.rand(8, 6) < 0.5
+    expected = wide.T.masked_fill(dead, 0)
+    assert torch.equal(masks.zero_(wide.T, dead), expected) and torch.equal(wide.T, expected)  # not contiguous
+    row = torch.tensor([True, False] * 4)
+    assert torch.equal(masks.zero_(wide, row), wide.masked_fill(row, 0))  # broadcast
+    leaf = torch.randn(4, dtype=dtype, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        masks.zero_(leaf, row[:4])
+    with torch.no_grad():
+        assert masks.zero_(leaf, row[:4])[0] == 0
