@@ -1,6 +1,6 @@
 """Make the models of `model_cards/` again, from the embedded model, and render their cards.
 
-    python examples/make_model_cards.py                       # all of model_cards/, about ten minutes on one free core
+    python examples/make_model_cards.py                       # all of model_cards/, about twenty minutes on one free core
     python examples/make_model_cards.py --only 2of4 --output my_cards
 
 Each model is pruned with the calibration text, once left as it is and once recovered by block reconstruction on more of

@@ -14,6 +14,25 @@ from torch import Tensor
 DRAWN = 2**22  # indices drawn at a time: 32 MiB
 
 
+def resampled_sums(sums: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:
+    """Sums over units drawn with replacement: `[units, columns]` -> float64 `[resamples, columns]`.
+
+    All columns of a unit are drawn together, so that statistics of several columns are paired.
+    """
+    sums, count = sums.to("cpu", torch.float64), len(sums)
+    draw = torch.Generator().manual_seed(seed)
+    parts, left = [], resamples
+    while left:
+        now = min(left, max(1, DRAWN // count))
+        drawn = torch.randint(count, (now, count), generator=draw)
+        times = torch.zeros(now, count, dtype=torch.float64).scatter_add_(
+            1, drawn, torch.ones(now, count, dtype=torch.float64)
+        )
+        parts.append(times @ sums)
+        left -= now
+    return torch.cat(parts)
+
+
 def resampled_means(values: Tensor, weights: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:
     """The weighted mean of each column over sequences drawn with replacement, the same for all columns.
 
@@ -28,19 +47,9 @@ def resampled_means(values: Tensor, weights: Tensor, *, resamples: int = 1000, s
     count = len(values)
     if count == 0 or weights.shape != (count,) or not bool((weights > 0).all()):
         raise ValueError(f"{count} values need as many positive weights, not {list(weights.shape)}")
-    draw = torch.Generator().manual_seed(seed)
     sums = torch.cat([values.reshape(count, -1) * weights[:, None], weights[:, None]], dim=1)
-    means, left = [], resamples
-    while left:
-        now = min(left, max(1, DRAWN // count))
-        drawn = torch.randint(count, (now, count), generator=draw)
-        times = torch.zeros(now, count, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones(now, count, dtype=torch.float64)
-        )
-        total = times @ sums
-        means.append(total[:, :-1] / total[:, -1:])
-        left -= now
-    return torch.cat(means).reshape(resamples, *values.shape[1:])
+    total = resampled_sums(sums, resamples=resamples, seed=seed)
+    return (total[:, :-1] / total[:, -1:]).reshape(resamples, *values.shape[1:])
 
 
 def interval(samples: Tensor, confidence: float = 0.95) -> tuple[float, float]:

@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..core.bootstrap import resampled_sums
 from ..plan import read_json, write_json
 
 METRICS_FILE = "sparsity_metrics.json"
 VERSION = 1
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-DRAWN = 2**22  # numbers drawn at a time: 32 MiB
 
 Array = np.ndarray[Any, Any]
 
@@ -196,16 +197,7 @@ def resample(sums: Array, resamples: int = RESAMPLES, seed: int = 0) -> Array:
     A column is a quantity, and all columns of a unit are drawn together: statistics of several columns are paired.
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    units = len(sums)
-    rng = np.random.default_rng(seed)
-    step = max(1, DRAWN // units)
-    parts = []
-    for start in range(0, resamples, step):
-        drawn = rng.integers(units, size=(min(step, resamples - start), units))
-        drawn += units * np.arange(len(drawn))[:, None]  # one bincount counts the units of all these resamples
-        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(len(drawn), units)
-        parts.append(counts @ sums)
-    return np.concatenate(parts)
+    return resampled_sums(torch.from_numpy(sums), resamples=resamples, seed=seed).numpy()
 
 
 def interval(

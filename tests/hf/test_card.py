@@ -558,3 +558,21 @@ def test_each_card_is_its_own_rendering(card, tmp_path, picture):
     assert (folder / PLOT).read_bytes()[:8] == (card.parent / PLOT).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     check_metadata(metadata_load(card))
     assert "eval_results" not in card.read_text() and "model-index" in card.read_text()
+
+
+def test_a_certificate_is_shown(pruned, tmp_path):
+    folder = shutil.copytree(pruned, tmp_path / "folder")
+    config = read_json(folder / "config.json")
+    gain = {"value": 0.1133, "low": 0.0654, "high": 0.1612}
+    one = {"uniform": 0.7324, "chosen": 0.6191, "uniform_minus_chosen": gain}
+    chosen = {"winner": "owl | <b>", "certificate": {"predictions": 508, "kl": one, "perplexity": one}}
+    config["sparsity_config"] |= {"chosen": chosen}
+    write_json(folder / "config.json", config)
+    text = str(make_card(folder))
+    assert "| 0.732 | 0.619 | 0.113 [0.065, 0.161] |" in text and "508 predictions" in text and "`owl | <b>`" in text
+    assert "Why this plan" not in str(make_card(shutil.copytree(pruned, tmp_path / "plain")))
+    for damage in ({"predictions": "many"}, {"kl": None}, {"perplexity": {"uniform": 1}}):
+        config["sparsity_config"]["chosen"] = chosen | {"certificate": chosen["certificate"] | damage}
+        write_json(folder / "config.json", config)
+        with pytest.raises(ValueError):
+            make_card(folder)

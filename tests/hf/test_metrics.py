@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_sparsity import SparsityConfig, demo, evaluate_text, make_plan, prune, save_sparse
-from hf_sparsity.hf import metrics as metrics_module
+from hf_sparsity.core import bootstrap
 from hf_sparsity.hf.evaluate import divergence, next_token_loss, score_windows, windows
 from hf_sparsity.hf.evaluation import evaluate
 from hf_sparsity.hf.metrics import METRICS_FILE, Interval, Metrics, interval, resample
@@ -88,7 +88,7 @@ def test_a_resample_is_as_many_units_drawn_together(monkeypatch):
     assert (drawn[:, 0] == 3).all() and np.array_equal(drawn[:, 2], 10 * drawn[:, 1])
     assert set(drawn[:, 1]) == {3, 4, 5, 6, 7, 8, 9, 10, 12}  # all sums of three of 1, 2, 4, with replacement
     assert np.array_equal(drawn, resample(sums, 500, seed=3)) and not np.array_equal(drawn, resample(sums, 500, seed=4))
-    monkeypatch.setattr(metrics_module, "DRAWN", 10)  # in many steps, the last of them smaller
+    monkeypatch.setattr(bootstrap, "DRAWN", 10)  # in many steps, the last of them smaller
     pieces = resample(sums, 500, seed=3)
     assert pieces.shape == (500, 3) and (pieces[:, 0] == 3).all() and set(pieces[:, 1]) == set(drawn[:, 1])
 

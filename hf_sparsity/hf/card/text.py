@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ...config import CHOOSERS
 from ...pictures.grid import make_grid
 from .citations import PAPERS, RECOVERY
 from .commands import BASE, TABLES, TEXT, as_text, commands
 from .facts import Facts
-from .markdown import block, code, decimals, megabytes, percent, table
+from .markdown import block, code, decimals, megabytes, number, percent, table
 from .quality import quality
 
 NEWLINE = "\n"  # no backslashes inside the braces of an f-string before Python 3.12
@@ -36,6 +37,7 @@ def body(facts: Facts, name: str, base: str | None, plot: str | None) -> str:
         summary(facts, base),
         "## Quality",
         quality(facts),
+        *certificate(facts),
         "## Size",
         size(facts),
         "## Where the zeros are",
@@ -89,9 +91,48 @@ def _by(role: str, name: str) -> str:
     }
     if role == "allocator" and name == "uniform":
         return "every layer is equally sparse"
+    if role == "allocator" and name in CHOOSERS:
+        return "how sparse each layer is was decided on this model, by comparing many plans on calibration text"
     paper = PAPERS.get(name) if name in TABLES[role] else None
     shown = f"[{name}]({paper.url})" if paper else code(name)
     return f"{shown} {does[role]}"
+
+
+def certificate(facts: Facts) -> list[str]:
+    """Of a plan that a race or a search chose: what it gains over uniform, on text that nothing had seen; else nothing."""
+    if facts.plan.chosen is None:
+        return []
+    try:
+        made = facts.plan.chosen["certificate"]
+        rows = [
+            [
+                title,
+                *(_bounds(made[key], which) for which in ("uniform", "chosen")),
+                _bounds(made[key], "uniform_minus_chosen"),
+            ]
+            for key, title in (("kl", "KL divergence from the dense model"), ("perplexity", "perplexity"))
+        ]
+        winner, predictions = (
+            code(facts.plan.chosen["winner"]),
+            number(made["predictions"], "the certificate's predictions"),
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"the plan's certificate is damaged: {error!r}") from None
+    return [
+        "## Why this plan",
+        f"Of all plans that were compared, {winner} won. On {predictions:,.0f} predictions of text that nothing before had seen, "
+        "with masks alone, before anything was trained:",
+        table(["", "every layer alike", "this plan", "gained"], rows),
+    ]
+
+
+def _bounds(values: Mapping[str, Any], key: str) -> str:
+    """A number, with its interval if it has one."""
+    one = values[key]
+    if not isinstance(one, Mapping):
+        return decimals(number(one, key))
+    value, low, high = (decimals(number(one[name], key)) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _reconstruction(facts: Facts) -> bool:
@@ -299,6 +340,6 @@ def papers(facts: Facts) -> str:
     parts = [block("\n\n".join(paper.bibtex() for paper in entries), "bibtex")] if entries else []
     addresses = {name: TABLES[role][name].paper for role, name in ours if name not in PAPERS}
     parts += [f"{code(name)}: {address}" for name, address in addresses.items() if address]
-    if strange := [code(name) for role, name in facts.algorithms if name not in TABLES[role]]:
+    if strange := [code(name) for role, name in facts.algorithms if name not in {*TABLES[role], *CHOOSERS}]:
         parts.append(f"{', '.join(strange)}: not part of hf_sparsity, and no paper is recorded.")
     return "\n\n".join(parts) or "No published method was used."
