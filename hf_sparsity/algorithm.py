@@ -7,6 +7,7 @@ class from anywhere else may be passed wherever a name is accepted.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,18 @@ class Layer:
         if self.rows is None:
             return int(width * self.sparsity)
         return (self.rows.to(torch.float32) * width).trunc().clamp_(0, width).to(torch.int64)
+
+    def norm_scores(self, asker: str) -> Tensor:
+        """`|W_ij| * norm(x_j)`, float32 `[out, in]`; `ValueError` that names the asker when there are no statistics."""
+        if self.stats is None:
+            raise ValueError(f"{self.name}: {asker} needs the norms of the layer's inputs: give calibration data")
+        return self.weight.abs().to(torch.float32) * self.stats.norms
+
+    def trace(self, asker: str) -> float:
+        """The Fisher information; `ValueError` that names the asker when there is none."""
+        if self.fisher is None or not math.isfinite(self.fisher):
+            raise ValueError(f"{self.name}: {asker} needs the Fisher information, and it is {self.fisher}")
+        return float(self.fisher)
 
 
 class Algorithm:

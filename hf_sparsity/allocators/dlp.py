@@ -6,14 +6,12 @@ Checked against the authors' code, ironartisan/DLP, lib/prune.py (get_dlp_ratios
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ..algorithm import NORMS, Allocator, Layer, Probe, Pruner
-from ..core.importance import check_per, check_spread, linear, units, usual_spread
+from ..core.importance import check_per, check_spread, rising
 from ..core.medians import median
 
 STATISTICS = ("mean", "median")
@@ -57,8 +55,8 @@ class DLP(Allocator):
 
     def _statistic(self, layers: Sequence[Layer]) -> float:
         if self.statistic == "median":
-            return median(lambda: _wanda_scores(layers))
-        total = sum(float(scores.double().sum()) for scores in _wanda_scores(layers))
+            return median(lambda: (layer.norm_scores(self.name) for layer in layers))
+        total = sum(float(layer.norm_scores(self.name).double().sum()) for layer in layers)
         return total / sum(layer.weight.numel() for layer in layers)
 
     def assign(
@@ -71,16 +69,5 @@ class DLP(Allocator):
         probe: Probe | None = None,
     ) -> dict[str, float]:
         """The published mapping, its mean unweighted by size; a sparsity of 0 or less becomes 0.01."""
-        parts = units(measures, self.per)
         # `1 - u / sum(u)` is linear in u, and what follows sees no more than the order and the distances.
-        spread = usual_spread(target) if self.spread is None else self.spread
-        sparsities = linear([-u for _, u in parts], target, spread)
-        return {name: s for (names, _), s in zip(parts, sparsities, strict=True) for name in names}
-
-
-def _wanda_scores(layers: Sequence[Layer]) -> Iterator[Tensor]:
-    """`|W| * norm(x)` of each layer, float32 `[out, in]`."""
-    for layer in layers:
-        if layer.stats is None:
-            raise ValueError(f"{layer.name}: dlp needs the norms of the layer's inputs, and none were collected")
-        yield layer.weight.abs().float() * layer.stats.norms
+        return rising(measures, self.per, target, self.spread)

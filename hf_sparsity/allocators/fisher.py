@@ -38,10 +38,7 @@ class Fisher(Allocator):
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
         """Each layer's trace: mean over sequences of the squared norm of the loss' gradient."""
-        for layer in block.values():
-            if layer.fisher is None or not math.isfinite(layer.fisher):
-                raise ValueError(f"{layer.name}: fisher needs the Fisher information, and it is {layer.fisher}")
-        return {name: float(layer.fisher or 0.0) for name, layer in block.items()}
+        return {name: layer.trace(self.name) for name, layer in block.items()}
 
     def assign(
         self,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm import GRAM, Allocator, Layer, Probe, Pruner
-from ..core.importance import check_per, check_spread, linear, units, usual_spread
+from ..core.importance import check_per, check_spread, rising
 
 TILE = 1 << 15  # numbers of a group treated at a time on a CPU: what its caches hold
 WIDE_TILE = 1 << 24  # elsewhere
@@ -73,11 +73,8 @@ class LSA(Allocator):
         probe: Probe | None = None,
     ) -> dict[str, float]:
         """The published mapping, its mean unweighted by size; a sparsity of 0 or less becomes 0.01."""
-        parts = units(measures, self.per)
         # `1 - error / sum` is linear in the error, and what follows sees no more than the order and the distances.
-        spread = usual_spread(target) if self.spread is None else self.spread
-        sparsities = linear([-error for _, error in parts], target, spread)
-        return {name: s for (names, _), s in zip(parts, sparsities, strict=True) for name in names}
+        return rising(measures, self.per, target, self.spread)
 
 
 def greedy_error(weight: Tensor, gram: Tensor, *, columns: int = 128, trial: float = 0.5) -> float:

@@ -89,7 +89,7 @@ class MRP(Allocator):
         if self.score == "pruner" and layer.scores is not None:
             return layer.scores
         if self.score == "wanda" and layer.stats is not None:
-            return layer.weight.abs().float() * layer.stats.norms
+            return layer.norm_scores(self.name)
         raise ValueError(f"{layer.name}: mrp with score={self.score!r} needs {', '.join(sorted(self.needs))}")
 
     def number(self, measure: Any) -> float | None:

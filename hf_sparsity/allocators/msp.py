@@ -59,10 +59,7 @@ class MSP(Allocator):
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
         """Each layer's Fisher trace: mean over sequences of the squared norm of the loss' gradient."""
-        for layer in block.values():
-            if layer.fisher is None or not math.isfinite(layer.fisher):
-                raise ValueError(f"{layer.name}: msp needs the Fisher information, and it is {layer.fisher}")
-        return {name: float(layer.fisher or 0.0) for name, layer in block.items()}
+        return {name: layer.trace(self.name) for name, layer in block.items()}
 
     def assign(
         self,

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..algorithm import NORMS, Allocator, Layer, Probe, Pruner
 from ..core.importance import check_per, linear, shares, units
 from ..core.outliers import outlier_percent
@@ -51,11 +49,11 @@ class OWL(Allocator):
             return {}
         if self.per == "layer":
             return {
-                name: outlier_percent([_wanda_scores(layer)], layer.weight.numel(), self.outlier)
+                name: outlier_percent([layer.norm_scores(self.name)], layer.weight.numel(), self.outlier)
                 for name, layer in block.items()
             }
         count = sum(layer.weight.numel() for layer in block.values())
-        percent = outlier_percent((_wanda_scores(layer) for layer in block.values()), count, self.outlier)
+        percent = outlier_percent((layer.norm_scores(self.name) for layer in block.values()), count, self.outlier)
         return dict.fromkeys(block, percent)
 
     def assign(
@@ -82,10 +80,3 @@ class OWL(Allocator):
             pruned = [round(target * group) - round(self.group_spread * u - mean) for u in share]
             sparsities = [min(max(n, 0), group - 1) / group for n in pruned]
         return {name: s for (names, _), s in zip(parts, sparsities, strict=True) for name in names}
-
-
-def _wanda_scores(layer: Layer) -> torch.Tensor:
-    """`|W| * norm(x)`, float32 `[out, in]`."""
-    if layer.stats is None:
-        raise ValueError(f"{layer.name}: OWL needs the norms of the layer's inputs, and none were collected")
-    return layer.weight.abs().to(torch.float32) * layer.stats.norms.reshape(1, -1)

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..config import SparsityConfig
 from ..hf.estimate import Estimate
-from ..hf.evaluate import Quality
 from ..pictures.grid import by_block_and_projection, split_name
 from ..plan import Plan, Report
 
@@ -81,17 +80,6 @@ def after(report: Report) -> str:
     lines += [f"  {name}: {note}" for name, note in list(report.notes.items())[:20]]
     if len(report.notes) > 20:
         lines.append(f"  and {len(report.notes) - 20} more")
-    return "\n".join(lines)
-
-
-def quality(measured: Quality, length: int) -> str:
-    """Perplexity, and the comparison if there is one."""
-    lines = [f"perplexity {measured.perplexity:.4f} over {measured.tokens} predictions in windows of {length}"]
-    if measured.kl is not None:
-        lines.append(f"reference perplexity {measured.reference_perplexity:.4f}")
-        lines.append(
-            f"KL divergence from it {measured.kl:.4f} nats a token; same first token at {100 * (measured.top1 or 0):.1f} % of positions"
-        )
     return "\n".join(lines)
 
 

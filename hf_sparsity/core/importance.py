@@ -72,6 +72,14 @@ def linear(importance: Sequence[float], target: float, spread: float) -> list[fl
     return [LOWEST if 1 - d <= 0 else 1 - d for d in density]
 
 
+def rising(measures: Sequence[Mapping[str, float]], per: str, target: float, spread: float | None) -> dict[str, float]:
+    """By layer, sparsities that rise linearly with the measure of its unit; `spread` None goes by the target."""
+    parts = units(measures, per)
+    spread = usual_spread(target) if spread is None else spread
+    sparsities = linear([-measure for _, measure in parts], target, spread)
+    return {name: s for (names, _), s in zip(parts, sparsities, strict=True) for name in names}
+
+
 def floored(sensitivities: Sequence[float]) -> list[float]:
     """A layer that (almost) never received a gradient, such as an idle expert, counts as the least of the others."""
     tiny = 1e-12 * max(sensitivities)

@@ -37,9 +37,7 @@ class Wanda(Pruner):
 
     def scores(self, layer: Layer) -> Tensor:
         """|W|·‖x‖, float32 `[out, in]`."""
-        if layer.stats is None:
-            raise ValueError(f"{layer.name}: wanda needs calibration data")
-        return layer.weight.abs() * layer.stats.norms
+        return layer.norm_scores(self.name)
 
     def mask(self, layer: Layer, scores: Tensor) -> Tensor:
         """The base class' mask, or the variant's; bool `[out, in]`."""

@@ -76,7 +76,7 @@ def test_the_measure_is_that_of_wandas_scores_over_the_block():
 
 
 def test_missing_norms_are_named():
-    with pytest.raises(ValueError, match="down: OWL needs the norms"):
+    with pytest.raises(ValueError, match="down: owl needs the norms"):
         OWL().measure({"down": Layer("down", torch.randn(4, 4))}, Unused())
 
 
