@@ -308,7 +308,7 @@ def test_evaluations_of_other_weights_are_refused(folder):
 
 
 def test_folders_that_are_no_sparse_model(folder, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
         make_card(tmp_path / "nothing")
     report = json.loads((folder / REPORT_FILE).read_text())
     report["layers"].popitem()

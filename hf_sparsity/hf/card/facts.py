@@ -119,6 +119,8 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
     folder = Path(folder)
     if folder.is_dir():
         check_finished(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a sparse model")
     config = read_json(folder / "config.json")
     if not isinstance(config, Mapping) or not isinstance(config.get("sparsity_config"), Mapping):
         raise ValueError(f"{folder / 'config.json'} has no sparsity plan: prune the model first (hf_sparsity.prune)")
