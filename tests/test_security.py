@@ -170,7 +170,15 @@ def replace_first(folder):
     file.symlink_to(folder.parent / "secret")
 
 
+def move_first_out(folder):
+    """What lies elsewhere is good, so that nothing but its place is wrong."""
+    file = first(folder)
+    point(folder, f"../{file.name}")
+    file.rename(folder.parent / file.name)
+
+
 BOTH = {
+    "index to a good file in the parent folder": move_first_out,
     "index to an absolute path": lambda f: point(f, str(f.parent / "elsewhere.safetensors")),
     "index to the parent folder": lambda f: point(f, f"../{first(f).name}"),
     "index to a folder inside": lambda f: point(f, f"sub/{first(f).name}"),

@@ -155,15 +155,11 @@ def expand(bits: Tensor, counted: tuple[Tensor, Tensor], values: Tensor, out: Te
     near = before.to(torch.int32).mul_(0x01010101).add_(firsts.index_select(0, byte))
     index = buffer("index", 4 * bits.numel(), torch.int32, bits.device).copy_(near.view(torch.int8))
     index.view(-1, 32).add_((ends - totals).to(torch.int32).unsqueeze(1))
-    whole = out
-    if out.numel() < 8 * bits.numel():
-        whole = buffer("whole", 8 * bits.numel(), out.dtype, out.device)
+    whole, mask = (buffer(name, 8 * bits.numel(), out.dtype, out.device) for name in ("whole", "mask"))
     pairs = _pairs(values[: int(ends[-1])])
     torch.index_select(pairs, 0, index, out=whole.view(pairs.dtype))
-    mask = buffer("mask", whole.numel(), out.dtype, out.device)
-    whole.mul_(mask.copy_(lanes.index_select(0, byte).view(torch.int8)))
-    if whole is not out:
-        out.copy_(whole[: out.numel()])
+    mask.copy_(lanes.index_select(0, byte).view(torch.int8))
+    torch.mul(whole[: out.numel()], mask[: out.numel()], out=out)  # `out` is not in the cache: once is enough
 
 
 def _pairs(values: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from hf_sparsity.hf.bitmask import register
 from hf_sparsity.hf.checkpoint import folder_bytes
 from hf_sparsity.hf.pack import pack, save_sparse, unpack
 
+FLOORS = ("packed files read, no more", "as much fresh memory filled")  # both are part of every packed load
 MATRIX = 4096  # rows and columns of the matrix that core/packing.py is timed on
 
 
@@ -154,9 +155,25 @@ def load_owned(folder):
     return model
 
 
+def read(folder):
+    """Reads the weight files and does nothing with them."""
+    piece = bytearray(2**20)
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(piece):
+                pass
+
+
+def fill_fresh(folder):
+    """Writes as many bytes as the files hold to memory that the process gets for it, in all of torch's threads."""
+    return [torch.ones(file.stat().st_size, dtype=torch.uint8) for file in folder.glob("*.safetensors")]
+
+
 def reading(root, repeat, cold):
     """{what: [(seconds, CPU seconds)]} of reading both folders in turn."""
     jobs = {
+        FLOORS[0]: (read, "packed"),
+        FLOORS[1]: (fill_fresh, "dense"),
         "safetensors alone: load_file": (load_plain, "dense"),
         "from_pretrained, dense": (load, "dense"),
         "from_pretrained, dense, owned": (load_owned, "dense"),
@@ -192,6 +209,9 @@ def folders(hidden, repeat, root):
             wall, cpu = (min(column) for column in zip(*runs, strict=True))
             print(show.format(f"{name}, {cache}", size / wall / 1e9, size / cpu / 1e9))
         packed = times.pop("from_pretrained, packed")
+        floor = [max(pair) for pair in zip(*([run[0] for run in times.pop(name)] for name in FLOORS), strict=True)]
+        bound = median(run[0] / least for run, least in zip(times["from_pretrained, dense"], floor, strict=True))
+        print(f"  packed against from_pretrained, dense, {cache}: at most {bound:.2f} times as fast on this machine")
         for name, runs in times.items():
             ratio = median(run[0] / ours[0] for run, ours in zip(runs, packed, strict=True))
             print(f"  packed against {name}, {cache}: {ratio:.2f} times as fast")

@@ -38,12 +38,14 @@ def run(capsys, *arguments, code=0):
 def test_texts_and_tasks_in_one_go_are_recorded(capsys, work):
     pytest.importorskip("lm_eval")
     folder, text = work / "sparse", work / "text.jsonl"
-    tasks = ["--tasks", "next_line", "--include-path", work / "tasks", "--limit", "12"]
-    texts = ["--text", text, "--text", __file__, "--length", "16"]
+    tasks = ["--tasks", "next_line", "--include-path", work / "tasks", "--limit", "12", "--shots", "1"]
+    texts = ["--text", text, "--text", __file__, "--length", "16", "--seed", "3", "--resamples", "200"]
     shown = json.loads(run(capsys, folder, "--against", work / "dense", *texts, *tasks, "--json").out)
+    assert {(record["seed"], record["resamples"]) for record in shown["texts"] + shown["tasks"]} == {(3, 200)}
     assert [t["name"] for t in shown["texts"]] == ["text.jsonl", "test_eval.py"]
     assert [t["documents"] for t in shown["texts"]] == [10, shown["texts"][1]["windows"]]
     assert shown["tasks"][0]["samples"] == 12 and shown["tasks"][0]["limit"] == 12
+    assert shown["tasks"][0]["shots"] == 1
     assert shown["recorded"] == f"{folder}/{METRICS_FILE}"
     stored = json.loads((folder / METRICS_FILE).read_text())
     assert stored == {key: shown[key] for key in ("version", "texts", "tasks")}
@@ -78,9 +80,12 @@ def test_the_embedded_model_brings_its_text(capsys):
         (["--text", "none.txt"], "none.txt"),
         (["--text", __file__, "--length", "100000"], "fewer than one window of 100000"),
         (["--text", __file__, "--length", "16", "--windows", "0"], "windows is 0; at least 1"),
+        (["--text", "text.jsonl", "--column", "words"], "words"),
         (["--tasks", "x", "--include-path", "none"], "'none' is not a folder"),
+        (["--text", __file__, "--batch-size", "0"], "batch_size is 0; at least 1"),
     ],
 )
-def test_wrong_input_is_exit_code_2(capsys, work, arguments, message):
+def test_wrong_input_is_exit_code_2(capsys, work, arguments, message, monkeypatch):
+    monkeypatch.chdir(work)
     shown = run(capsys, work / "sparse", *arguments, code=2)
     assert message in shown.err and "Traceback" not in shown.err

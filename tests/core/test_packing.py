@@ -289,3 +289,9 @@ def test_fuzzed_strings_never_crash():
             assert weight.nbytes < 10_000
             assert weight.shape == read_header(tensor(seal(bytes(raw)))).shape
     assert min(seen.values()) > 100
+
+
+def test_another_version_is_called_that():
+    """Not damage: another release can read it."""
+    with pytest.raises(ValueError, match="layout version 2; this release"):
+        unpack(tensor(seal(put(string(pack(torch.eye(4))), 4, b"\2"))))

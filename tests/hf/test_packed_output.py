@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import transformers as hf
 
@@ -51,9 +55,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folders, stream, tmp_path,
 @pytest.mark.parametrize("last", ["remove", "rename", "rmtree"])
 def test_a_run_killed_in_its_last_steps(folders, last, tmp_path, monkeypatch):
     """Before the dense files are given up it goes on; after that the folder is complete."""
-    import os
-    import shutil
-
     out = tmp_path / "out"
 
     def stop(*given):
@@ -72,9 +73,29 @@ def test_a_run_killed_in_its_last_steps(folders, last, tmp_path, monkeypatch):
     if last == "rename":
         into(folders / "source", Output(out, layout="bitmask"))
     else:
-        with pytest.raises(ValueError, match="not an empty folder"):
-            Output(out, layout="bitmask")
+        with pytest.raises(ValueError, match="not an empty folder"):  # what is complete is so whoever asks
+            Output(out, layout={"remove": "dense", "rmtree": "bitmask"}[last])
     assert contents(out) == contents(folders / "packed")
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+def test_the_config_comes_when_all_else_is_there(folders, layout, tmp_path, monkeypatch):
+    """Nothing loads a folder without one."""
+    out, replace = tmp_path / "out", os.replace
+
+    def stop_before_config(source, target):
+        if Path(target) == out / "config.json":
+            raise Stop
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(os, "replace", stop_before_config)
+        into(folders / "source", Output(out, layout=layout))
+    expected = contents(folders / ("packed" if layout == "bitmask" else "dense"))
+    there = {path.name for path in out.iterdir()} - {MARKER}
+    assert there == expected.keys() - {"config.json"}
+    into(folders / "source", Output(out, layout=layout))
+    assert contents(out) == expected
 
 
 def test_from_pretrained_writes_it(folders, tmp_path):
