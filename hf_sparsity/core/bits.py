@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**18  # weights at a time where bits are made: temporaries of 3 MB, so that they stay in the cache
-TASK = 2**19  # weights for one thread at a time; fewer, and torch's time per call shows
+TASK = 2**21  # weights that a thread works on at a time: with fewer, threads wait for each other between torch's calls
 GROUPS = (2, 4, 8)  # the M of N:M that have codes
 _T = TypeVar("_T")
 _LANE = 0x0101010101010101  # 1 in each byte of a word
@@ -193,12 +193,13 @@ def run_tasks(job: Callable[[int, int], _T], flat: Tensor) -> list[_T]:
     if flat.device.type != "cpu" or len(spans) == 1 or workers == 1:
         return [job(*span) for span in spans]
     inference = torch.is_inference_mode_enabled()  # a thread has its own
+    each = -(-len(spans) // workers)  # neighbours to one thread, which then seldom meet in one page
 
-    def run(span: tuple[int, int]) -> _T:
+    def run(start: int) -> list[_T]:
         with torch.inference_mode(inference):
-            return job(*span)
+            return [job(*span) for span in spans[start : start + each]]
 
-    return list(_pool(workers).map(run, spans))
+    return [result for part in _pool(workers).map(run, range(0, len(spans), each)) for result in part]
 
 
 @cache
