@@ -18,10 +18,12 @@ _HOME = {
     "SparsityConfig": "config",
     "Plan": "plan",
     "Report": "plan",
+    "PlanFile": "hf.plan_file",
     "make_plan": "hf.sparsify",
     "prune": "hf.sparsify",
     "SparseModel": "hf.model",
     "calibration_batches": "hf.calibration",
+    "Source": "hf.mixture",
     "measure_sparsity": "hf.evaluate",
     "evaluate": "hf.evaluation",
     "evaluate_text": "hf.evaluate",
@@ -51,9 +53,11 @@ __all__ = [
     "DistillationTrainer",
     "Layer",
     "Plan",
+    "PlanFile",
     "Pruner",
     "Report",
     "RowAllocator",
+    "Source",
     "SparseModel",
     "SparsityCallback",
     "SparsityConfig",
@@ -89,8 +93,10 @@ if TYPE_CHECKING:
     from .hf.evaluation import evaluate
     from .hf.hub import push_sparse
     from .hf.lora import load_sparse_lora, merge_lora, sparse_lora
+    from .hf.mixture import Source
     from .hf.model import SparseModel
     from .hf.pack import pack, save_sparse, unpack
+    from .hf.plan_file import PlanFile
     from .hf.reconstruct import BlockReconstruction
     from .hf.recover import recover
     from .hf.sparsify import make_plan, prune

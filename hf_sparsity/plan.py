@@ -19,19 +19,21 @@ stay small in a file that is written with one list element a line.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .files import LARGEST_FILE as LARGEST_FILE
+from .files import read_json as read_json
+from .files import write_json as write_json
+from .story import Story
+
 VERSION = 1
-LARGEST_FILE = 64 * 2**20  # bytes; a plan of 100,000 layers has 15 MB
 TOLERANCE = 1e-6  # how far the weighted mean of a plan may be from its target
 
 _PATTERN = re.compile(r"unstructured|(\d+|\*):0*[1-9]\d{0,3}")
@@ -64,6 +66,7 @@ class Plan:
     chosen: Mapping[str, Any] | None = None  # how a race or search came to it, see `hf/choose.py`
     # Instances of algorithms from outside our tree, so that `prune` need not know their names. Not in the JSON.
     algorithms: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    story: Story | None = field(default=None, repr=False, compare=False)  # of a race or search. Not in the JSON.
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -134,7 +137,7 @@ class Plan:
             n: replace(x, sparsity=round(shifted[n], 9) if _SLICE.fullmatch(n) else shifted[n])
             for n, x in self.layers.items()
         }
-        return replace(self, config={**self.config, "sparsity": target}, layers=layers, chosen=None)
+        return replace(self, config={**self.config, "sparsity": target}, layers=layers, chosen=None, story=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, fused experts folded into one entry."""
@@ -258,12 +261,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What pruning did, layer by layer, in model order. `skipped`: what stayed dense -> why."""
+    """What pruning did, layer by layer, in model order. `skipped`: what stayed dense -> why.
+
+    `sources`: of a calibration mix, by source, on sequences that pruning never saw: `{"weight", "sequences", "predictions",
+    "kl", "perplexity": {"dense", "pruned"}}`; KL of the pruned model from the dense one in nats a token.
+    """
 
     target: float
     layers: Mapping[str, LayerReport]
     skipped: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -284,6 +292,7 @@ class Report:
             "sparsity": self.sparsity,
             "seconds": round(self.seconds, 3),
             "skipped": dict(self.skipped),
+            **({"sources": dict(self.sources)} if self.sources else {}),
             "layers": layers,
         }
 
@@ -294,7 +303,7 @@ class Report:
             if data["version"] != VERSION:
                 raise ValueError(f"the report has version {data['version']!r}; this release reads version {VERSION}")
             layers = {name: LayerReport(**entry) for name, entry in data["layers"].items()}
-            return cls(data["target"], layers, data["skipped"], data["seconds"])
+            return cls(data["target"], layers, data["skipped"], data["seconds"], {**data.get("sources", {})})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a pruning report: {error}") from None
 
@@ -306,33 +315,6 @@ class Report:
     def load(cls, path: str | os.PathLike[str]) -> Report:
         """Reads what `save` wrote; `ValueError` for a truncated or altered file."""
         return cls.from_dict(read_json(path))
-
-
-def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Writes to a temporary file beside `path`, then renames: the file is whole or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file of at most `LARGEST_FILE` bytes; `ValueError` when it is truncated or not JSON."""
-    path = Path(path)
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise ValueError(f"{path} has {size} bytes; a plan, report or config of more than {LARGEST_FILE} is refused")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from None
 
 
 def _fold(entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "evals": 1, "tokens": 1, "k": 1e3, "K": 1e
 def parse_budget(text: str | None) -> dict[str, float]:
     """`"10m"` -> `{"seconds": 600}`, `"2000 evals"` -> `{"evals": 2000}`, `"50M tokens"` -> `{"tokens": 5e7}`; None: no limit.
 
-    An eval is one candidate on one slice of text.
+    An eval is one candidate on one piece of text, which has as many tokens as the first slice.
     """
     if text is None:
         return {}
@@ -80,8 +80,9 @@ class Search(Race):
     """Evolves the best plans of a race until the budget is spent; the race's are judged by the same.
 
     A child moves sparsity between layers, blocks, projections or stretches of depth, weighted by size, so that the
-    budget of weights stays the same. The first slice sorts the children out, the second decides. At any time the
-    best so far can be had: at the end of the budget, or after an interruption.
+    budget of weights stays the same. A piece of text as long as the first slice, another in each generation, sorts the
+    children out, then as much as the second has, and all of it decides. At any time the best so far can be had: at the
+    end of the budget, or after an interruption.
     """
 
     budget: str | None = "10m"

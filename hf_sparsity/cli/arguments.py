@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 _MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
@@ -62,10 +63,13 @@ def add_text(command: argparse.ArgumentParser) -> None:
     """The calibration text."""
     command.add_argument(
         "--calibration",
+        nargs="+",
+        action="extend",
         metavar="DATA",
-        help="a local text, jsonl or parquet file, or a Hub dataset ('c4', 'wikitext2')",
+        help="a local text, jsonl or parquet file, a Hub dataset ('c4', 'wikitext2'), or 'self' for samples of the model; "
+        "several are mixed: NAME=DATA@WEIGHT, both NAME= and @WEIGHT may be left out",
     )
-    command.add_argument("--column", help="of a dataset")
+    command.add_argument("--column", help="of a dataset; of several, of each")
     command.add_argument("--sequences", type=int, help="number of calibration sequences (default: 128)")
     command.add_argument("--length", type=int, help="tokens of each (default: 2048 or the model's limit)")
 
@@ -83,6 +87,17 @@ def add_output(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plan_file(command: argparse.ArgumentParser) -> None:
+    """A file for a plan, resumable: see `hf/plan_file.py`."""
+    command.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="where the plan goes, JSON; an interrupted run goes on when started again",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the file, and an unfinished run for it")
+
+
 def parse_algorithm(text: str | None) -> Any:
     """`name:key=value,...` -> `{"name": ..., ...}`; values are numbers, true, false, none or strings."""
     if text is None or ":" not in text:
@@ -95,6 +110,35 @@ def parse_algorithm(text: str | None) -> Any:
             raise ValueError(f"{text!r}: {pair!r} is not KEY=VALUE; write for example owl:outlier=7,spread=0.12")
         values[key.strip().replace("-", "_")] = _value(value.strip())
     return values
+
+
+def parse_source(text: str) -> dict[str, Any]:
+    """`[NAME=]DATA[@WEIGHT]` -> the fields of a `Source` that it gives.
+
+    A path that exists is a path, whatever is in it. `ValueError` for a weight that is no number.
+    """
+    readings = [{"data": text}]
+    name, equals, rest = text.partition("=")
+    readings += [{"data": rest, "name": name}] if equals and name and rest else []
+    for one in list(readings):
+        data, at, weight = one["data"].rpartition("@")
+        readings += [one | {"data": data, "weight": weight}] if at and data else []
+    found: dict[str, Any] = next((one for one in readings if _exists(one["data"])), readings[-1])
+    if "weight" in found:
+        number = _value(found["weight"])
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ValueError(
+                f"--calibration {text}: {found['weight']!r} is no weight, and there is no file of that name; write DATA@0.5"
+            )
+        found["weight"] = number
+    return found
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long to be one
+        return False
 
 
 def _value(text: str) -> Any:

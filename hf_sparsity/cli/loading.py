@@ -12,9 +12,10 @@ from .. import demo as demo_model
 from ..config import SparsityConfig
 from ..hf.calibration import calibration_batches
 from ..hf.journal import check_finished
+from ..hf.mixture import Source
 from ..hf.model import default_length, find_tokenizer
 from ..hf.source import open_streamed
-from .arguments import parse_algorithm
+from .arguments import parse_algorithm, parse_source
 
 DEMO = "demo"
 DEMO_LENGTH = 512  # windows of the embedded model: what it is judged at
@@ -108,16 +109,23 @@ def calibration(
     planning: bool,
     always: bool = False,
 ) -> Any:
-    """Token ids, or None where nothing needs them."""
+    """Token ids, of several sources a `Mixture`; or None where nothing needs them."""
     if not always and not needed(config, planning=planning):
         return None
-    if options.calibration is None and options.model == DEMO:
+    if not options.calibration and options.model == DEMO:
         data: Any = [text for _, text in demo_model.texts("calibration")]
         length = options.length or DEMO_LENGTH
-    elif options.calibration is None:
+    elif not options.calibration:
         raise ValueError("--calibration is missing: a local text, jsonl or parquet file, or a Hub dataset such as c4")
     else:
-        data, length = options.calibration, options.length or default_length(model, tokenizer)
+        data = [Source(**parse_source(text)) for text in options.calibration]
+        length = options.length or default_length(model, tokenizer)
     return calibration_batches(
-        data, tokenizer, sequences=options.sequences, length=length, seed=config.seed, column=options.column
+        data,
+        tokenizer,
+        sequences=options.sequences,
+        length=length,
+        seed=config.seed,
+        column=options.column,
+        model=model,
     )

@@ -22,7 +22,7 @@ from types import ModuleType
 from .. import __version__
 
 COMMANDS = ("plan", "race", "prune", "recover", "eval", "inspect", "verify", "card", "pack", "unpack", "push", "demo")
-RESUMABLE = ("prune", "recover")
+RESUMABLE = ("plan", "race", "prune", "recover")
 UNFINISHED = "UNFINISHED"  # hf/journal.py's, which is too heavy to import for --help
 
 
@@ -72,10 +72,11 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 
 def _interrupted(options: argparse.Namespace) -> str:
-    marker = Path(getattr(options, "output", None) or "") / UNFINISHED
-    if options.command not in RESUMABLE or not marker.is_dir():
-        return "interrupted; nothing was written"
-    return f"interrupted; what is finished is safe in {options.output}. Start the same command again to go on"
+    output = getattr(options, "output", None)
+    for marker in (Path(output) / UNFINISHED, Path(f"{output}.{UNFINISHED}")) if output else ():
+        if options.command in RESUMABLE and marker.is_dir():
+            return f"interrupted; what is finished is safe in {marker}. Start the same command again to go on"
+    return "interrupted; nothing was written"
 
 
 def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from .arguments import add_calibration, add_config, add_model
+from .arguments import add_calibration, add_config, add_model, add_plan_file
 
 HELP = "decide the sparsity of each layer and write the plan"
 
@@ -16,23 +15,23 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model(command)
     add_config(command)
     add_calibration(command)
-    command.add_argument("--output", required=True, metavar="FILE", help="where the plan goes, JSON")
+    add_plan_file(command)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes a plan and writes it."""
+    from ..hf.plan_file import PlanFile
     from ..hf.sparsify import make_plan
     from . import tables
     from .loading import calibration, hidden_limit, load, sparsity_config
 
-    if Path(options.output).exists():
-        raise ValueError(f"output {options.output!r} exists; choose another name, or remove it")
+    output = PlanFile(options.output, overwrite=options.overwrite)
     config = sparsity_config(options)
     model, tokenizer = load(options)
     batches = calibration(options, config, model, tokenizer, planning=True)
-    made = make_plan(model, config, batches, hidden_limit=hidden_limit(options))
-    made.save(options.output)
-    if not options.json:
+    made = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit(options))
+    output.save(made)
+    if output.processes.main and not options.json:
         print(tables.plan_table(made))
         print(f"plan written to {options.output}")
     return {"plan": options.output, "sparsity": made.sparsity, "target": made.target, "layers": len(made.layers)}

@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..hf.layers import find_layout
     from ..hf.output import Output
     from ..hf.reconstruct import BlockReconstruction
+    from ..hf.revalidate import verdict
     from ..hf.sparsify import make_plan
     from ..hf.sparsify import prune as prune_model
     from ..plan import Plan
@@ -69,7 +70,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if made is not None:
         check_plan(made, model, layout)
     reconstruct = BlockReconstruction() if options.reconstruct else None
-    batches = calibration(options, config, model, tokenizer, planning=made is None, always=options.reconstruct)
+    # A mix is reported on, and a plan from elsewhere is checked, whatever the pruner needs.
+    always = options.reconstruct or len(options.calibration or ()) > 1 or bool(made and options.calibration)
+    batches = calibration(options, config, model, tokenizer, planning=made is None, always=always)
     needs = needed(config, planning=made is None) & STATS
     prepared = output.processes.share(prepare_batches(model, batches)) if batches is not None else []
     estimate = estimate_memory(model, layout, prepared, needs, hidden_limit=limit, journal=True)
@@ -83,6 +86,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if speaks:
         print(tables.plan_table(made, report))
         print(tables.after(report))
+        if checked := model.config.sparsity_config["pruned"].get("revalidation"):
+            print(verdict(checked))
+        if report.sources:
+            print(tables.by_source(report))
         scored = model.config.sparsity_config["pruned"].get("certificate")
         if made.chosen and scored:
             print(certificate(made.chosen["certificate"]))
@@ -96,5 +103,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": report.seconds,
         "notes": report.notes,
         "skipped": report.skipped,
+        "sources": report.sources,
         "bytes": folder_bytes(output.path),
     }

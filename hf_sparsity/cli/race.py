@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from .arguments import add_calibration, add_config, add_model
+from .arguments import add_calibration, add_config, add_model, add_plan_file
 
 HELP = "try the allocators (and with --search evolve their plans), keep the best plan, certify it against uniform"
 ROWS = 15  # of the table; all are in the plan
@@ -33,16 +32,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a time such as 90s, 10m or 2h, '2000 evals' or '50M tokens' (default: none for the race, 10m for the search)",
     )
     command.add_argument("--metric", default="kl", help="kl or loss (default: %(default)s)")
-    command.add_argument("--output", required=True, metavar="FILE", help="where the plan goes, JSON")
+    command.add_argument(
+        "--report",
+        metavar="FILE",
+        help="an .html page of it: intervals, the search over time, the best plans side by side, what was measured",
+    )
+    add_plan_file(command)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes the plan and writes it; prints who did how well."""
+    from ..hf.plan_file import PlanFile
     from ..hf.sparsify import make_plan
+    from ..pictures.files import check_page
+    from ..pictures.report import draw_report
     from .loading import calibration, hidden_limit, load, sparsity_config
 
-    if Path(options.output).exists():
-        raise ValueError(f"output {options.output!r} exists; choose another name, or remove it")
+    report = check_page(options.report, overwrite=options.overwrite) if options.report else None
+    output = PlanFile(options.output, overwrite=options.overwrite)
+    if report and report.resolve() == output.path.resolve():
+        raise ValueError(f"plan and report both go to {options.output!r}; give them different names")
     options.allocator = {
         "name": "search" if options.search else "race",
         "candidates": options.candidates,
@@ -52,15 +61,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(options)
     batches = calibration(options, config, model, tokenizer, planning=True)
     start = time.perf_counter()
-    made = make_plan(model, config, batches, hidden_limit=hidden_limit(options))
+    made = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit(options))
     seconds = time.perf_counter() - start
-    made.save(options.output)
+    output.save(made)
+    if report and output.processes.main:
+        draw_report(made, report)
     assert made.chosen is not None
-    if not options.json:
+    if output.processes.main and not options.json:
         print(summary(made.chosen, seconds))
         print(f"plan written to {options.output}")
+        if report:
+            print(f"report written to {options.report}")
     return {
         "plan": options.output,
+        **({"report": options.report} if report else {}),
         "sparsity": made.sparsity,
         "seconds": round(seconds, 1),
         "chosen": dict(made.chosen),
@@ -82,6 +96,8 @@ def summary(chosen: Mapping[str, Any], seconds: float) -> str:
     if "search" in chosen:
         found = chosen["search"]
         lines.append(f"search: {found['generations']} generations, {found['stopped']}")
+    if "sources" in chosen:
+        lines.append(by_source(chosen["sources"]))
     lines += [
         f"winner: {chosen['winner']} ({100 * chosen['confidence']:g} % intervals; within noise the simpler plan wins)",
         certificate(chosen["certificate"]),
@@ -89,6 +105,14 @@ def summary(chosen: Mapping[str, Any], seconds: float) -> str:
         f"sequences for statistics {data['statistics']}, choice {data['selection']}, certificate {data['certificate']}",
     ]
     return "\n".join(lines)
+
+
+def by_source(sources: Mapping[str, Any]) -> str:
+    """The chosen plan beside uniform on each source of the calibration mix, where the certificate is scored."""
+    from .tables import render
+
+    rows = [[n, str(x["sequences"]), f"{x['uniform']:.4f}", f"{x['chosen']:.4f}"] for n, x in sources.items()]
+    return render(["source", "sequences", "kl uniform", "kl chosen"], rows)
 
 
 def certificate(made: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from .arguments import add_output
+from .arguments import add_output, parse_source
 
 METHODS = ("lora", "full", "reconstruct")  # those of hf/recover.py, which is too heavy to import for --help
 HELP = "train what pruning left, every zero kept, into a new folder"
@@ -26,8 +26,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--data",
+        nargs="+",
+        action="extend",
         metavar="DATA",
-        help="a local text, jsonl or parquet file, or a Hub dataset; default with '--teacher demo': its calibration text",
+        help="a local text, jsonl or parquet file, or a Hub dataset; several are mixed, see --calibration of prune; default "
+        "with '--teacher demo': its calibration text",
     )
     command.add_argument("--column", help="of a dataset")
     command.add_argument("--split", default="train", help="of a Hub dataset (default: %(default)s)")
@@ -61,12 +64,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         RuntimeError: a zero was lost, or no weight changed.
     """
     from .. import demo
+    from ..hf.mixture import Source
     from ..hf.recover import recover
 
     data, length, teacher = options.data, options.length, options.teacher
     if data is None and teacher != DEMO:
         raise ValueError("--data is missing: a local text, jsonl or parquet file, or a Hub dataset such as c4")
-    if data is None:
+    if data is not None:
+        sources = [Source(**parse_source(text)) for text in data]
+        data = sources if len(sources) > 1 else sources[0].data
+    else:
         data, length = [text for _, text in demo.texts("calibration")], length or DEMO_LENGTH
     names = ("steps", "tokens", "batch", "accumulation", "lr", "rank", "seed", "column", "split", "overwrite", "layout")
     model = recover(

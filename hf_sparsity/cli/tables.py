@@ -83,6 +83,25 @@ def after(report: Report) -> str:
     return "\n".join(lines)
 
 
+def by_source(report: Report) -> str:
+    """How far the model departs from the dense one on each source of the calibration mix."""
+    rows = [
+        [
+            name,
+            f"{100 * one['weight']:.1f}",
+            str(one["sequences"]),
+            f"{one['kl']:.4f}",
+            f"{one['perplexity']['dense']:.2f}",
+            f"{one['perplexity']['pruned']:.2f}",
+        ]
+        for name, one in report.sources.items()
+    ]
+    return (
+        render(["source", "percent", "sequences kept apart", "kl", "perplexity dense", "pruned"], rows)
+        + "\n(kl: of the pruned model from the dense one, nats a token)"
+    )
+
+
 def demo_table(rows: Sequence[Mapping[str, Any]], dense: float, winner: str, config: SparsityConfig) -> str:
     """Held-out perplexities of all allocators, uniform first."""
     body = [

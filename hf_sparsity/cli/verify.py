@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import add_text
+from .arguments import add_text, parse_source
 
 HELP = "check a sparse model's folder against its plan, its report and the dense model"
 LINES = 20  # problems that are printed
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _certificate(options: argparse.Namespace) -> dict[str, Any]:
     from ..hf.certificate import check
     from ..hf.fit import plan_config
+    from ..hf.mixture import SELF
     from ..hf.model import find_tokenizer
     from ..plan import Plan
     from .loading import DEMO, auto_class, calibration, load_demo
@@ -62,7 +63,10 @@ def _certificate(options: argparse.Namespace) -> dict[str, Any]:
         dense = auto_class(options.against).from_pretrained(options.against) if options.against else None
     options.model = options.against
     config = plan_config(Plan.load(options.folder))
-    texts = calibration(options, config, model, find_tokenizer(options.folder), planning=True, always=True)
+    if dense is None and any(parse_source(text)["data"] == SELF for text in options.calibration or ()):
+        raise ValueError("--calibration self: these are samples of the dense model; give it with --against")
+    writer = dense if dense is not None else model
+    texts = calibration(options, config, writer, find_tokenizer(options.folder), planning=True, always=True)
     return check(options.folder, texts, model=model, dense=dense)
 
 

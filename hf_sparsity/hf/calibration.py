@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+from .mixture import LEAST, SELF, Mixture, Source, counts, interleaved, names, sources_in
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,32 @@ _BUILDERS = {
 }
 
 
+@overload
+def calibration_batches(
+    data: Sequence[Source],
+    tokenizer: Any = ...,
+    *,
+    sequences: int | None = ...,
+    length: int | None = ...,
+    seed: int = ...,
+    column: str | None = ...,
+    split: str = ...,
+    packing: str = ...,
+    model: Any = ...,
+) -> Tensor | Mixture: ...
+@overload
+def calibration_batches(
+    data: Any,
+    tokenizer: Any = ...,
+    *,
+    sequences: int | None = ...,
+    length: int | None = ...,
+    seed: int = ...,
+    column: str | None = ...,
+    split: str = ...,
+    packing: str = ...,
+    model: Any = ...,
+) -> Tensor: ...
 def calibration_batches(
     data: Any,
     tokenizer: Any = None,
@@ -45,13 +75,18 @@ def calibration_batches(
     column: str | None = None,
     split: str = "train",
     packing: str = "full",
-) -> Tensor:
-    """Token ids `[sequences, length]`, int64; the same arguments give the same ids.
+    model: Any = None,
+) -> Tensor | Mixture:
+    """Token ids `[sequences, length]`, int64; the same arguments give the same ids. Of several sources, a `Mixture`.
+
+    Of a mix each source gives its share of the sequences, the ones that it would give alone, and any stretch of them
+    holds the mix. A source that has too little text is an error.
 
     Args:
         data: a list of texts (or of chats, lists of `{"role", "content"}`); a `datasets` dataset with a text or messages
             column, streaming too; a local text, jsonl, json, csv or parquet file; token ids, a tensor `[n, t]` or lists;
-            a Hub dataset's name, `"c4"` and `"wikitext2"` for short.
+            a Hub dataset's name, `"c4"` and `"wikitext2"` for short; `"self"` for samples of the model (a file of that
+            name is `"./self"`); a list of `Source`, or of dicts of their fields, for a mix.
         tokenizer: needed unless `data` are token ids. Chats go through its chat template.
         sequences: how many; by default 128, or as many as the data give (then a warning says so).
         length: tokens in each; by default 2048 or the tokenizer's `model_max_length` if that is smaller.
@@ -60,28 +95,30 @@ def calibration_batches(
         split: of a Hub dataset.
         packing: `"full"` joins documents, each closed by the end-of-text token, and cuts full sequences;
             `"documents"` is the papers' way: a random window of each drawn document that is longer than `length`.
+        model: for `"self"`, see `own_samples`.
 
     Raises:
-        ValueError: nothing given, too little text for the sequences asked for, no tokenizer, no such column.
+        ValueError: nothing given, too little text for the sequences asked for, no tokenizer, no such column; a bad
+            `Source`; a model that cannot write samples.
     """
     for name, value, least in (("sequences", sequences, 1), ("length", length, 2)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name}={value!r}: a whole number, at least {least}, is expected")
     if packing not in ("full", "documents"):
         raise ValueError(f"packing={packing!r}: use 'full' or 'documents'")
+    how = _Reading(tokenizer, seed, column, split, packing, model)
+    mix = sources_in(data, column)
+    if mix is not None and len(mix) == 1:
+        data, how, mix = mix[0].data, how.of(mix[0]), None
     if isinstance(data, Tensor):
         return _from_tensor(data, sequences, length)
     limit = getattr(tokenizer, "model_max_length", None) or LENGTH
     length = length or min(LENGTH, int(limit))
     wanted = sequences or SEQUENCES
-    rng = random.Random(seed)
-    documents = read_documents(data, tokenizer, column, split, seed, rng)
-    rows = (
-        packed_rows(documents, tokenizer, wanted, length)
-        if packing == "full"
-        else _windows(documents, wanted, length, rng)
-    )
-    if not rows:
+    if mix is not None:
+        return _mixture(mix, wanted, length, how)
+    rows = _rows(data, wanted, length, how)
+    if not len(rows):
         raise ValueError(
             f"the calibration data are empty or too short: they do not fill one sequence of {length} tokens; give more text, or a smaller length"
         )
@@ -90,7 +127,63 @@ def calibration_batches(
         if sequences is not None:
             raise ValueError(f"{message}; give more text, a smaller length, or sequences={len(rows)}")
         logger.warning("%s; continuing with those", message)
-    return torch.tensor(rows, dtype=torch.int64)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How data become rows."""
+
+    tokenizer: Any
+    seed: int
+    column: str | None
+    split: str
+    packing: str
+    model: Any
+
+    def of(self, source: Source) -> _Reading:
+        """With what the source says itself."""
+        return replace(self, column=source.column or self.column, split=source.split or self.split)
+
+
+def _rows(data: Any, wanted: int, length: int, how: _Reading) -> Tensor:
+    """Up to `wanted` sequences of one source."""
+    if isinstance(data, Tensor):
+        return _from_tensor(data, None, length)[:wanted]
+    if isinstance(data, str) and data == SELF:
+        from .samples import own_samples
+
+        return own_samples(how.model, how.tokenizer, sequences=wanted, length=length, seed=how.seed)
+    rng = random.Random(how.seed)
+    documents = read_documents(data, how.tokenizer, how.column, how.split, how.seed, rng)
+    rows = (
+        packed_rows(documents, how.tokenizer, wanted, length)
+        if how.packing == "full"
+        else _windows(documents, wanted, length, rng)
+    )
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, length)
+
+
+def _mixture(mix: Sequence[Source], wanted: int, length: int, how: _Reading) -> Mixture:
+    called, shares = names(mix), counts([one.weight for one in mix], wanted)
+    total = math.fsum(one.weight for one in mix)
+    weights = {name: one.weight / total for name, one in zip(called, mix, strict=True)}
+    parts: list[Iterator[Tensor]] = []
+    for source, name, count in zip(mix, called, shares, strict=True):
+        try:
+            rows = _rows(source.data, count, length, how.of(source))
+        except ValueError as error:
+            raise ValueError(f"source {name!r} of the calibration mix: {error}") from error
+        if len(rows) < count:
+            fitting = int(len(rows) / weights[name])
+            smaller = f", or sequences={fitting}" if fitting >= LEAST * len(mix) else ""
+            raise ValueError(
+                f"source {name!r} of the calibration mix fills {len(rows)} of the {count} sequences of {length} tokens that its "
+                f"weight makes of {wanted}; give it more text or a smaller weight, a smaller length{smaller}"
+            )
+        parts.append(iter(rows))
+    order = interleaved(shares)
+    return Mixture(torch.stack([next(parts[i]) for i in order]), tuple(called[i] for i in order), weights)
 
 
 def read_texts(source: str, *, split: str = "test", column: str | None = None) -> list[str]:

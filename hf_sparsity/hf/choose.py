@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..algorithm import Pattern, Probe
+from ..algorithm import Allocator, Pattern, Probe
 from ..allocators.race import Race, Search, parse_budget
 from ..config import SparsityConfig
 from ..core.ranks import Grid
+from ..story import Story
 from .batches import fingerprint
+from .by_source import compare_by_source
 from .certificate import compare
 from .contest import Allowance, Contest, batch_tokens, cut
 from .drive import Batch
-from .entrants import Entrant, allocators, enter, measured_as
+from .entrants import ASSIGNED, GRID, KINDS, Entrant, allocators, enter, measured_as
 from .journal import Journal
 from .judge import Reference, Scores
 from .layers import Layout
@@ -29,6 +32,7 @@ from .survey import Measures, survey
 
 logger = logging.getLogger(__name__)
 
+TOLD = 6  # plans in the story, side by side
 FEWEST = 8  # sequences: two to certify, three to choose by, three for statistics
 
 
@@ -82,12 +86,16 @@ def split_of(chosen: Mapping[str, Any] | None, data: Sequence[Batch]) -> tuple[l
 
 @dataclass(frozen=True)
 class Choice:
-    """`sparsities` and what else stands in the plan: `numbers` (one a layer), `record` of a race, the `data` it saw."""
+    """`sparsities` and what else stands in the plan: `numbers` (one a layer), `record` of a race, the `data` it saw.
+
+    `story`: what a race saw beyond that.
+    """
 
     sparsities: Mapping[str, float]
     numbers: Mapping[str, float | None]
     record: dict[str, Any] | None
     data: list[Batch]
+    story: Story | None = None
 
 
 def choose(
@@ -99,11 +107,12 @@ def choose(
     *,
     journal: Journal | None = None,
     hidden_limit: int | None = None,
+    sources: Sequence[str] = (),
 ) -> Choice:
     """Runs the race or the search that the config asks for.
 
     Beside the model: one byte a weight, the hidden states of the text for choice and certificate, and while a block
-    runs a masked copy of it. `hidden_limit` is for the pass that measures.
+    runs a masked copy of it. `hidden_limit` is for the pass that measures. `sources`: of each sequence of a mix.
     """
     race, pruner = algorithms(config)
     assert isinstance(race, Race)
@@ -120,8 +129,8 @@ def choose(
     sizes = {name: weight.size for name, weight in layout.weights.items()}
     zeros, cells = ({n: getattr(ranks[n], what) for n in sizes} for what in ("zeros", "cells"))
     grid = Grid(zeros, sizes, cells, target, pattern.group)
-    pieces = [Reference(model, layout, piece) for piece in cut(split.selection, race.slices)]
-    contest = Contest(pieces, grid, ranks, allowance)
+    pieces, ends = cut(split.selection, race.slices)
+    contest = Contest([Reference(model, layout, piece) for piece in pieces], grid, ranks, allowance, ends)
 
     def losses(candidates: Sequence[Mapping[str, float]]) -> list[float]:
         points = [grid.nearest(candidate) for candidate in candidates]
@@ -134,10 +143,14 @@ def choose(
     ]
     runners = run_race(race, contest, entrants, pattern)
     extra: dict[str, Any] = {}
+    curve: list[tuple[int, float, float]] = []
     if isinstance(race, Search):
-        extra = _search(race, contest, runners, layout, config.seed)
+        extra, curve = _search(race, contest, runners, layout, config.seed)
     best = winner(race, runners, config.seed)
     uniform = next(r for r in runners if r.entrant.kind == "uniform")
+    judged = _judged(contest, Reference(model, layout, split.certificate), uniform, best)
+    if sources:
+        extra["sources"] = compare_by_source(sources[-len(split.certificate) :], *judged)
     record = {
         "by": race.name,
         "metric": race.metric,
@@ -150,23 +163,30 @@ def choose(
         "spent": dict(allowance.spent),
         **extra,
         "data": split.to_dict(data),
-        "certificate": _certificate(
-            race, contest, Reference(model, layout, split.certificate), uniform, best, config.seed
-        )
-        | {"data": fingerprint(split.certificate)},
+        "certificate": compare(*judged, confidence=race.confidence, seed=config.seed)
+        | {"of": "masks", "data": fingerprint(split.certificate)},
     }
     logger.info("%s: %s wins, %s %.5f", race.name, best.entrant.name, race.metric, best.last.mean(race.metric))
-    return Choice(
-        best.entrant.sparsities, _numbers(entering, measures, best), record, [*split.statistics, *split.selection]
+    story = Story(
+        {r.entrant.name: dict(r.entrant.sparsities) for r in _told(best, ranking(race, runners))},
+        _measured(measures),
+        tuple(curve),
+        allowance.seconds("the choice"),
     )
+    seen = [*split.statistics, *split.selection]
+    return Choice(best.entrant.sparsities, _numbers(entering, measures, best), record, seen, story)
 
 
-def _search(search: Search, contest: Contest, runners: list[Runner], layout: Layout, seed: int) -> dict[str, Any]:
-    """Adds the best that the search finds to the runners, if it is new; returns what to record."""
+def _search(
+    search: Search, contest: Contest, runners: list[Runner], layout: Layout, seed: int
+) -> tuple[dict[str, Any], list[tuple[int, float, float]]]:
+    """Adds the best that the search finds to the runners, if it is new; returns what to record, and the story's curve."""
     blocks = [list(block.weights) for block in layout.blocks if block.weights]
     order = ranking(search, runners)
     last = len(contest.tokens) - 1
     found = run_search(search, contest, [r.point for r in order[: search.offspring]], blocks, seed)
+    ended = (contest.allowance.spent["tokens"], found.curve[-1][1])
+    curve = [(*point, seconds) for point, seconds in zip([*found.curve, ended], found.seconds, strict=True)]
     if found.point not in {r.point for r in runners}:
         origin = {"search": {"generations": found.generations, "stopped": found.stopped}}
         made = Runner(Entrant("search", "search", contest.grid.sparsities(found.point), origin), found.point)
@@ -174,18 +194,14 @@ def _search(search: Search, contest: Contest, runners: list[Runner], layout: Lay
         for number in range(min(rounds, last + 1)):
             judge(contest, [made], number)
         runners.append(made)
-    return {
-        "search": {"generations": found.generations, "stopped": found.stopped, "curve": [list(p) for p in found.curve]}
-    }
+    record = {"generations": found.generations, "stopped": found.stopped, "curve": [list(p) for p in found.curve]}
+    return {"search": record}, curve
 
 
-def _certificate(
-    race: Race, contest: Contest, reference: Reference, uniform: Runner, best: Runner, seed: int
-) -> dict[str, Any]:
+def _judged(contest: Contest, reference: Reference, uniform: Runner, best: Runner) -> tuple[Scores, Scores]:
     """Of the masks on the dense weights; what the pruner makes of the plan is scored after it has."""
-    judged = [Scores.of(contest.rows(runner.point, reference)) for runner in (uniform, best)]
-    made = compare(*judged, confidence=race.confidence, seed=seed)
-    return made | {"of": "masks"}
+    one, other = (Scores.of(contest.rows(runner.point, reference)) for runner in (uniform, best))
+    return one, other
 
 
 def _numbers(entering: Mapping[str, Any], measures: Mapping[Any, Measures], best: Runner) -> dict[str, float | None]:
@@ -194,3 +210,26 @@ def _numbers(entering: Mapping[str, Any], measures: Mapping[Any, Measures], best
     if one is None:
         return {}
     return {name: one.number(value) for block in measures[measured_as(one)] for name, value in block.items()}
+
+
+def _told(best: Runner, order: Sequence[Runner]) -> list[Runner]:
+    """The winner, the first of each kind, and then the next best, as far as there is room to look at them."""
+    firsts = [
+        next(r for r in order if r.entrant.kind == kind) for kind in KINDS if kind in {r.entrant.kind for r in order}
+    ]
+    return list({r.entrant.name: r for r in (best, *firsts, *order)}.values())[:TOLD]
+
+
+def _measured(measures: Mapping[Allocator, Measures]) -> dict[str, dict[str, float]]:
+    """{allocator, with the hyperparameters that its measure depends on: {layer: number}}, of those that look at something."""
+    found: dict[str, dict[str, float]] = {}
+    for one, blocks in measures.items():
+        if type(one).measure is Allocator.measure:
+            continue
+        keys = [key for key in GRID.get(one.name, {}) if key not in ASSIGNED.get(one.name, ())]
+        said = ", ".join(f"{key}={getattr(one, key)}" for key in keys)
+        numbers = {name: one.number(value) for block in blocks for name, value in block.items()}
+        known = {name: number for name, number in numbers.items() if number is not None and math.isfinite(number)}
+        if known:
+            found[f"{one.name}({said})" if said else one.name] = known
+    return found

@@ -29,11 +29,12 @@ class Allowance:
 
     def over(self, moment: str) -> bool:
         """Whether the budget is spent. `moment` names the point in the run, where an interrupted one had used time too."""
-        if "seconds" in self.limits and self._seconds(moment) >= self.limits["seconds"]:
+        if "seconds" in self.limits and self.seconds(moment) >= self.limits["seconds"]:
             return True
         return any(self.spent[kind] >= limit for kind, limit in self.limits.items() if kind in self.spent)
 
-    def _seconds(self, moment: str) -> float:
+    def seconds(self, moment: str) -> float:
+        """Since the start, what an interrupted run had taken until that `moment` included."""
         known = self.journal.recall("elapsed", moment) if self.journal else None
         if known is not None:
             self._before, self._start = float(known), time.perf_counter()
@@ -45,7 +46,7 @@ class Allowance:
 
 
 class Contest:
-    """Judges points of the grid on slices of text; the longer ones contain the shorter.
+    """Judges points of the grid on pieces of text; slices are the first so many of them.
 
     What is known is not computed again, in this run or after an interruption. Points are shared out among processes;
     each is judged by one of them, on the same batches, so that the numbers do not depend on how many there are.
@@ -57,18 +58,24 @@ class Contest:
         grid: Grid,
         ranks: Mapping[str, Ranks],
         allowance: Allowance,
+        ends: Sequence[int] | None = None,
     ):
-        """`pieces`: the first slice, what the second adds to it, and so on."""
+        """`ends`: how many pieces the first slice has, the second, and so on; by default each has one more."""
         self.grid, self.allowance = grid, allowance
         self._pieces, self._ranks = pieces, ranks
         self._known: dict[tuple[int, Point], Rows] = {}
-        self.tokens = [sum(batch_tokens(b) for p in pieces[: i + 1] for b in p.batches) for i in range(len(pieces))]
+        self.ends = list(ends or range(1, len(pieces) + 1))
+        self.tokens = [sum(batch_tokens(b) for p in pieces[:end] for b in p.batches) for end in self.ends]
 
     def scores(self, points: Sequence[Point], slice_: int) -> list[Scores]:
         """Of each point, on the slice of this number."""
-        for piece in range(slice_ + 1):
+        return self.scores_on(points, range(self.ends[slice_]))
+
+    def scores_on(self, points: Sequence[Point], pieces: Sequence[int]) -> list[Scores]:
+        """Of each point, on the pieces of these numbers."""
+        for piece in pieces:
             self._judge([p for p in dict.fromkeys(points) if (piece, p) not in self._known], piece)
-        return [Scores.of([row for i in range(slice_ + 1) for row in self._known[i, p]]) for p in points]
+        return [Scores.of([row for i in pieces for row in self._known[i, p]]) for p in points]
 
     def _judge(self, points: Sequence[Point], piece: int) -> None:
         journal, processes = self.allowance.journal, self.allowance.processes
@@ -108,15 +115,22 @@ def batch_tokens(batch: Batch) -> int:
     return int(next(batch[k] for k in ("decoder_input_ids", "input_ids") if k in batch).numel())
 
 
-def cut(batches: Sequence[Batch], slices: Sequence[int]) -> list[list[Batch]]:
-    """Batches -> the first slice, what the second adds to it, ...: at least `slices` tokens each, as far as they go."""
+def cut(batches: Sequence[Batch], slices: Sequence[int]) -> tuple[list[list[Batch]], list[int]]:
+    """Batches -> (pieces of at least the first slice's tokens, how many pieces each slice has), as far as they go.
+
+    A slice has at least its tokens; the last piece of one may be shorter than the others.
+    """
     pieces: list[list[Batch]] = []
+    ends: list[int] = []
     taken, rest = 0, list(batches)
     for tokens in slices:
-        piece: list[Batch] = []
         while rest and taken < tokens:
-            taken += batch_tokens(rest[0])
-            piece.append(rest.pop(0))
-        if piece:
+            piece: list[Batch] = []
+            before = taken
+            while rest and taken < min(before + slices[0], tokens):
+                taken += batch_tokens(rest[0])
+                piece.append(rest.pop(0))
             pieces.append(piece)
-    return pieces
+        if len(pieces) > (ends[-1] if ends else 0):
+            ends.append(len(pieces))
+    return pieces, ends

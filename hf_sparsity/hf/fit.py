@@ -59,12 +59,6 @@ def check_plan(plan: Plan, model: PreTrainedModel, layout: Layout) -> None:
         if pattern.is_mixed or (pattern.group and weight.shape[1] % pattern.group):
             raise ValueError(f"the plan's {name} has pattern {pattern}, which does not fit its width {weight.shape[1]}")
     plan.check_target()
-    made = plan.model.get("weights")
-    if made is not None and made != model_fingerprint(model, layout)["weights"]:
-        logger.warning(
-            "the plan was made on other weights than this model's (%s); its shapes fit and it is carried out",
-            plan.model.get("name") or "unnamed",
-        )
 
 
 def model_fingerprint(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What of a run is done: a folder `UNFINISHED` inside the output, there until the output is complete.
+"""What of a run is done: a folder `UNFINISHED` inside the output (or beside a plan's file), until the output is complete.
 
 `journal.jsonl` has one line for each thing that is safely on disk; a line cut short by a crash counts as
 not written. `hidden/` has the inputs of the next block for every calibration batch.
@@ -31,8 +31,8 @@ class Journal:
     With several processes each stores the inputs of its own batches, and the main one writes the record.
     """
 
-    def __init__(self, output: Path, processes: Processes):
-        self.folder = output / MARKER
+    def __init__(self, folder: Path, processes: Processes):
+        self.folder = folder
         self._file = self.folder / "journal.jsonl"
         self._processes = processes
         self.blocks: dict[str, dict[str, Any]] = {}
@@ -65,7 +65,7 @@ class Journal:
         if differing:
             said = "; ".join(f"{key} was {_short(known.get(key))}, now {_short(given.get(key))}" for key in differing)
             raise ValueError(
-                f"{self.folder.parent} holds an unfinished run with other arguments: {said}. "
+                f"{self.folder} is of an unfinished run with other arguments: {said}. "
                 "Give the same to go on with it, overwrite=True (--overwrite) to start anew, or another output"
             )
 

@@ -15,6 +15,7 @@ from ..plan import Plan
 from .calibration import LENGTH, calibration_batches
 from .evaluate import measure_sparsity, model_plan
 from .journal import check_finished
+from .mixture import SELF, Mixture, sources_in
 from .output import Output
 from .reconstruct import BlockReconstruction
 from .solve import LARGEST_DEVIATION
@@ -58,7 +59,8 @@ class SparseModel:
             pretrained_model_name_or_path: a folder or Hub id.
             sparsity_config: what is wanted; a plan is made and carried out.
             plan: carry out this plan instead (or the one in this file or model folder).
-            calibration_data: see `calibration_batches`; also an iterable of dicts of model inputs.
+            calibration_data: see `calibration_batches`; also an iterable of dicts of model inputs. Of several sources,
+                a list of `Source`: then `sparsity_report.json` says how far the model departs from the dense one on each.
             calibration_options: keywords for `calibration_batches` (`sequences`, `length`, `column`, ...).
             tokenizer: by default the checkpoint's own.
             auto_class: by default `AutoModelForCausalLM`.
@@ -186,6 +188,8 @@ def _batches(
     location: Mapping[str, Any],
 ) -> Any:
     """Calibration data in any form -> what `prepare_batches` takes; the length is at most the model's limit."""
+    if isinstance(data, Mixture):
+        return data
     if isinstance(data, Tensor):
         return calibration_batches(data, **options)
     if (
@@ -198,14 +202,16 @@ def _batches(
         return data
     if type(data).__name__ == "DataLoader":
         return data
-    if tokenizer is None:
+    if tokenizer is None and ((isinstance(data, str) and data == SELF) or sources_in(data, options.get("column"))):
+        tokenizer = find_tokenizer(source, **location)  # samples and ids do without
+    elif tokenizer is None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source, **location)
     options = dict(options)
     if options.get("length") is None:
         options["length"] = default_length(model, tokenizer)
-    return calibration_batches(data, tokenizer, **options)
+    return calibration_batches(data, tokenizer, model=model, **options)
 
 
 def default_length(model: PreTrainedModel, tokenizer: Any = None) -> int:

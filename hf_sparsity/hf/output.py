@@ -60,7 +60,7 @@ class Output:
         self._wipe = overwrite and self._is_ours()
         if not self._wipe:
             self._check()
-            self.journal = Journal(self.path, self.processes)
+            self.journal = Journal(self.path / MARKER, self.processes)
 
     def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
         """Begins planning or pruning into the folder, or goes on with it; until then nothing is touched.
@@ -81,7 +81,7 @@ class Output:
                     folder.mkdir(parents=True, exist_ok=True)
         self.processes.wait()
         if self._wipe:
-            self._wipe, self.journal = False, Journal(self.path, self.processes)
+            self._wipe, self.journal = False, Journal(self.path / MARKER, self.processes)
         self.journal.begin(phase, arguments)
 
     def _is_ours(self) -> bool:

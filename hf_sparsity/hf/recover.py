@@ -33,6 +33,7 @@ from .evaluate import evaluate_text, measure_sparsity, model_plan, planned_layou
 from .fit import versions
 from .held import fingerprint
 from .journal import MARKER, Journal, check_finished
+from .mixture import SELF, Mixture, sources_in
 from .model import SparseModel, check_zeros, default_length, find_tokenizer
 from .output import Output
 from .retrain import Options, retrain
@@ -85,7 +86,8 @@ def recover(
 
     Args:
         model: a sparse model or its folder. With "lora" and "full" a model in memory is changed in place.
-        data: as for `calibration_batches`: texts, a dataset, a file, or token ids `[n, t]`.
+        data: as for `calibration_batches`: texts, a dataset, a file, or token ids `[n, t]`; a list of `Source` for a mix,
+            in which `"self"` are samples of the teacher, or of the sparse model without one.
         method: "lora", masked adapters that are merged at the end; "full", all weights, with the zeros held, in float32;
             "reconstruct", pruning the teacher again by the model's plan, each part trained towards the dense one (the
             number of zeros is the plan's, but they need not be in the same places).
@@ -143,7 +145,7 @@ def recover(
     )
     _check(options, sparse, dense)
     spec = _reconstruction(reconstruct) if method == "reconstruct" else None
-    rows, heldout = _split(_rows(data, tokenizer, options, column, split))
+    rows, heldout = _split(_rows(data, tokenizer, options, column, split, sparse if dense is None else dense))
     prepare_batches(sparse, torch.cat([rows, heldout]))  # for its checks
     facts = _facts(options, spec, sparse, dense, rows, heldout)
     output.begin("recover", facts)
@@ -218,11 +220,15 @@ def _check(options: Options, model: Any, teacher: Any) -> None:
         check_weights(options.hard, options.soft, options.hidden, options.temperature)
 
 
-def _rows(data: Any, tokenizer: Any, options: Options, column: str | None, split: str) -> Tensor:
-    """Token ids `[n, length]`: as many as are needed, or as there are."""
+def _rows(data: Any, tokenizer: Any, options: Options, column: str | None, split: str, writer: Any) -> Tensor:
+    """Token ids `[n, length]`: as many as are needed, or as there are; of a mix or of samples all that are needed."""
     if isinstance(data, Tensor):
         return calibration_batches(data, length=options.length)
     wanted = math.ceil(options.steps * options.batch * HELDOUT / (HELDOUT - 1)) + 1
+    if sources_in(data, column) is not None or (isinstance(data, str) and data == SELF):
+        how = {"seed": options.seed, "column": column, "split": split, "model": writer}
+        made = calibration_batches(data, tokenizer, sequences=wanted, length=options.length, **how)
+        return made.ids if isinstance(made, Mixture) else made
     documents = read_documents(data, tokenizer, column, split, options.seed, random.Random(options.seed))
     rows = packed_rows(documents, tokenizer, wanted, options.length)
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, options.length)

@@ -85,6 +85,21 @@ class Moves:
         return kind if chance < 0.9 else [name for name in kind if name in set(stretch)]
 
 
+def _judged(search: Search, contest: Contest, points: Sequence[Point], pieces: Sequence[int]) -> list[float]:
+    return [scores.mean(search.metric) for scores in contest.scores_on(points, pieces)]
+
+
+def _better(
+    search: Search, contest: Contest, parent: Point, points: Sequence[Point], pieces: Sequence[int]
+) -> list[Point]:
+    """The best of the points on these pieces, if it is better than the parent."""
+    if not points:
+        return []
+    bar, *values = _judged(search, contest, [parent, *points], pieces)
+    best = min(range(len(points)), key=values.__getitem__)
+    return [points[best]] if values[best] < bar else []
+
+
 def _grouped(names: Sequence[str], key: Any) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -94,12 +109,16 @@ def _grouped(names: Sequence[str], key: Any) -> list[list[str]]:
 
 @dataclass
 class Found:
-    """The best point; `curve`: (tokens spent, its metric on the search's longest slice) at each gain."""
+    """The best point; `curve`: (tokens spent, its metric on the search's longest slice) at each gain.
+
+    `seconds` since the start at each point of the curve, and at the end; they differ from run to run.
+    """
 
     point: Point
     generations: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = ""
+    seconds: list[float] = field(default_factory=list, compare=False)
 
 
 def run_search(
@@ -107,28 +126,32 @@ def run_search(
 ) -> Found:
     """Evolves the best of `seeds`, which are judged first. `seed` settles everything but how long a given time lasts.
 
-    Children are judged on the first slice; those that beat the parent there, at most a quarter, on the second. The third
-    is left for the comparison at the end.
+    Children are judged on one piece of the text, another in each generation, so that none is learnt by heart; those that
+    beat the parent there, at most a quarter, on as many as the second slice has; the best of them on all, where it has
+    to beat the parent, too.
     """
-    slices = list(range(min(2, len(contest.tokens))))
-
-    def judged(points: Sequence[Point], slice_: int) -> list[float]:
-        return [scores.mean(search.metric) for scores in contest.scores(points, slice_)]
-
-    values = judged(seeds, slices[-1])
+    values = _judged(search, contest, seeds, range(contest.ends[-1]))
     best = min(range(len(seeds)), key=lambda i: (values[i], i))
-    found = Found(seeds[best], curve=[(contest.allowance.spent["tokens"], values[best])])
+    found = Found(seeds[best])
+    _note(contest, found, values[best])
     moves = Moves(contest.grid, blocks, Random(seed))
     towards = [contest.grid.fractions(point) for point in seeds[:SEEDS] if point != found.point]
     try:
-        _evolve(search, contest, found, moves, towards, judged, slices)
+        _evolve(search, contest, found, moves, towards)
     except KeyboardInterrupt:
         if contest.allowance.processes.count > 1:
             raise
         found.stopped = "interrupted"
+    found.seconds.append(contest.allowance.seconds("end of the search"))
     first, last = found.curve[0][1], found.curve[-1][1]
     logger.info("search: %s %.5f -> %.5f in %d generations", search.metric, first, last, found.generations)
     return found
+
+
+def _note(contest: Contest, found: Found, value: float) -> None:
+    """Another point of the curve."""
+    found.curve.append((contest.allowance.spent["tokens"], value))
+    found.seconds.append(contest.allowance.seconds(f"generation {found.generations}"))
 
 
 def _evolve(
@@ -137,10 +160,10 @@ def _evolve(
     found: Found,
     moves: Moves,
     towards: Sequence[Vector],
-    judged: Any,
-    slices: Sequence[int],
 ) -> None:
     step: Vector | None = None
+    pieces = contest.ends[-1]
+    stages = [contest.ends[1], pieces] if len(contest.ends) > 2 else [pieces]
     seen, stale = {found.point}, 0
     while not contest.allowance.over(f"generation {found.generations}"):
         if stale >= search.patience:
@@ -157,17 +180,19 @@ def _evolve(
         if not children:
             found.stopped = "no new plan within reach"
             return
-        bar, *values = judged([found.point, *children], slices[0])
+        text = [(found.generations + i) % pieces for i in range(pieces)]
+        bar, *values = _judged(search, contest, [found.point, *children], text[:1])
         hopeful = sorted((v, i) for i, v in enumerate(values) if v < bar)[: max(1, search.offspring // 4)]
         points = [children[i] for _, i in hopeful]
-        after = judged(points, slices[-1]) if points else []
-        value, point = min(zip(after, points, strict=True), default=(found.curve[-1][1], found.point))
+        for stage in stages:
+            points = _better(search, contest, found.point, points, sorted(text[:stage]))
         found.generations += 1
-        if value < found.curve[-1][1]:
+        if points:
+            point, value = points[0], _judged(search, contest, points[:1], range(pieces))[0]
             old, new = contest.grid.fractions(found.point), contest.grid.fractions(point)
             step = {name: new[name] - old[name] for name in new}
             found.point, stale = point, 0
-            found.curve.append((contest.allowance.spent["tokens"], value))
+            _note(contest, found, value)
             moves.length = min(moves.length * 1.3, LONGEST)
         else:
             step, stale = None, stale + 1

@@ -27,7 +27,9 @@ from ..allocators.race import Race
 from ..config import SparsityConfig
 from ..core.stats import NORMS, STATS
 from ..plan import LayerPlan, LayerReport, Plan, Report
+from ..story import Story
 from .batches import fingerprint, prepare_batches
+from .by_source import SourceWitness, keep_apart
 from .certificate import Witness
 from .choose import Choice, choose, split_of
 from .drive import Batch
@@ -37,11 +39,14 @@ from .fit import check_plan, check_widths, model_fingerprint, plan_config, versi
 from .journal import Journal, digest
 from .layers import Layout, Weight, find_layout
 from .measure import Measuring, algorithms, check_finite, fall_back, share
+from .mixture import Mixture
 from .output import Output
 from .pack import check_worth
+from .plan_file import PlanFile
 from .probe import Candidates, MaskedLoss
 from .processes import Processes
 from .reconstruct import STREAMS, BlockReconstruction, Reconstruction
+from .revalidate import has_travelled, revalidate
 from .run import Run, progress
 from .solve import prune_block
 from .source import source_weights
@@ -55,7 +60,7 @@ def make_plan(
     config: SparsityConfig | Mapping[str, Any],
     batches: Tensor | Iterable[Mapping[str, Any]] | None = None,
     *,
-    output_dir: str | os.PathLike[str] | Output | None = None,
+    output_dir: str | os.PathLike[str] | Output | PlanFile | None = None,
     overwrite: bool = False,
     hidden_limit: int | None = None,
 ) -> Plan:
@@ -66,9 +71,10 @@ def make_plan(
     Args:
         model: a transformers model, in memory, dispatched by accelerate, or from `open_streamed`.
         config: what is wanted.
-        batches: calibration data, see `prepare_batches`; may be None for allocators that look at weights only.
-        output_dir: where the model will go; keeps a record there, so that an interrupted planning goes on when it
-            is called again with the same arguments.
+        batches: calibration data, see `prepare_batches`; may be None for allocators that look at weights only. Of a
+            `Mixture`, an eighth of each source is left to judge the pruned model by.
+        output_dir: where the model will go, or `PlanFile(file)`, where the plan will; keeps a record there, so that an
+            interrupted planning goes on when it is called again with the same arguments.
         overwrite: start anew if the folder holds an unfinished run or a sparse model.
         hidden_limit: bytes of hidden states of the calibration batches to keep in memory; what exceeds them waits
             on disk. None: no limit.
@@ -86,6 +92,8 @@ def make_plan(
     if isinstance(allocator, Race):
         needs = needs.union(*(one.needs for one in allocators(allocator.candidates).values()))
     data = prepare_batches(model, batches) if batches is not None else []
+    if not isinstance(allocator, Race):  # which keeps some apart itself
+        data, _ = keep_apart(batches, data)
     wanting = needs & (STATS | {FISHER, LOSS})
     if wanting and not data:
         raise ValueError(
@@ -93,21 +101,28 @@ def make_plan(
         )
 
     processes = Processes.current()
-    output = _output(output_dir, overwrite, processes)
+    output = output_dir if isinstance(output_dir, PlanFile) else _output(output_dir, overwrite, processes)
     rows = config.row_allocator.needs if isinstance(config.row_allocator, RowAllocator) else frozenset()
-    whole = needs | pruner.needs | rows if output else needs  # with a folder, pruning follows
-    place = output.path if output else None
+    whole, place = needs, None
+    if isinstance(output, Output):  # pruning follows
+        whole, place = needs | pruner.needs | rows, output.path
     check_room(model, layout, share(data, processes), whole & STATS, hidden_limit=hidden_limit, output=place)
     facts: dict[str, Any] = {"model": model_fingerprint(model, layout), "data": fingerprint(data) if data else None}
     processes.agree("model and data", facts)
     if output is not None:
         output.begin("plan", {"config": config.to_dict(), "versions": versions(), **facts})
         if (known := output.journal.recall("plan")) is not None:
-            return dataclasses.replace(Plan.from_dict(known), algorithms=_instances(config))
+            story = output.journal.recall("story")
+            return dataclasses.replace(
+                Plan.from_dict(known), algorithms=_instances(config), story=Story.from_dict(story) if story else None
+            )
 
     journal = output.journal if output else None
     if isinstance(allocator, Race):
-        choice = choose(model, layout, data, config, processes, journal=journal, hidden_limit=hidden_limit)
+        sources = batches.sources if isinstance(batches, Mixture) else ()
+        choice = choose(
+            model, layout, data, config, processes, journal=journal, hidden_limit=hidden_limit, sources=sources
+        )
     else:
         choice = _allocate(model, layout, data, config, needs, Run(processes, hidden_limit), journal)
     plan = Plan(
@@ -121,10 +136,13 @@ def make_plan(
         versions=versions(),
         chosen=choice.record,
         algorithms=_instances(config),
+        story=choice.story,
     )
     plan.check_target()
     processes.agree("the plan they made", {name: layer.sparsity for name, layer in plan.layers.items()})
     if output is not None:
+        if plan.story is not None:
+            output.journal.remember("story", "", plan.story.to_dict())
         output.journal.remember("plan", "", plan.to_dict())
     return plan
 
@@ -149,8 +167,10 @@ def prune(
 
     Args:
         model: the model the plan was made for, or one of the same shapes.
-        plan: made by `make_plan`, loaded, or edited.
-        batches: calibration data, see `prepare_batches`; may be None for pruners that look at weights only.
+        plan: made by `make_plan`, loaded, or edited. One that was made on other weights (a fine-tuned sibling's, say)
+            is compared with uniform first, see `revalidate`; what came of it is logged and recorded.
+        batches: calibration data, see `prepare_batches`; may be None for pruners that look at weights only. Of a
+            `Mixture`, an eighth of each source is not pruned with: on it the report compares with the dense model.
         pruner: the instance, for a loaded plan that names a pruner from outside this package.
         output_dir: the folder to write the sparse model to; needed for a model from `open_streamed`, which
             afterwards reads its weights from there. `Output(folder, layout="bitmask")`: packed; that takes the files
@@ -186,8 +206,14 @@ def prune(
         raise ValueError("reconstruction needs calibration data: pass batches")
     if output_dir is None and source_weights(model) is not None:
         raise ValueError("a streamed model is pruned into a folder: pass output_dir")
+    facts: dict[str, Any] = {"model": model_fingerprint(model, layout)}
+    travelled = has_travelled(plan, facts["model"])
     useful = needs or recovery or plan.chosen
-    data, kept = split_of(plan.chosen, prepare_batches(model, batches) if useful and batches is not None else [])
+    looked_at = useful or travelled or isinstance(batches, Mixture)
+    given = prepare_batches(model, batches) if looked_at and batches is not None else []
+    data, kept = split_of(plan.chosen, given)
+    data, apart = keep_apart(batches, data, kept)
+    data = data if useful else []
     if recovery:
         recovery.check(len(data))
     _check_resident_weights(layout)
@@ -198,7 +224,7 @@ def prune(
         check_room(model, layout, data * STREAMS, needs | {NORMS}, hidden_limit=hidden_limit, output=place)
     else:
         check_room(model, layout, share(data, processes), needs, hidden_limit=hidden_limit, output=place)
-    facts: dict[str, Any] = {"model": model_fingerprint(model, layout), "data": fingerprint(data) if data else None}
+    facts["data"] = fingerprint(data) if data else None
     processes.agree("model, data and plan", {**facts, "plan": plan.to_dict()["layers"]})
     if output is not None:
         if output.layout == "bitmask":
@@ -211,7 +237,9 @@ def prune(
             **facts,
         }
         output.begin("prune", done | {"reconstruct": recovery.options.to_dict() if recovery else None})
+    validated = _revalidate(model, layout, plan, pruner, given, output, processes) if travelled else None
     witness = Witness(model, layout, kept) if kept else None
+    by_source = SourceWitness(model, layout, apart) if apart else None
     if output is not None:
         output.resume(model, layout)
 
@@ -237,10 +265,13 @@ def prune(
         layers={name: reports[name] for name in layout.weights},
         skipped=layout.skipped,
         seconds=time.perf_counter() - start,
+        sources=by_source.report() if by_source else {},
     )
     pruned = {"sparsity": report.sparsity, "data": fingerprint(data) if data else None, "versions": versions()}
     if recovery:
         pruned["reconstruction"] = recovery.summary(layout, run.journal)
+    if validated:
+        pruned["revalidation"] = validated
     if witness:
         pruned["certificate"] = witness.report()
     model.config.sparsity_config = plan.to_dict() | {"pruned": pruned}
@@ -255,6 +286,25 @@ def _output(given: str | os.PathLike[str] | Output | None, overwrite: bool, proc
     if given is None or isinstance(given, Output):
         return given
     return Output(given, overwrite=overwrite, processes=processes)
+
+
+def _revalidate(
+    model: PreTrainedModel,
+    layout: Layout,
+    plan: Plan,
+    pruner: Pruner,
+    data: list[Batch],
+    output: Output | None,
+    processes: Processes,
+) -> dict[str, Any] | None:
+    """Each process does it alone; the main one's counts. Known from before an interruption, if it was."""
+    known: dict[str, Any] | None = output.journal.recall("revalidation") if output else None
+    if known is None:
+        folder = output.journal.folder if output else None
+        known = processes.gather(revalidate(model, layout, plan, pruner, data, folder))[0]
+        if output and known:
+            output.journal.remember("revalidation", "", known)
+    return known
 
 
 # ---- the steps of make_plan

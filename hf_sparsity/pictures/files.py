@@ -1,9 +1,8 @@
-"""Picture files: which can be written, and whole or not at all."""
+"""Picture files: which can be written, and where."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 SUFFIXES = (".png", ".html")
@@ -28,16 +27,18 @@ def check_picture(file: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_whole(file: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes to a temporary file beside it, then renames."""
+def check_page(file: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The file of a report page as a path; `ValueError` or `FileNotFoundError` when it cannot be written there.
+
+    An existing one is only replaced to `overwrite`. Call it before the work.
+    """
     path = Path(file)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"the report {str(path)!r} is a page; its name must end in .html")
+    if path.is_dir():
+        raise ValueError(f"the report {str(path)!r} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"report {str(path)!r} exists; choose another name, or remove it (--overwrite)")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {str(path.parent)!r} of the report does not exist; make it first")
     return path

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from ..files import write_whole
 from . import colours
-from .files import write_whole
-from .panels import Dots, Heat, Picture
+from .panels import Dots, Heat, Picture, brief
 
-CELL, TOP, LETTER = 40, 30, 6.3  # pixels: width of a cell, room for the title, width of a letter
-DOTS = 230  # pixels across
+CELL, NARROW = 40, 20  # pixels: width of a cell with and without a number
+TOP, LETTER, DOTS = 8, 6.3, 230  # pixels: room above the blocks, width of a letter, of a panel of dots
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --quiet: #59636e; --paper: #ffffff; --empty: #e3e7eb; --hatch: #b3bcc5;
@@ -25,10 +25,12 @@ STYLE = """
 body { background: var(--paper); color: var(--ink); font: 14px/1.5 system-ui, sans-serif; margin: 1.5rem }
 h1 { font-size: 1.25rem; overflow-wrap: anywhere }
 ul { color: var(--quiet); padding-left: 1.2rem; overflow-wrap: anywhere }
-.panels { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start }
-figure { margin: 0; overflow-x: auto }
+.panels { display: flex; flex-wrap: wrap; gap: 1.5rem 1rem }
+figure { margin: 0; overflow-x: auto; display: flex; flex-direction: column }
+figcaption { flex: 1; font-weight: 600; overflow-wrap: anywhere }
+figcaption small { display: block; font-weight: 400; color: var(--quiet) }
+svg { max-width: 100%; height: auto }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink) }
-svg .title { font-size: 13px; font-weight: 600 }
 svg .small { font-size: 8.5px }
 svg rect { shape-rendering: crispEdges }
 .defs { position: absolute }
@@ -41,6 +43,7 @@ svg .number { pointer-events: none; text-anchor: middle }
 svg rect.cell:hover, svg .dot:hover { stroke: var(--ink); stroke-width: 2 }
 table { border-collapse: collapse; margin-top: .5rem }
 td, th { padding: 0 .8rem .1rem 0; text-align: left }
+@media (max-width: 600px) { body { margin: .8rem } }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -52,74 +55,90 @@ def draw_html(picture: Picture, file: str | os.PathLike[str]) -> Path:
 
 def page(picture: Picture) -> str:
     """The page as text."""
-    title = escape(picture.title)
     notes = "".join(f"<li>{escape(note)}</li>\n" for note in picture.notes)
-    panels = "\n".join(_panel(panel, picture) for panel in picture.panels)
+    title = f"Sparsity of {picture.title}"
+    return document(title, f"<h1>{escape(title)}</h1>\n{drawn(picture)}\n<ul>\n{notes}</ul>\n{tables(picture)}")
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A page around a body of HTML. `title` is plain text; `style` is added to ours."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width">
-<title>Sparsity of {title}</title>
-<style>{STYLE}</style>
+<title>{escape(title)}</title>
+<style>{STYLE}{style}</style>
 </head>
 <body>
-<h1>Sparsity of {title}</h1>
 <svg class="defs" width="0" height="0" aria-hidden="true"><defs><pattern id="none" width="6" height="6" patternUnits="userSpaceOnUse"
  patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--empty)"/><rect width="2" height="6"
  fill="var(--hatch)"/></pattern></defs></svg>
-<div class="panels">
-{panels}
-</div>
-<ul>
-{notes}</ul>
-{"".join(_table(panel) for panel in picture.panels)}</body>
+{body}</body>
 </html>
 """
 
 
-def _panel(panel: Heat | Dots, picture: Picture) -> str:
-    row = 24 if picture.numbered else max(8, min(14, 1200 // picture.blocks))
-    left = round(28 + LETTER * max(len(label) for _, label in picture.ticks))
-    bottom = TOP + row * picture.blocks
-    if isinstance(panel, Dots):
-        width, height = left + DOTS + 20, bottom + 45
-        body = _dots(panel, left, row, bottom)
-    else:
-        longest = round(LETTER * 0.75 * max(map(len, picture.projections)))
-        left = max(left, longest - CELL // 2)
-        width, height = left + CELL * max(len(picture.projections), 4) + 30, bottom + longest + 75
-        body = _heat(panel, picture, (left, row, bottom, bottom + longest + 25))
-    lines = [*body, *_rows(picture, left, row, width - 20)]
+def drawn(picture: Picture) -> str:
+    """All panels of a picture, as many in a row as there is room for."""
+    return f'<div class="panels">\n{"".join(_panel(panel, picture) for panel in picture.panels)}</div>'
+
+
+def tables(picture: Picture) -> str:
+    """All numbers of a picture in words, closed until asked for."""
+    return "".join(_table(panel) for panel in picture.panels)
+
+
+def figure(title: str, body: str, width: float, height: float) -> str:
+    """An SVG of this size under its title; further lines of the title are smaller. Shrinks a little where it has to."""
+    name, *more = title.split("\n")
+    small = "".join(f"<small>{escape(line)}</small>" for line in more)
     return (
-        f'<figure><svg width="{width:.0f}" height="{height:.0f}" role="img" aria-label="{escape(panel.title)}">\n'
-        f'<text class="title" x="{left:.0f}" y="16">{escape(panel.title)}</text>\n'
-        + "\n".join(lines)
-        + "\n</svg></figure>"
+        f'<figure style="max-width:min(100%,{width:.0f}px)"><figcaption>{escape(name)}{small}</figcaption>'
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" style="min-width:{0.8 * width:.0f}px" role="img" '
+        f'aria-label="{escape(title)}">\n{body}\n</svg></figure>\n'
     )
 
 
-def _heat(panel: Heat, picture: Picture, place: tuple[int, int, int, int]) -> Iterator[str]:
+def _panel(panel: Heat | Dots, picture: Picture) -> str:
+    row = 24 if picture.numbered else max(8, min(14, 800 // picture.blocks))
+    left = round(28 + LETTER * max(len(label) for _, label in picture.ticks))
+    bottom = TOP + row * picture.blocks
+    longest = round(LETTER * 0.75 * max(map(len, picture.projections)))
+    # All of one height, so that blocks stand beside each other.
+    height = bottom + (longest + 75 if any(isinstance(one, Heat) for one in picture.panels) else 45)
+    if isinstance(panel, Dots):
+        width = left + DOTS + 20
+        body = _dots(panel, left, row, bottom)
+    else:
+        cell = CELL if picture.numbered else NARROW
+        left = max(left, longest - cell // 2)
+        width = left + max(cell * len(picture.projections), 3 * CELL) + 20
+        body = _heat(panel, picture, (left, row, bottom, bottom + longest + 25), cell)
+    return figure(panel.title, "\n".join([*body, *_rows(picture, left, row, width - 20)]), width, height)
+
+
+def _heat(panel: Heat, picture: Picture, place: tuple[int, int, int, int], width: int) -> Iterator[str]:
     left, row, bottom, bar = place
     for y, cells in enumerate(panel.cells):
         for x, cell in enumerate(cells):
-            at = f'x="{left + CELL * x:.1f}" y="{TOP + row * y}" width="{CELL}" height="{row}"'
+            at = f'x="{left + width * x:.1f}" y="{TOP + row * y}" width="{width}" height="{row}"'
             if cell is None:
-                yield f'<rect class="empty" {at}><title>no such layer</title></rect>'
+                yield f'<rect class="empty" {at}><title>{panel.empty}</title></rect>'
                 continue
             value, text, small, tip = cell
             shade = colours.shade(value, panel.low, panel.high, panel.scale)
             yield f'<rect class="cell" fill="{shade}" {at}><title>{escape(tip)}</title></rect>'
             if picture.numbered:
-                middle, ink = left + CELL * (x + 0.5), colours.ink_on(shade)
+                middle, ink = left + width * (x + 0.5), colours.ink_on(shade)
                 yield _number(text, middle, TOP + row * y + (12 if small else 16), ink)
                 if small:
                     yield _number(small, middle, TOP + row * y + 21, ink, "number small")
     for x, projection in enumerate(picture.projections):
-        at = f"{left + CELL * (x + 0.5) + 4:.1f},{bottom + 12}"
+        at = f"{left + width * (x + 0.5) + 4:.1f},{bottom + 12}"
         yield f'<text text-anchor="end" transform="translate({at}) rotate(-45)">{escape(projection)}</text>'
-    yield from _bar(panel, left, bar, CELL * max(len(picture.projections), 4))
+    yield from _bar(panel, left, bar, max(width * len(picture.projections), 3 * CELL))
 
 
 def _number(text: str, x: float, y: float, ink: str, kind: str = "number") -> str:
@@ -147,7 +166,7 @@ def _dots(panel: Dots, left: float, row: int, bottom: int) -> Iterator[str]:
 
     for value in panel.ticks:
         yield f'<line class="grid" x1="{x(value)}" x2="{x(value)}" y1="{TOP}" y2="{bottom}"/>'
-        yield f'<text text-anchor="middle" x="{x(value)}" y="{bottom + 15}">{_power(value)}</text>'
+        yield f'<text text-anchor="middle" x="{x(value)}" y="{bottom + 15}">{brief(value)}</text>'
     for y, found in enumerate(panel.rows):
         if found is not None:
             low, mean, high, tip = found
@@ -158,10 +177,6 @@ def _dots(panel: Dots, left: float, row: int, bottom: int) -> Iterator[str]:
     yield f'<text text-anchor="middle" x="{left + DOTS / 2}" y="{bottom + 32}">{escape(panel.caption)}</text>'
 
 
-def _power(value: float) -> str:
-    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-")
-
-
 def _rows(picture: Picture, left: float, row: int, right: float) -> Iterator[str]:
     for y, label in picture.ticks:
         yield f'<text text-anchor="end" x="{left - 6:.1f}" y="{TOP + row * (y + 0.5) + 4:.1f}">{escape(label)}</text>'
@@ -170,7 +185,7 @@ def _rows(picture: Picture, left: float, row: int, right: float) -> Iterator[str
 
 
 def _table(panel: Heat | Dots) -> str:
-    """All numbers of a panel in words, closed until asked for."""
     rows = [panel.rows] if isinstance(panel, Dots) else panel.cells
     tips = "".join(f"<tr><td>{escape(cell[3])}</td></tr>\n" for row in rows for cell in row if cell is not None)
-    return f"<details><summary>{escape(panel.title)}: all numbers</summary>\n<table>\n{tips}</table></details>\n"
+    title = escape(panel.title.replace("\n", ": "))
+    return f"<details><summary>{title}: all numbers</summary>\n<table>\n{tips}</table></details>\n"

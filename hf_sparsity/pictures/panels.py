@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import ClassVar
 
 from .colours import DIFFERENCE, SPARSITY
 from .grid import Cell, Grid, check_alike
@@ -31,6 +33,7 @@ class Heat:
     low: float
     high: float
     scale: Sequence[str]
+    empty: ClassVar[str] = "no such layer"
 
     def tick(self, value: float) -> str:
         """A place on the scale of colours, in words."""
@@ -56,10 +59,7 @@ class Dots:
         if self.log:
             powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [10.0**power for power in powers[:: -(-len(powers) // 5) or 1]]
-        rough = (self.high - self.low) / 5
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough)
-        return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return round_ticks(self.low, self.high)
 
     def place(self, value: float) -> float:
         """Where a value stands between the edges, 0 to 1."""
@@ -92,17 +92,29 @@ def make_picture(*grids: Grid) -> Picture:
         check_alike(*(grid.plan for grid in grids))
     names = _distinct([clean(grid.name, 22 if two else LABEL) for grid in grids])
     panels: list[Heat | Dots] = [*_sparsities(grids, names if two else None), *_misses(grids, names if two else None)]
-    panels += [_dots(grid, name if two else "") for grid, name in zip(grids, names, strict=True) if _tells(grid)]
-    ticks, breaks = _ticks(list(first.cells))
-    return Picture(
-        title=" and ".join(names),
-        notes=[note for grid, name in zip(grids, names, strict=True) for note in _notes(grid, name if two else "")],
-        blocks=len(first.cells),
-        ticks=ticks,
-        breaks=breaks,
-        projections=[clean(projection) for projection in first.projections],
-        panels=panels,
-    )
+    panels += [dots(grid, name if two else "") for grid, name in zip(grids, names, strict=True) if tells(grid)]
+    notes = [note for grid, name in zip(grids, names, strict=True) for note in _notes(grid, name if two else "")]
+    return framed(" and ".join(names), first, panels, notes)
+
+
+def framed(title: str, grid: Grid, panels: list[Heat | Dots], notes: Sequence[str] = ()) -> Picture:
+    """Panels over the blocks and projections of a grid."""
+    ticks, breaks = _ticks(list(grid.cells))
+    projections = [clean(projection) for projection in grid.projections]
+    return Picture(title, list(notes), len(grid.cells), ticks, breaks, projections, panels)
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Up to about five round numbers between two that differ."""
+    rough = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough)
+    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def brief(value: float, digits: int = 3) -> str:
+    """A number in a few letters."""
+    return re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), f"{value:.{digits}g}")
 
 
 def bounds(values: Sequence[float]) -> tuple[float, float]:
@@ -118,9 +130,9 @@ def sparsities(title: str, grid: Grid, low: float, high: float) -> Heat:
 
     def show(block: str, projection: str, cell: Cell) -> Shown:
         small = f"{100 * cell.low:.0f}–{100 * cell.high:.0f}" if cell.high - cell.low >= WIDE else ""
-        return cell.shown, f"{100 * cell.shown:.0f}", small, f"{_at(block, projection)}: {describe(cell)}"
+        return cell.shown, f"{100 * cell.shown:.0f}", small, f"{place_name(block, projection)}: {describe(cell)}"
 
-    return Heat(title, "weights removed", _cells(grid, show), low, high, SPARSITY)
+    return Heat(title, "weights removed", cells(grid, show), low, high, SPARSITY)
 
 
 def describe(cell: Cell) -> str:
@@ -178,26 +190,28 @@ def _difference(title: str, grid: Grid, change: Callable[[str, str, Cell], tuple
     def show(block: str, projection: str, cell: Cell) -> Shown:
         by, tip = change(block, projection, cell)
         text = "0" if abs(by) < 0.0005 else f"{100 * by:+.1f}" if abs(by) < 0.0995 else f"{100 * by:+.0f}"
-        return by, text, "", f"{_at(block, projection)}: {100 * by:+.2f} points, {tip}"
+        return by, text, "", f"{place_name(block, projection)}: {100 * by:+.2f} points, {tip}"
 
-    cells = _cells(grid, show)
-    reach = math.ceil(100 * max(least, *(abs(cell[0]) for row in cells for cell in row if cell)) - 1e-6) / 100
-    return Heat(title, "percentage points", cells, -reach, reach, DIFFERENCE)
+    shown = cells(grid, show)
+    reach = math.ceil(100 * max(least, *(abs(cell[0]) for row in shown for cell in row if cell)) - 1e-6) / 100
+    return Heat(title, "percentage points", shown, -reach, reach, DIFFERENCE)
 
 
-def _cells(grid: Grid, show: Callable[[str, str, Cell], Shown]) -> list[list[Shown | None]]:
+def cells(grid: Grid, show: Callable[[str, str, Cell], Shown | None]) -> list[list[Shown | None]]:
+    """What `show` makes of each cell, rows of blocks; None where there is no such layer."""
     return [
         [show(block, p, row[p]) if p in row else None for p in grid.projections] for block, row in grid.cells.items()
     ]
 
 
-def _tells(grid: Grid) -> bool:
+def tells(grid: Grid) -> bool:
     """Whether the measures differ, and can be drawn; an allocator that looks at nothing has zeros, or none."""
     values = [value for row in grid.measures.values() for value in row]
     return bool(values) and max(map(abs, values)) < 1e300 and not math.isclose(min(values), max(values))
 
 
-def _dots(grid: Grid, name: str) -> Dots:
+def dots(grid: Grid, name: str) -> Dots:
+    """What the allocator found in each block."""
     values = [value for row in grid.measures.values() for value in row]
     low, high = min(values), max(values)
     log = low > 1e-300 and high / low >= 100
@@ -235,7 +249,8 @@ def _notes(grid: Grid, name: str) -> list[str]:
                 f"furthest from its plan: {clean(grid.furthest)}, {100 * reached:.1f} % where {100 * planned:.1f} % was planned"
             )
     spread, at, cell = max(
-        ((c.high - c.low, _at(b, p), c) for b, row in grid.cells.items() for p, c in row.items()), key=lambda x: x[0]
+        ((c.high - c.low, place_name(b, p), c) for b, row in grid.cells.items() for p, c in row.items()),
+        key=lambda x: x[0],
     )
     if spread >= WIDE:
         notes.append(
@@ -253,7 +268,8 @@ def _reached(grid: Grid) -> float:
     return sum(layer.zeros for layer in layers) / sum(layer.size for layer in layers)
 
 
-def _at(block: str, projection: str) -> str:
+def place_name(block: str, projection: str) -> str:
+    """Of a cell, for people."""
     return f"{clean(block)} {clean(projection)}".strip()
 
 

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import write_whole
 from ..plan import Plan, Report
 from . import colours
-from .files import write_whole
 from .grid import make_grid
 from .panels import Dots, Heat, Picture, bounds, clean, make_picture, sparsities
 

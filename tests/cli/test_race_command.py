@@ -22,7 +22,8 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 def test_it_prints_who_did_how_well_and_writes_the_plan(tmp_path, capsys):
     output = tmp_path / "plan.json"
-    done = race.run(parsed(*FEW, "--search", "--budget", "20 evals", "--output", str(output)))
+    page = tmp_path / "report.html"
+    done = race.run(parsed(*FEW, "--search", "--budget", "20 evals", "--output", str(output), "--report", str(page)))
     said = capsys.readouterr().out
     plan = Plan.load(output)
     assert plan.chosen == done["chosen"] and plan.sparsity == pytest.approx(0.7, abs=1e-6)
@@ -37,8 +38,18 @@ def test_it_prints_who_did_how_well_and_writes_the_plan(tmp_path, capsys):
         "tokens",
     ):
         assert word in said, word
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match=r"output .* exists"):
         race.run(parsed(*FEW, "--output", str(output)))
+    with pytest.raises(ValueError, match=r"report .* exists"):
+        race.run(parsed(*FEW, "--output", str(tmp_path / "other.json"), "--report", str(page)))
+    assert f"report written to {page}" in said and done["report"] == str(page)
+    shown = page.read_text("utf-8")
+    for row in plan.chosen["candidates"]:
+        assert row["name"].replace("(", "(<wbr>") in shown and f">{row['kl'][-1]:.4f}<" in shown
+    for name, layer in plan.layers.items():
+        place = f"{name[: name.index('.', len('model.layers.'))]} {name.rpartition('.')[2]}"
+        assert f"{place}: planned {100 * layer.sparsity:.2f} %" in shown
+    assert "against time" in shown and f">{plan.chosen['spent']['evals']}<" in shown
 
     sparse, text = tmp_path / "sparse", ["--sequences", "8", "--length", "64"]
     assert main(["prune", "demo", "--plan", str(output), *text, "--output", str(sparse)]) == 0
@@ -55,6 +66,11 @@ def test_mistakes_come_before_the_model_is_loaded(tmp_path):
         (["--candidates", "owll"], "unknown candidate 'owll'"),
         (["--budget", "soon"], "budget='soon'"),
         (["--metric", "accuracy"], "use 'kl' or 'loss'"),
+        (["--report", str(tmp_path / "report.png")], "must end in .html"),
+        (["--report", str(tmp_path / "plan.html"), "--output", str(tmp_path / "plan.html")], "both go to"),
     ):
         with pytest.raises(ValueError, match=message):
-            race.run(parsed("no/such/model", "--sparsity", "0.5", *more, "--output", str(tmp_path / "plan.json")))
+            race.run(parsed("no/such/model", "--sparsity", "0.5", "--output", str(tmp_path / "plan.json"), *more))
+    with pytest.raises(FileNotFoundError, match="does not exist; make it first"):
+        race.run(parsed("no/such/model", "--sparsity", "0.5", "--output", "plan.json", "--report", "no/such/x.html"))
+    assert not list(tmp_path.iterdir())

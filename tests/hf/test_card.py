@@ -308,7 +308,7 @@ def test_evaluations_of_other_weights_are_refused(folder):
 
 
 def test_folders_that_are_no_sparse_model(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         make_card(tmp_path / "nothing")
     report = json.loads((folder / REPORT_FILE).read_text())
     report["layers"].popitem()
@@ -382,7 +382,7 @@ def test_the_command_asks_for_the_same_config(pruned, tmp_path, config):
     (command,) = commands(read_facts(folder))
     options = build_parser().parse_args(command[1:])
     assert sparsity_config(options) == config
-    assert (options.command, options.model, options.calibration) == ("prune", "BASE_MODEL", "CALIBRATION_TEXT")
+    assert (options.command, options.model, options.calibration) == ("prune", "BASE_MODEL", ["CALIBRATION_TEXT"])
     assert (options.sequences, options.length) == (2, 24)
 
 
@@ -418,7 +418,7 @@ def test_the_recovery_commands(folder):
         "BASE_MODEL",
     )
     assert (options.steps, options.length, options.batch, options.lr, options.rank) == (10, 128, 4, 0.002, 8)
-    assert (options.seed, options.accumulation, options.data) == (3, 2, "CALIBRATION_TEXT")
+    assert (options.seed, options.accumulation, options.data) == (3, 2, ["CALIBRATION_TEXT"])
     recovered(
         folder,
         method="reconstruct",
@@ -576,3 +576,23 @@ def test_a_certificate_is_shown(pruned, tmp_path):
         write_json(folder / "config.json", config)
         with pytest.raises(ValueError):
             make_card(folder)
+
+
+def test_a_plan_from_another_model_says_what_it_gains_here(pruned, tmp_path):
+    folder = shutil.copytree(pruned, tmp_path / "folder")
+    config = read_json(folder / "config.json")
+    there = {"uniform": 0.7, "chosen": 0.6, "uniform_minus_chosen": {"value": 0.1, "low": 0.05, "high": 0.15}}
+    here = {"uniform": 0.8, "chosen": 0.9, "uniform_minus_chosen": {"value": -0.1, "low": -0.15, "high": -0.05}}
+    checked = {"kl": here, "perplexity": here, "predictions": 2040, "pays": False, "made_on": "a/<b>"}
+    config["sparsity_config"]["pruned"]["revalidation"] = checked
+    write_json(folder / "config.json", config)
+    alone = str(make_card(folder))
+    assert "Why this plan" not in alone and "made on `a/<b>`" in alone
+    assert "**it does harm**" in alone and "-0.100 [-0.150, -0.050]" in alone.replace("−", "-") and "2,040" in alone
+    chosen = {"winner": "owl", "certificate": {"predictions": 508, "kl": there, "perplexity": there}}
+    config["sparsity_config"] |= {"chosen": chosen}
+    config["sparsity_config"]["pruned"]["revalidation"] = checked | {"pays": None, "made_on": ""}
+    write_json(folder / "config.json", config)
+    both = str(make_card(folder))
+    assert "on the model it was made on, `owl` won" in both and "cannot be told from uniform" in both
+    assert "made on `another model`" in both

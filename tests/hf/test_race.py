@@ -237,10 +237,17 @@ def test_the_three_parts_of_the_text_share_nothing():
     assert split_of(facts, data[:20]) == (data[:20], []) and split_of(None, data) == (data, [])
 
 
-def test_slices_contain_each_other():
-    data = [{"input_ids": torch.zeros(1, 10, dtype=torch.int64)} for _ in range(10)]
-    assert [len(piece) for piece in cut(data, (15, 40, 400))] == [2, 2, 6]
-    assert [len(piece) for piece in cut(data[:2], (15, 40, 400))] == [2]
+def test_slices_are_cut_into_pieces_as_long_as_the_first():
+    def cut_into(count: int, slices: tuple[int, ...]):
+        data = [{"input_ids": torch.full((1, 10), i)} for i in range(count)]
+        pieces, ends = cut(data, slices)
+        assert [batch for piece in pieces for batch in piece] == data[: sum(map(len, pieces))]
+        return [len(piece) for piece in pieces], ends
+
+    assert cut_into(10, (15, 40, 400)) == ([2, 2, 2, 2, 2], [1, 2, 5])
+    assert cut_into(10, (20, 50)) == ([2, 2, 1], [1, 3])
+    assert cut_into(2, (15, 40, 400)) == ([2], [1])
+    assert cut_into(3, (15, 40, 400)) == ([2, 1], [1, 2])
 
 
 @pytest.mark.parametrize(

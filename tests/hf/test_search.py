@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -86,18 +87,20 @@ def test_experts_and_projections_move_together():
 # ---- the evolution, on a fitness that is known
 
 
+ENDS = [1, 3, 5]  # pieces of each slice
+
+
 class Quadratic(Contest):
     """The best plan is known: each block, sparser with depth."""
 
     def __init__(self, one: Grid, limit: float):
-        super().__init__([], one, {}, Allowance({"evals": limit}, Processes()))
-        self.tokens = [10, 20]
+        super().__init__([], one, {}, Allowance({"evals": limit}, Processes()), ENDS)
         ideal = {n: 0.45 + 0.1 * int(n.split(".")[1]) for n in one.names}
         self.ideal = one.fractions(one.nearest(ideal))
-        self.asked: list[tuple[int, int]] = []
+        self.asked: list[tuple[int, list[int]]] = []
 
-    def scores(self, points, slice_):
-        self.asked.append((len(points), slice_))
+    def scores_on(self, points, pieces):
+        self.asked.append((len(points), list(pieces)))
         self.allowance.spent["evals"] += len(points)
         found = []
         for point in points:
@@ -122,10 +125,35 @@ def test_it_finds_what_can_be_found():
     assert contest.allowance.spent["evals"] < 1500 + 20 and found.stopped == "the budget is spent"
 
 
-def test_children_are_judged_on_the_first_slice_and_few_on_the_second():
+def test_children_are_judged_on_one_piece_few_on_more_and_one_on_all():
     torch.manual_seed(0)
     asked = searched(500)[0].asked[1:]
-    assert {n for n, slice_ in asked if slice_ == 0} == {9} and {n for n, slice_ in asked if slice_ == 1} <= {1, 2}
+    first = [pieces[0] for n, pieces in asked if n == 9]
+    assert first == [i % 5 for i in range(len(first))], "another piece in each generation"
+    assert {len(pieces) for n, pieces in asked if n == 9} == {1}
+    assert {n for n, pieces in asked if len(pieces) == 3} <= {2, 3}, "the parent and at most a quarter of eight"
+    assert {n for n, pieces in asked if len(pieces) == 5} <= {1, 2}, "the parent and the best; then what it has gained"
+    second = [(one[1][0], sorted(two[1])) for one, two in pairwise(asked) if len(two[1]) == 3]
+    assert second and all(pieces == sorted((i + k) % 5 for k in range(3)) for i, pieces in second)
+
+
+class Deceptive(Quadratic):
+    """All but uniform look better on the first four pieces, and are worse on the fifth."""
+
+    def scores_on(self, points, pieces):
+        self.asked.append((len(points), list(pieces)))
+        self.allowance.spent["evals"] += len(points)
+        start = self.grid.nearest(dict.fromkeys(self.grid.names, 0.6))
+        value = [[0.0 if p == start else 10.0 if i == 4 else -1.0 for i in pieces] for p in points]
+        return [Scores(*(torch.tensor([sum(v) / len(v)], dtype=torch.float64),) * 2, torch.ones(1)) for v in value]
+
+
+def test_what_is_learnt_by_heart_is_not_kept():
+    contest = Deceptive(grid(), 400)
+    start = contest.grid.nearest(dict.fromkeys(contest.grid.names, 0.6))
+    found = run_search(Search(budget=None), contest, [start], blocks(contest.grid.names), 0)
+    assert found.point == start and len(found.curve) == 1
+    assert any(len(pieces) == 5 for _, pieces in contest.asked[1:])
 
 
 def test_one_seed_one_way():
@@ -143,7 +171,9 @@ def test_it_stops_without_gain():
     best = contest.grid.nearest(contest.ideal)
     found = run_search(Search(budget=None, patience=7), contest, [best], blocks(contest.grid.names), 0)
     assert found.point == best and found.generations == 7 and "no gain in 7" in found.stopped
-    assert {slice_ for _, slice_ in contest.asked[1:]} == {0}, "who is no better on the first slice is not asked again"
+    assert {len(pieces) for _, pieces in contest.asked[1:]} == {1}, (
+        "who is no better on the first piece is not asked again"
+    )
 
 
 # ---- the whole

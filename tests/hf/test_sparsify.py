@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, replace
 
 import pytest
@@ -247,7 +246,7 @@ def test_algorithms_from_outside():
         prune(tiny("llama"), Plan.from_dict(plan.to_dict()))
 
 
-def test_bad_input_changes_nothing(caplog):
+def test_bad_input_changes_nothing():
     model = tiny("llama")
     before = snapshot(model)
     plan = make_plan(model, SparsityConfig(0.5), IDS)
@@ -279,12 +278,6 @@ def test_bad_input_changes_nothing(caplog):
     assert torch.equal(
         model.state_dict()["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"]
     )
-
-    sibling = tiny("llama")
-    sibling.model.layers[0].mlp.up_proj.weight.data *= 1.5
-    with caplog.at_level(logging.WARNING):
-        prune(sibling, plan, IDS)
-    assert "other weights" in caplog.text
 
 
 def test_activations_that_overflow_are_an_error_before_anything_is_changed():

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from ...pictures.files import write_whole
+from ...files import write_whole
 from ...pictures.png import draw_card
 from ..metrics import TaskRecord, TextRecord
 from .facts import Facts, is_hub_id, read_facts

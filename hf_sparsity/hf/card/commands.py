@@ -10,7 +10,9 @@ from typing import Any
 
 from ...allocators import ALLOCATORS, ROW_ALLOCATORS
 from ...pruners import PRUNERS
-from .facts import DEMO, Facts
+from ..mixture import SELF
+from .facts import DEMO, Facts, field
+from .markdown import number
 
 TABLES: dict[str, Mapping[str, Any]] = {"allocator": ALLOCATORS, "row_allocator": ROW_ALLOCATORS, "pruner": PRUNERS}
 BASE, TEXT = "BASE_MODEL", "CALIBRATION_TEXT"  # stand for what is not recorded or not public
@@ -24,8 +26,8 @@ def commands(facts: Facts) -> list[list[str]]:
         return []
     made = _prune(facts, "sparse")
     last = "sparse"
-    for number, done in enumerate(facts.recoveries, 1):
-        output = "recovered" if len(facts.recoveries) == 1 else f"recovered-{number}"
+    for nth, done in enumerate(facts.recoveries, 1):
+        output = "recovered" if len(facts.recoveries) == 1 else f"recovered-{nth}"
         made.append(_recover(facts, done, last, output))
         last = output
     return made
@@ -48,11 +50,11 @@ def _prune(facts: Facts, output: str) -> list[list[str]]:
     start = ["hf-sparsity", "prune", _base(facts)]
     end = [*_reconstruct(pruned, again), "--output", output]
     if not is_expressible(facts):
-        return [[*start, "--plan", "config.json", *_data(facts, pruning or planning), *end]]
+        return [[*start, "--plan", "config.json", *_data(facts, pruning or planning, _mix(facts)), *end]]
     if planning and pruning and planning != pruning:
         plan = ["hf-sparsity", "plan", _base(facts), *_config(facts), *_data(facts, planning), "--output", "plan.json"]
-        return [plan, [*start, "--plan", "plan.json", *_data(facts, pruning), *end]]
-    return [[*start, *_config(facts), *_data(facts, planning or pruning), *end]]
+        return [plan, [*start, "--plan", "plan.json", *_data(facts, pruning, _mix(facts)), *end]]
+    return [[*start, *_config(facts), *_data(facts, planning or pruning, _mix(facts)), *end]]
 
 
 def _reconstruct(pruned: Mapping[str, Any], again: bool) -> list[str]:
@@ -98,16 +100,37 @@ def _algorithm(role: str, given: Any) -> str | None:
     return ":".join([str(given["name"]), *([",".join(changed)] if changed else [])])
 
 
-def _data(facts: Facts, data: Any) -> list[str]:
+def _mix(facts: Facts) -> Mapping[str, Any]:
+    """The sources that the model was pruned with, if there were several."""
+    return facts.report.sources if facts.report is not None else {}
+
+
+def _data(facts: Facts, data: Any, mix: Mapping[str, Any] | None = None) -> list[str]:
     """The calibration text's options; its own name is recorded nowhere."""
     if not isinstance(data, Mapping):
         return []
-    words = [] if facts.is_demo else ["--calibration", TEXT]
+    given = [_source(name, one) for name, one in mix.items()] if mix else [] if facts.is_demo else [TEXT]
+    words = ["--calibration", *given] if given else []
     sequences, tokens = data.get("sequences"), data.get("tokens")
     if isinstance(sequences, int) and isinstance(tokens, int) and sequences > 0:
-        words += ["--sequences", str(sequences)]
+        words += ["--sequences", str(sequences + _apart(facts, mix))]
         words += ["--length", str(tokens // sequences)] if tokens % sequences == 0 else []
     return words
+
+
+def _source(name: str, one: Any) -> str:
+    weight = number(field(one, "weight"), "the report's weight")
+    return f"{name if name == SELF else f'{name}={TEXT}'}@{weight:.6g}"
+
+
+def _apart(facts: Facts, mix: Mapping[str, Any] | None) -> int:
+    """Sequences that were given with the others and kept apart."""
+    if not mix:
+        return 0
+    certified = field(facts.stored, "pruned", "certificate") is not None
+    whole = [field(facts.plan.chosen, "data", "certificate")]
+    counts = whole if certified else [field(one, "sequences") for one in mix.values()]
+    return sum(int(number(count, "a number of sequences kept apart")) for count in counts)
 
 
 def _recover(facts: Facts, done: Mapping[str, Any], model: str, output: str) -> list[str]:

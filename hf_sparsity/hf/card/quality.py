@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..metrics import Interval, Score, TaskRecord, TextRecord
-from .facts import Facts
-from .markdown import code, decimals, percent, slug, table
+from .facts import Facts, field
+from .markdown import code, decimals, number, percent, slug, table
 
 
 def quality(facts: Facts) -> str:
@@ -21,6 +21,24 @@ def quality(facts: Facts) -> str:
     if metrics.tasks:
         parts.append(_tasks(metrics.tasks))
     return "\n\n".join(parts)
+
+
+def by_source(facts: Facts) -> list[str]:
+    """Of a model pruned on a calibration mix: how far it departs from the dense one on each source; else nothing."""
+    sources = facts.report.sources if facts.report is not None else {}
+    if not sources:
+        return []
+    rows = []
+    for name, one in sources.items():
+        share, sequences, kl = (number(field(one, key), f"the report's {key}") for key in ("weight", "sequences", "kl"))
+        perplexity = [number(field(one, "perplexity", key), "the report's perplexity") for key in ("dense", "pruned")]
+        rows.append([code(name), percent(share), f"{sequences:,.0f}", decimals(kl), *map(decimals, perplexity)])
+    header = ["source", "share", "sequences", "KL from the dense model, nats a token", "perplexity, dense", "pruned"]
+    return [
+        "## Source by source",
+        "The calibration text was a mix. On sequences of each source that were kept apart, right after pruning:",
+        table(header, rows),
+    ]
 
 
 def _text(text: TextRecord) -> str:

@@ -11,9 +11,9 @@ from ...config import CHOOSERS
 from ...pictures.grid import make_grid
 from .citations import PAPERS, RECOVERY
 from .commands import BASE, TABLES, TEXT, as_text, commands
-from .facts import Facts
+from .facts import Facts, field
 from .markdown import block, code, decimals, megabytes, number, percent, table
-from .quality import quality
+from .quality import by_source, quality
 
 NEWLINE = "\n"  # no backslashes inside the braces of an f-string before Python 3.12
 MARKER = "<!-- Rendered by hf_sparsity; `hf-sparsity card` replaces all of it."
@@ -37,6 +37,7 @@ def body(facts: Facts, name: str, base: str | None, plot: str | None) -> str:
         summary(facts, base),
         "## Quality",
         quality(facts),
+        *by_source(facts),
         *certificate(facts),
         "## Size",
         size(facts),
@@ -99,11 +100,39 @@ def _by(role: str, name: str) -> str:
 
 
 def certificate(facts: Facts) -> list[str]:
-    """Of a plan that a race or a search chose: what it gains over uniform, on text that nothing had seen; else nothing."""
-    if facts.plan.chosen is None:
-        return []
+    """What the plan gains over uniform on text that nothing had seen, if a race or a search chose it; else nothing.
+
+    Of a plan that was made on another model, what it gained there and gains here.
+    """
+    sections = []
+    here, chosen = field(facts.stored, "pruned", "revalidation"), facts.plan.chosen
+    if chosen is not None:
+        table_, predictions = _compared(field(chosen, "certificate"))
+        where = "text that nothing before had seen, with masks alone, before anything was trained"
+        sections += [
+            "## Why this plan",
+            f"Of all plans that were compared{' on the model it was made on' if here else ''}, {code(str(field(chosen, 'winner')))} "
+            f"won. On {predictions:,.0f} predictions of {where}:",
+            table_,
+        ]
+    if here is not None:
+        table_, predictions = _compared(here)
+        origin = code(str(field(here, "made_on") or "another model"))
+        sections += [
+            "## A plan from another model",
+            f"The plan was made on {origin}, whose layers have the same shapes. On {predictions:,.0f} predictions of calibration "
+            f"text, with masks alone, on this model {_PAYS[field(here, 'pays')]}:",
+            table_,
+        ]
+    return sections
+
+
+_PAYS = {True: "it still pays", False: "**it does harm**", None: "it cannot be told from uniform"}
+
+
+def _compared(made: Any) -> tuple[str, float]:
+    """(table of a comparison with uniform, predictions); `ValueError` if it is damaged."""
     try:
-        made = facts.plan.chosen["certificate"]
         rows = [
             [
                 title,
@@ -112,18 +141,10 @@ def certificate(facts: Facts) -> list[str]:
             ]
             for key, title in (("kl", "KL divergence from the dense model"), ("perplexity", "perplexity"))
         ]
-        winner, predictions = (
-            code(facts.plan.chosen["winner"]),
-            number(made["predictions"], "the certificate's predictions"),
-        )
+        predictions = number(made["predictions"], "the certificate's predictions")
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the plan's certificate is damaged: {error!r}") from None
-    return [
-        "## Why this plan",
-        f"Of all plans that were compared, {winner} won. On {predictions:,.0f} predictions of text that nothing before had seen, "
-        "with masks alone, before anything was trained:",
-        table(["", "every layer alike", "this plan", "gained"], rows),
-    ]
+    return table(["", "every layer alike", "this plan", "gained"], rows), predictions
 
 
 def _bounds(values: Mapping[str, Any], key: str) -> str:
@@ -214,7 +235,7 @@ def making(facts: Facts) -> str:
     parts = []
     if made := commands(facts):
         parts.append(block(as_text(made), "bash"))
-        words = {word for command in made for word in command}
+        words = "\n".join(word for command in made for word in command)
         stands = {BASE: "for the dense model", TEXT: "for the text, whose name is not recorded"}
         if used := [f"{code(word)} stands {what}" for word, what in stands.items() if word in words]:
             parts.append(f"{', '.join(used)}. The fingerprints below tell whether you have the same.")

@@ -1,0 +1,379 @@
+"""The page of a race: its numbers are the plan's, it needs nothing from elsewhere, and hostile names stay text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from hf_sparsity.pictures import colours, html, report
+from hf_sparsity.pictures.compare import Amounts, measured, side_by_side
+from hf_sparsity.pictures.curve import draw_curve
+from hf_sparsity.pictures.files import check_page
+from hf_sparsity.pictures.intervals import WIDTH, Scale, draw_axis, draw_interval, judgement
+from hf_sparsity.pictures.panels import Dots, Heat, brief, round_ticks
+from hf_sparsity.plan import LayerPlan, Plan
+from hf_sparsity.story import Story
+from tests.test_pictures import Page
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def layers_of(blocks, projections=PROJECTIONS, stack="model.layers"):
+    return [f"{stack}.{b}.{p}" for b in range(blocks) for p in projections]
+
+
+def row(name, kind, values, gain):
+    value, low, high = gain
+    return {
+        "name": name,
+        "kind": kind,
+        "origin": {},
+        "kl": list(values),
+        "perplexity": math.exp(3 + values[-1]),
+        "uniform_minus": {"value": value, "low": low, "high": high},
+    }
+
+
+def gained(uniform, chosen, spread):
+    gain = {"value": uniform - chosen, "low": uniform - chosen - spread, "high": uniform - chosen + spread}
+    return {"uniform": uniform, "chosen": chosen, "uniform_minus_chosen": gain}
+
+
+CANDIDATES = (
+    row("search", "search", (0.51, 0.52, 0.5301), (0.1702, 0.14, 0.2003)),
+    row("owl(outlier=5.0) + atp", "mixture", (0.61, 0.62, 0.6304), (0.0699, 0.0405, 0.1106)),
+    row("owl(outlier=5.0)", "single", (0.6407, 0.6508, 0.6609), (0.0394, -0.0107, 0.0808)),
+    row("uniform", "uniform", (0.71, 0.705, 0.7003), (0.0, 0.0, 0.0)),
+    row("farms", "single", (5.4509,), (-4.7409, -5.0011, -4.3012)),
+)
+
+
+def raced(names=None, winner="search", candidates=CANDIDATES, story=True, measures=None):
+    """A plan of a search over `names` (8 blocks of a Llama, else), with its story."""
+    names = list(names or layers_of(8))
+    sparsities = {n: round(0.55 + 0.3 * i / len(names), 4) for i, n in enumerate(names)}
+    curve = ((30_000, 0.62, 11.2), (41_000, 0.57, 14.6), (52_000, 0.53, 20.1), (60_000, 0.53, 23.5))
+    chosen = {
+        "by": "search",
+        "metric": "kl",
+        "winner": winner,
+        "kind": "search",
+        "slices": [2048, 16384, 65536],
+        "confidence": 0.95,
+        "seed": 0,
+        "candidates": [dict(one) for one in candidates],
+        "spent": {"evals": 321, "tokens": 6543210},
+        "search": {"generations": 12, "stopped": "the budget is spent", "curve": [list(p[:2]) for p in curve[:3]]},
+        "data": {"statistics": 7, "selection": 6, "certificate": 4, "sha256": "a1" * 32},
+        "certificate": {
+            "kl": gained(0.7324, 0.5233, 0.0671),
+            "perplexity": gained(41.2412, 34.4292, 5.5),
+            "sequences": 4,
+            "predictions": 1234,
+            "confidence": 0.95,
+            "resamples": 1000,
+            "seed": 0,
+            "of": "masks",
+            "data": {"sha256": "b2" * 32},
+        },
+    }
+    told = Story(
+        {one["name"]: {n: s if one["name"] == winner else 0.7 for n, s in sparsities.items()} for one in candidates},
+        measures or {"uniform": dict.fromkeys(names, 0.0), "owl(outlier=5.0)": {n: 0.1 + 0.1 * (i // 4) for i, n in enumerate(names)},
+                     "fisher": {n: 10.0 ** (-i % 5) for i, n in enumerate(names)}},
+        curve,
+        29.4,
+    )  # fmt: skip
+    return Plan(
+        {"sparsity": 0.7, "allocator": {"name": "search", "candidates": []}, "pruner": {"name": "wanda"}},
+        {n: LayerPlan(s, 1000) for n, s in sparsities.items()},
+        {"type": "llama", "name": "tiny", "layers": "c3" * 32, "weights": "d4" * 32},
+        {"sequences": 13, "tokens": 1664, "sha256": "e5" * 32},
+        {"hf_sparsity": "0.1", "torch": "2.0"},
+        chosen,
+        story=told if story else None,
+    )
+
+
+# ---- the page
+
+
+def test_its_numbers_are_the_plans():
+    plan = raced()
+    words = Page(report.page(plan)).words
+    for one in CANDIDATES:
+        for value in one["kl"]:
+            assert f"{value:.4f}" in words, one["name"]
+        assert f"{one['perplexity']:.2f}" in words
+        gain = one["uniform_minus"]
+        assert (f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]" in words) == (one["kind"] != "uniform")
+    for word in ("0.2091 [0.1420, 0.2762]", "6.8120 [1.3120, 12.3120]", "0.7324", "34.4292", "321", "6,543,210"):
+        assert word in words, word
+    for word in (
+        "7 sequences",
+        "6 sequences: 2,048, 16,384, 65,536 tokens",
+        "4 sequences",
+        "29.4 s, measuring included",
+    ):
+        assert word in words, word
+    assert all(f"{digits * 8}…" in words for digits in ("a1", "b2", "c3", "d4", "e5")), "fingerprints"
+    for tokens, value, seconds in plan.story.curve:
+        assert f"{value:.4f} after {tokens:,} tokens, {seconds:.1f} s" in words
+    for name, layer in plan.layers.items():
+        block, place = re.fullmatch(r"(model\.layers\.\d+)\.\w+\.(\w+)", name).groups()
+        assert f"{block} {place}: planned {100 * layer.sparsity:.2f} %" in words
+        assert f"{block} {place}: Fisher information {plan.story.measures['fisher'][name]:.4g}" in words
+        assert f"{block}: outlier ratio (% of weights) {plan.story.measures['owl(outlier=5.0)'][name]:.4g}" in words
+
+
+def test_the_winner_is_marked_and_said_in_words():
+    page = report.page(raced())
+    marked = re.findall(r'<tr class="winner"><th scope="row">(.*?)</th>', page)
+    assert marked == ["search <strong>★ winner</strong>"]
+    assert "<strong>search</strong> wins over 4 other plans" in page and "KL 0.5301 where uniform has 0.7003" in page
+    assert "it is better than uniform beyond noise (KL 0.2091 [0.1420, 0.2762] lower)" in page
+    uniform = report.page(raced(winner="uniform"))
+    assert "<strong>uniform</strong> wins over 4 other plans of the same sparsity: none of them is better" in uniform
+    worse = raced()
+    worse.chosen["certificate"]["kl"] = gained(0.5, 0.6, 0.05)
+    assert "it is worse than uniform (KL -0.1000" in report.page(worse)
+
+
+def test_rounds_that_a_plan_was_not_in_are_dashes():
+    (cells,) = re.findall(r"<tr><th[^>]*>farms</th>(.*?)</tr>", report.page(raced()))
+    assert re.findall(r'<td class="number">(.*?)</td>', cells)[1:4] == ["5.4509", "–", "–"]
+
+
+@pytest.mark.parametrize("story", [True, False])
+def test_it_loads_and_runs_nothing(story):
+    text = report.page(raced(story=story))
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "a", "use", "image", "form"} & set(page.tags)
+    assert not {"href", "src", "xlink:href"} & {name for name, _ in page.attributes}
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert re.findall(r"url\((.*?)\)", text) == ["#none"] and "@import" not in text and "http:" not in text
+    assert not re.search(r"https?://|//[a-z]+\.[a-z]", text) and f'content="{html.POLICY}"' in text
+
+
+def test_everything_can_be_read_without_eyes():
+    text = report.page(raced())
+    drawings = [tag for tag in re.findall(r"<svg[^>]*>", text) if "aria-hidden" not in tag]
+    assert drawings and all('role="img"' in tag and re.search(r'aria-label="[^"]+"', tag) for tag in drawings)
+    assert text.count('<table>\n<thead><tr><th scope="col">') == text.count('role="region" aria-label="') == 2
+    assert re.findall(r"<h(\d)>", text)[0] == "1" and text.count("<h1>") == 1 and '<html lang="en">' in text
+
+
+def test_hostile_names_stay_text():
+    evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+    names = [f"h.{b}.{evil}{i}" for b in range(3) for i in range(2)]
+    candidates = [dict(one, name=f"{evil}{one['name']}") for one in CANDIDATES]
+    candidates[-1]["kind"] = evil
+    measures = {f"{evil}": {n: float(i) for i, n in enumerate(names)}, f"owl{evil}": {n: float(n[2]) for n in names}}
+    plan = raced(names, f"{evil}search", candidates, measures=measures)
+    plan.chosen["sources"] = {evil: {evil: {evil: evil}}}
+    plan.chosen["search"]["stopped"] = plan.chosen["by"] = evil
+    plan = replace(
+        plan,
+        config={**plan.config, evil: {"name": evil, evil: [evil]}, "pattern": "unstructured"},
+        model={**plan.model, "name": evil, evil: evil},
+        versions={evil: evil},
+    )
+    for one in (plan, replace(plan, story=None)):
+        page = Page(report.page(one))
+        assert not {"script", "img"} & set(page.tags) and "onerror" not in {name for name, _ in page.attributes}
+        assert sum("<script>alert(1)</script>" in word for word in page.words) >= 15
+
+
+def test_without_a_story_there_is_what_the_plan_has():
+    text = report.page(raced(story=False))
+    assert "against tokens spent" in text and "against time" not in text
+    assert "What the allocators measured" not in text and text.count("<figcaption>") == 2
+    race = raced(story=False)
+    del race.chosen["search"]
+    assert "The search over time" not in report.page(race)
+
+
+def test_only_a_race_has_a_report(tmp_path):
+    with pytest.raises(ValueError, match="not made by a race or search"):
+        report.draw_report(replace(raced(), chosen=None), tmp_path / "x.html")
+    assert not list(tmp_path.iterdir())
+    assert report.draw_report(raced(), tmp_path / "x.html").read_text("utf-8") == report.page(raced())
+    odd = replace(raced(), model={"name": "half a letter \ud800"})
+    assert "half a letter ?" in report.draw_report(odd, tmp_path / "y.html").read_text("utf-8")
+
+
+def test_divergence_by_source_is_shown_where_it_is_recorded():
+    plan = raced()
+    assert "By source of text" not in report.page(plan)
+    plan.chosen["sources"] = {"web": {"uniform": 0.41239, "search": {"kl": 0.31239}}, "code": {"uniform": 0.5}}
+    words = Page(report.page(plan)).words
+    assert {"By source of text", "web", "code", "search kl", "0.4124", "0.3124", "0.5000"} <= set(words)
+
+
+def test_marks_have_contrast_in_light_and_dark():
+    base = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in html.STYLE.split("@media")[:2]]
+    more = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in report.STYLE.split("@media")[:2]]
+    for theme in (one | other for one, other in zip(base, more, strict=True)):
+        for paper in ("paper", "mark"):
+            assert colours.contrast(theme["ink"], theme[paper]) >= 4.5
+            assert min(colours.contrast(theme[ink], theme[paper]) for ink in ("accent", "worse", "quiet")) >= 3
+        assert colours.contrast(theme["quiet"], theme["paper"]) >= 4.5
+
+
+# ---- intervals
+
+
+def test_an_interval_stands_where_its_numbers_are():
+    scale = Scale.of([(0.1, 0.05, 0.3), (0.02, -0.1, 0.1)])
+    assert (scale.low, scale.high) == (-0.1, 0.3)
+    svg = draw_interval((0.1, 0.0, 0.2), scale, "words & <more>")
+    ends = [float(x) for x in re.search(r'class="bar" x1="([\d.]+)" x2="([\d.]+)"', svg).groups()]
+    (middle,) = re.findall(r'cx="([\d.]+)"', svg)
+    zero = re.search(r'class="zero" x1="([\d.]+)"', svg)[1]
+    assert ends[0] == pytest.approx(float(zero)) and ends[0] < float(middle) < ends[1] < WIDTH
+    assert float(middle) - ends[0] == pytest.approx(ends[1] - float(middle), abs=0.2)
+    assert svg.count("words &amp; &lt;more&gt;") == 2 and "<path" not in svg
+
+
+def test_what_is_off_the_scale_is_an_arrow():
+    scale = Scale.of([(0.2, 0.1, 0.3)])
+    assert scale.low == pytest.approx(-0.1), "there is room for what is a little worse"
+    far = draw_interval((-4, -5, -3), scale, "far")
+    assert far.count("<path") == 1 and "<circle" not in far and 'class="worse"' in far
+    wide = draw_interval((0.1, -4, 0.2), scale, "wide")
+    assert wide.count("<path") == 1 and float(re.search(r'class="bar" x1="([\d.-]+)"', wide)[1]) >= 0
+    assert Scale.of([]) == Scale.of([(0, 0, 0)]) == Scale(-1.0, 1.0)
+    assert Scale.of([(-2, -3, -1)]).high == 1.0
+
+
+def test_judgements():
+    assert [judgement((0, *ends)) for ends in ((0.1, 1), (-1, -0.1), (-1, 1), (0, 1))] == [
+        "better",
+        "worse",
+        "even",
+        "even",
+    ]
+
+
+def test_the_axis_says_what_a_bar_is_worth():
+    axis = draw_axis(Scale(-0.1, 0.3), "scale")
+    assert re.findall(r">([\d.-]+)</text>", axis) == ["0", "-0.1", "0.1", "0.2", "0.3"]
+    assert re.findall(r">([\d.-]+)</text>", draw_axis(Scale(-0.02, 0.06), "scale")) == ["0", "0.04"], "no overlap"
+
+
+# ---- the curve
+
+
+def test_the_curve_goes_down_in_steps_to_its_end():
+    points = [(10, 0.9, "first"), (20, 0.7, "gain"), (40, 0.7, "<end>")]
+    svg = draw_curve("t", points, across="tokens", up="KL", show=str, lines={"uniform": 1.0, "owl": 0.99})
+    ((x, y, steps),) = re.findall(r'class="curve" d="M([\d.]+) ([\d.]+)([HV\d.]+)"', svg)
+    moves = [(kind, float(value)) for kind, value in re.findall(r"([HV])([\d.]+)", steps)]
+    assert [kind for kind, _ in moves] == ["H", "V", "H", "V"], "flat until the gain, then down"
+    assert float(x) < moves[0][1] < moves[2][1] and float(y) < moves[1][1] == moves[3][1]
+    assert svg.count('class="dot"') == 3 and "&lt;end&gt;" in svg
+    labels = sorted(float(at) for at in re.findall(r'class="said"[^>]* y="([\d.]+)"', svg))
+    assert labels[1] - labels[0] >= 11, "names of lines that are close do not overlap"
+
+
+def test_a_search_without_gain_is_drawn_too():
+    svg = draw_curve("t", [(0, 0.5, "a")], across="x", up="y", show=str, lines={})
+    assert "NaN" not in svg and "nan" not in svg and svg.count('class="dot"') == 1
+
+
+@pytest.mark.parametrize(("value", "text"), [(1e-7, "1e-7"), (2.5e12, "2.5e12"), (0.05, "0.05"), (123456.0, "1.23e5")])
+def test_numbers_in_a_few_letters(value, text):
+    assert brief(value) == text
+    assert round_ticks(0, 60_000) == [0, 20_000, 40_000, 60_000]
+
+
+# ---- plans side by side, and measures
+
+
+def test_plans_share_one_scale_and_say_who_they_are():
+    plan = raced()
+    picture = side_by_side(plan, {"one": plan.story.plans["search"], "two": plan.story.plans["uniform"]})
+    assert [panel.title for panel in picture.panels] == ["one", "two"]
+    assert len({(panel.low, panel.high) for panel in picture.panels}) == 1 and picture.panels[0].high > 0.8
+    assert {cell[0] for row in picture.panels[1].cells for cell in row} == {0.7}
+    assert [cell[0] for row in picture.panels[0].cells for cell in row] == [x.sparsity for x in plan.layers.values()]
+
+
+def test_experts_are_a_mean_and_stacks_stay_apart():
+    names = [f"model.layers.{b}.mlp.experts.up_proj[{e}]" for b in range(2) for e in range(4)]
+    plan = raced(names)
+    picture = side_by_side(plan, {"x": {n: 0.5 if n.endswith("[0]") else 0.9 for n in names}})
+    assert picture.panels[0].cells[0][0][0] == pytest.approx(0.8) and "means, weighted by size" in picture.notes[0]
+    numbers = measured(plan, {"fisher": {n: float(i + 1) for i, n in enumerate(names)}})
+    assert "the mean of 4 layers" in report.page(
+        raced(names, measures={"fisher": dict(zip(names, range(1, 9), strict=True))})
+    )
+    assert [row[0][0] for row in numbers.panels[0].cells] == [2.5, 6.5]
+    t5 = [*layers_of(2, ("a.q",), "encoder.block"), *layers_of(2, ("a.q", "b.k"), "decoder.block")]
+    page = report.page(raced(t5))
+    assert (
+        ">encoder 0<" in page and ">decoder 0<" in page and page.count("no such layer</title>") == 2 * len(CANDIDATES)
+    )
+
+
+def test_a_block_with_one_number_is_a_dot_and_with_several_a_colour():
+    names = layers_of(3)
+    block = {n: float(n.split(".")[2]) for n in names}
+    wide = {n: 10.0 ** (i - 6) for i, n in enumerate(names)}
+    some = {n: float(i) for i, n in enumerate(names) if not n.endswith("q_proj")}
+    same = dict.fromkeys(names, 3.0)
+    picture = measured(
+        raced(names), {"owl(outlier=5.0)": block, "fisher": wide, "lsa": some, "uniform": same, "atp": {}}
+    )
+    dots, logarithmic, holes = picture.panels
+    assert isinstance(dots, Dots) and dots.title == "owl(outlier=5.0)\noutlier ratio (% of weights)"
+    assert isinstance(logarithmic, Amounts) and logarithmic.log and logarithmic.tick(logarithmic.low) == "1e-6"
+    assert [cell[0] for cell in logarithmic.cells[0]] == pytest.approx([-6, -5, -4, -3])
+    assert isinstance(holes, Heat) and not holes.log and holes.cells[0][0] is None and holes.tick(holes.high) == "11"
+    assert "no number</title>" in html.drawn(picture) and "no such layer" not in html.drawn(picture)
+    assert all(len(cell[1]) <= 6 for row in logarithmic.cells for cell in row)
+
+
+def test_six_plans_of_eighty_blocks_stand_side_by_side():
+    plan = raced(layers_of(80, [f"mlp.{letter}_proj" for letter in "abcdefg"]))
+    drawn = html.drawn(side_by_side(plan, plan.story.plans))
+    sizes = [tuple(map(float, size)) for size in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)]
+    assert max(height for _, height in sizes) < 1000 and 6 * max(width + 16 for width, _ in sizes) <= 1360
+    assert len(report.page(plan)) < 2**20
+
+
+def test_rows_of_panels_of_any_kind_stand_beside_each_other():
+    plan = raced()
+    picture = measured(plan, plan.story.measures)
+    assert {type(panel) for panel in picture.panels} == {Dots, Amounts}
+    assert len(set(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', html.drawn(picture)))) == 1
+
+
+# ---- files, and what hangs on a plan
+
+
+def test_where_a_report_can_go(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.html"):
+        check_page(tmp_path / "x.png")
+    with pytest.raises(FileNotFoundError, match="does not exist; make it"):
+        check_page(tmp_path / "nowhere" / "x.html")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        check_page(tmp_path / "folder.html")
+    (tmp_path / "old.html").write_text("old")
+    with pytest.raises(ValueError, match=r"exists; choose another name, or remove it \(--overwrite\)"):
+        check_page(tmp_path / "old.html")
+    assert check_page(tmp_path / "old.html", overwrite=True).read_text() == "old"
+
+
+def test_a_story_is_json_and_no_part_of_the_plans(tmp_path):
+    plan = raced()
+    assert Story.from_dict(json.loads(json.dumps(plan.story.to_dict()))) == plan.story
+    assert "story" not in plan.to_dict() and "measures" not in json.dumps(plan.to_dict())
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.story is None and loaded == plan and plan.with_target(0.5).story is None
