@@ -259,12 +259,18 @@ class LayerReport:
         return self.zeros / self.size
 
 
+_JUDGED = ("sources", "certificate", "revalidation")  # what a report may have beside its layers
+
+
 @dataclass(frozen=True)
 class Report:
     """What pruning did, layer by layer, in model order. `skipped`: what stayed dense -> why.
 
     `sources`: of a calibration mix, by source, on sequences that pruning never saw: `{"weight", "sequences", "predictions",
-    "kl", "perplexity": {"dense", "pruned"}}`; KL of the pruned model from the dense one in nats a token.
+    "kl", "perplexity": {"dense", "pruned"}}`; KL of the pruned model from the dense one in nats a token. `certificate`: of a
+    plan that a race or a search chose, `{"masks", "pruned"}`: what it promised against uniform (`hf/certificate.py`), and
+    `{"kl", "perplexity", "data"}` of the finished model on the same text if that was at hand. `revalidation`: of a plan
+    from another model, what `hf/revalidate.py` found.
     """
 
     target: float
@@ -272,6 +278,8 @@ class Report:
     skipped: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    certificate: Mapping[str, Any] | None = None
+    revalidation: Mapping[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -286,13 +294,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `sparsity` is repeated for readers."""
         layers = {n: {k: v for k, v in vars(x).items() if v not in (None, "")} for n, x in self.layers.items()}
+        judged = {key: getattr(self, key) for key in _JUDGED}
         return {
             "version": VERSION,
             "target": self.target,
             "sparsity": self.sparsity,
             "seconds": round(self.seconds, 3),
             "skipped": dict(self.skipped),
-            **({"sources": dict(self.sources)} if self.sources else {}),
+            **{key: dict(value) for key, value in judged.items() if value},
             "layers": layers,
         }
 
@@ -303,7 +312,8 @@ class Report:
             if data["version"] != VERSION:
                 raise ValueError(f"the report has version {data['version']!r}; this release reads version {VERSION}")
             layers = {name: LayerReport(**entry) for name, entry in data["layers"].items()}
-            return cls(data["target"], layers, data["skipped"], data["seconds"], {**data.get("sources", {})})
+            judged = {key: {**data[key]} for key in _JUDGED if key in data}
+            return cls(data["target"], layers, data["skipped"], data["seconds"], **judged)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a pruning report: {error}") from None
 

@@ -260,20 +260,24 @@ def prune(
             recovery.train(block, dense, run.journal)
         if output is not None:
             output.write_block(model, layout, layout.blocks[block.index], made)
+    scored = witness.report() if witness else None
+    promised = (plan.chosen or {}).get("certificate")
     report = Report(
         target=plan.target,
         layers={name: reports[name] for name in layout.weights},
         skipped=layout.skipped,
         seconds=time.perf_counter() - start,
         sources=by_source.report() if by_source else {},
+        certificate={"masks": promised, "pruned": scored} if promised else None,
+        revalidation=validated,
     )
     pruned = {"sparsity": report.sparsity, "data": fingerprint(data) if data else None, "versions": versions()}
     if recovery:
         pruned["reconstruction"] = recovery.summary(layout, run.journal)
     if validated:
         pruned["revalidation"] = validated
-    if witness:
-        pruned["certificate"] = witness.report()
+    if scored:
+        pruned["certificate"] = scored
     model.config.sparsity_config = plan.to_dict() | {"pruned": pruned}
     if output is not None:
         output.finish(model, layout, report, tokenizer)

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from hf_sparsity import Plan, SparseModel, SparsityConfig, make_plan, prune
+from hf_sparsity import Plan, Report, SparseModel, SparsityConfig, make_plan, prune
 from hf_sparsity.hf import choose as choosing
 from hf_sparsity.hf.certificate import certify, check, compare
+from hf_sparsity.hf.checkpoint import REPORT_FILE
 from hf_sparsity.hf.judge import Scores
 from tests.conftest import tiny
 
@@ -88,6 +89,15 @@ def test_checking_scores_it_again(folders):
     assert found["now"]["kl"] == pytest.approx(found["recorded"]["kl"], rel=1e-3)
     assert found["certificate"]["of"] == "masks"
     assert check(folders / "sparse", texts()[12:])["holds"], "the certificate's text alone will do"
+
+
+def test_plan_and_report_have_it(folders):
+    plan, report = Plan.load(folders / "sparse"), Report.load(folders / "sparse" / REPORT_FILE)
+    assert report.certificate["masks"] == plan.chosen["certificate"]
+    recorded = check(folders / "sparse", texts())["recorded"]
+    assert {key: report.certificate["pruned"][key] for key in recorded} == recorded
+    other = prune(tiny("llama"), plan, texts()[:8])  # not the text that it was made with
+    assert other.certificate == {"masks": plan.chosen["certificate"], "pruned": None}
 
 
 def test_checking_notices_other_text_and_other_weights(folders):

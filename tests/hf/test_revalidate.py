@@ -48,8 +48,9 @@ def test_the_same_plan_pays_where_it_spares_what_matters_and_not_where_it_takes_
     plan = tilted(SparsityConfig(0.5, pruner=pruner))
     idle, busy = sibling(0.01), sibling(8.0)
     with caplog.at_level(logging.WARNING):
-        prune(idle, plan, IDS)
+        report = prune(idle, plan, IDS)
         assert not caplog.records
+        assert report.revalidation == found(idle) and report.certificate is None
         prune(busy, plan, IDS)
     assert found(idle)["pays"] is True and found(busy)["pays"] is False
     assert "still pays" in verdict(found(idle)) and "harm" in verdict(found(busy))
