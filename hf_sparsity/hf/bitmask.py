@@ -15,10 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core import packing
 from .pack import METHOD, check_description, check_files, check_index
+from .stored import prefetch
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class BitmaskQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         files = [Path(os.path.normpath(file)) for file in checkpoint_files or ()]
-        Thread(target=_read, args=(files,), daemon=True).start()  # while we unpack, the disk reads
+        prefetch((file, 0, file.stat().st_size) for file in files if file.exists())  # while we unpack, the disk reads
         self.packed = check_files(files, vars(self.quantization_config))
         adjust = model._adjust_missing_and_unexpected_keys
 
@@ -173,19 +172,6 @@ class BitmaskQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The loaded model is an ordinary one."""
         return True
-
-
-def _read(files: list[Path]) -> None:
-    """Reads whole files, so that the system has them in its cache before they are mapped and looked at.
-
-    Advice to the kernel does the same, but in pieces of 128 KiB: half as fast.
-    """
-    piece = bytearray(2**20)
-    with suppress(OSError):  # whoever needs the file says what is wrong with it
-        for file in files:
-            with file.open("rb", buffering=0) as stream:
-                while stream.readinto(piece):
-                    pass
 
 
 def _check_loaded(model: PreTrainedModel, loading_info: Any, stored: dict[str, bool]) -> None:

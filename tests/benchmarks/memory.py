@@ -1,6 +1,7 @@
 """Peak memory of `prune` beyond the model itself, at several depths: it grows with one block, not with depth.
 
     python tests/benchmarks/memory.py            # Wanda and SparseGPT, 4, 8 and 16 blocks; about two minutes
+    python tests/benchmarks/memory.py --search   # of the search, in bytes a weight
 
 Each case is a process of its own (Linux: `VmHWM` after the model is loaded and its peak reset).
 """
@@ -61,10 +62,45 @@ def one(blocks: int, pruner: str) -> None:
     )
 
 
+def search(blocks: int) -> None:
+    """A search of a few generations, bfloat16: beside the model one byte a weight, and what does not grow with depth."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_sparsity import SparsityConfig, make_plan
+    from hf_sparsity.hf.layers import find_layout
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=blocks, num_attention_heads=16
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 1024, (16, 128))
+    weights = sum(weight.size for weight in find_layout(model).weights.values())
+    model(ids[:1])
+    peak(reset=True)
+    before = peak()
+    options = {"name": "search", "budget": "60 evals", "candidates": ("owl", "dlp", "fisher")}
+    make_plan(model, SparsityConfig(0.5, allocator=options), ids)
+    above = peak() - before
+    print(
+        f"search     {blocks:3d} blocks: {weights / 2**20:.0f}M weights; above the model {above:.0f} MiB, "
+        f"{above * 2**20 / weights:.2f} bytes a weight"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=2, metavar=("BLOCKS", "PRUNER"), help=argparse.SUPPRESS)
+    parser.add_argument("--search", nargs="?", type=int, const=0, metavar="BLOCKS", help="measure the search instead")
     options = parser.parse_args()
+    if options.search:
+        search(options.search)
+        return
+    if options.search == 0:
+        for blocks in (4, 8, 16, 32):
+            subprocess.run([sys.executable, __file__, "--search", str(blocks)], check=True)
+        return
     if options.one:
         one(int(options.one[0]), options.one[1])
         return

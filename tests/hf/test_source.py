@@ -388,15 +388,15 @@ def test_one_block_is_held_at_a_time(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shard", ["50GB", "100KB"])
-def test_prefetch_advises_exactly_the_bytes_of_the_blocks(shard, tmp_path, monkeypatch):
+def test_prefetch_reads_exactly_the_bytes_of_the_blocks(shard, tmp_path, monkeypatch):
     saved("llama", tmp_path, shard)
     weights = source_weights(open_streamed(tmp_path))
-    calls, done = [], threading.Event()
+    calls, done, pread = [], threading.Event(), os.pread
 
-    def advise(descriptor, offset, length, advice):
-        assert advice == os.POSIX_FADV_WILLNEED and 0 < length <= 512
+    def read(descriptor, length, offset):
+        assert 0 < length <= 512
         name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        calls.append((name, os.pread(descriptor, length, offset)))
+        calls.append((name, pread(descriptor, length, offset)))
         if sum(len(content) for _, content in calls) >= size:
             done.set()
 
@@ -406,15 +406,15 @@ def test_prefetch_advises_exactly_the_bytes_of_the_blocks(shard, tmp_path, monke
         files |= dict.fromkeys(load_file(file), file.name)
     keys = [key for block in (0, 2) for key in weights.block_keys(f"model.layers.{block}")]
     size = sum(tensors[key].nbytes for key in keys)
-    monkeypatch.setattr(stored, "_ADVICE", 512)
-    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(stored, "_PIECE", 512)
+    monkeypatch.setattr(os, "pread", read)
     weights.prefetch("model.layers.0", "model.layers.2")
     assert done.wait(10)
     assert not weights._held and len(calls) > 100
     for file in {name for name, _ in calls}:
         content = b"".join(piece for name, piece in calls if name == file)
         assert content == b"".join(tensors[key].numpy().tobytes() for key in keys if files[key] == file)
-    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(os, "pread")
     weights.prefetch("model.layers.1")  # silently nothing
     with pytest.raises(ValueError, match="no block is named"):
         weights.prefetch("layers.1")
