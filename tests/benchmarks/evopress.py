@@ -120,9 +120,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="the first half calibrates, the second judges (default: the demo's)")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--scale", type=int, default=16)
-    parser.add_argument(
-        "--tokens", type=int, default=65536, help="of calibration text; 3/8 to score weights, 3/8 to choose by"
-    )
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--generations", type=int, default=400)
     parser.add_argument("--offspring", type=int, default=64)
@@ -134,9 +131,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     texts = _texts(options.text)
-    count = (
-        2 * 524288 // options.scale // options.length
-    )  # their calibration tokens; and as many for ours to certify by
+    count = 2 * 524288 // options.scale // options.length  # their calibration text, and as much to score and certify by
     ids, judge = (
         calibration_batches(part, tokenizer, sequences=n, length=options.length, seed=options.seed)
         for part, n in zip(texts, (count, JUDGED // options.length), strict=True)
