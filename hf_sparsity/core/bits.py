@@ -151,14 +151,22 @@ def expand(bits: Tensor, counted: tuple[Tensor, Tensor], values: Tensor, out: Te
     """
     firsts, lanes = _tables(bits.device)
     before, totals = counted
-    ends, byte = totals.cumsum(0), bits.to(torch.int32)
-    near = before.to(torch.int32).mul_(0x01010101).add_(firsts.index_select(0, byte))
-    index = buffer("index", 4 * bits.numel(), torch.int32, bits.device).copy_(near.view(torch.int8))
-    index.view(-1, 32).add_((ends - totals).to(torch.int32).unsqueeze(1))
-    whole, mask = (buffer(name, 8 * bits.numel(), out.dtype, out.device) for name in ("whole", "mask"))
+
+    def kept(name: str, size: int, dtype: torch.dtype) -> Tensor:
+        # Memory that is given back and taken again costs page faults, for which threads wait for each other.
+        return buffer(name, size, dtype, bits.device)
+
+    byte = kept("byte", bits.numel(), torch.int32).copy_(bits)
+    near = torch.index_select(firsts, 0, byte, out=kept("near", bits.numel(), torch.int32))
+    near.add_(kept("before", bits.numel(), torch.int32).copy_(before), alpha=0x01010101)
+    index = kept("index", 4 * bits.numel(), torch.int32).copy_(near.view(torch.int8))
+    ends = torch.cumsum(totals, 0, out=kept("ends", totals.numel(), torch.int64))
+    index.view(-1, 32).add_(kept("starts", totals.numel(), torch.int32).copy_(ends).sub_(totals).unsqueeze(1))
     pairs = _pairs(values[: int(ends[-1])])
+    whole, mask = (kept(name, 8 * bits.numel(), out.dtype) for name in ("whole", "mask"))
     torch.index_select(pairs, 0, index, out=whole.view(pairs.dtype))
-    mask.copy_(lanes.index_select(0, byte).view(torch.int8))
+    eight = torch.index_select(lanes, 0, byte, out=kept("eight", bits.numel(), torch.int64))
+    mask.copy_(eight.view(torch.int8))
     torch.mul(whole[: out.numel()], mask[: out.numel()], out=out)  # `out` is not in the cache: once is enough
 
 
