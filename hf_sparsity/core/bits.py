@@ -198,7 +198,7 @@ def run_tasks(job: Callable[[int, int], _T], flat: Tensor) -> list[_T]:
     """`job(start, stop)` for each task of `flat`, in order, in as many threads as torch has."""
     spans = [(start, min(start + TASK, flat.numel())) for start in range(0, flat.numel(), TASK)]
     workers = torch.get_num_threads()
-    if flat.device.type != "cpu" or len(spans) == 1 or workers == 1:
+    if flat.device.type != "cpu" or len(spans) <= 1 or workers == 1:
         return [job(*span) for span in spans]
     inference = torch.is_inference_mode_enabled()  # a thread has its own
     each = -(-len(spans) // workers)  # neighbours to one thread, which then seldom meet in one page

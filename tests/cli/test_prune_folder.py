@@ -43,7 +43,12 @@ def test_ctrl_c_says_how_to_go_on(number, tmp_path):
     command[command.index("--length") + 1] = "512"
     command[command.index("--sequences") + 1] = "32"
     run = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
     while not list(out.glob("*.safetensors")) and run.poll() is None:
         time.sleep(0.02)

@@ -142,6 +142,8 @@ def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
         assert same(unpack(expected), weight)
     coded = pruned((90, 1000), 2, 4)
     assert same(unpack(pack(coded, group=(2, 4))), coded)
+    for shape in ((1, 1), (3, 5), (64, 64), (65, 127)):  # less than a task, or than the checksum's unit
+        assert same(unpack(pack(few := sparse(shape, 0.5))), few) and packing.checksum(few)
     bits._pool.cache_clear()
 
 
