@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .certificate import HIGHEST
 from .drive import Batch
 from .judge import Reference, Scores
 from .layers import Layout
@@ -76,7 +74,7 @@ class SourceWitness:
                 "sequences": len(rows),
                 "predictions": int(now.tokens.sum()),
                 "kl": now.mean(),
-                "perplexity": {"dense": perplexity(before), "pruned": perplexity(now)},
+                "perplexity": {"dense": before.perplexity, "pruned": now.perplexity},
             }
         return result
 
@@ -97,8 +95,3 @@ def rows_of(sources: Sequence[str], order: Iterable[str]) -> dict[str, list[int]
 def part(scores: Scores, rows: list[int]) -> Scores:
     """Of some of the sequences."""
     return Scores(scores.kl[rows], scores.loss[rows], scores.tokens[rows])
-
-
-def perplexity(scores: Scores) -> float:
-    """Finite, however bad it is."""
-    return math.exp(min(scores.mean("loss"), HIGHEST))

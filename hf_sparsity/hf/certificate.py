@@ -15,11 +15,10 @@ from ..core.bootstrap import interval, paired_bootstrap, resampled_means
 from ..plan import Plan, read_json
 from .batches import fingerprint, prepare_batches
 from .drive import Batch, evaluating
-from .judge import Reference, Scores, compared, joined
+from .judge import HIGHEST, Reference, Scores, compared, joined
 from .layers import Layout, find_layout
 
 RESAMPLES = 1000
-HIGHEST = 700.0  # nats whose perplexity is still a number
 
 
 def compare(uniform: Scores, chosen: Scores, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def compare(uniform: Scores, chosen: Scores, *, confidence: float = 0.95, seed: 
     losses = torch.stack([uniform.loss, chosen.loss], dim=1)
     drawn = resampled_means(losses, tokens, resamples=RESAMPLES, seed=seed).clamp(max=HIGHEST).exp()
     ends = interval(drawn[:, 0] - drawn[:, 1], confidence)
-    perplexity = {name: _exp(one.mean("loss")) for name, one in (("uniform", uniform), ("chosen", chosen))}
+    perplexity = {name: one.perplexity for name, one in (("uniform", uniform), ("chosen", chosen))}
     return {
         "kl": {
             "uniform": uniform.mean(),
@@ -95,7 +94,7 @@ class Witness:
     def report(self) -> dict[str, Any]:
         """`{"kl", "perplexity", "data"}` of the model as it is now."""
         scores = Scores.of(self._reference.rows())
-        return {"kl": scores.mean(), "perplexity": _exp(scores.mean("loss")), "data": self._data}
+        return {"kl": scores.mean(), "perplexity": scores.perplexity, "data": self._data}
 
 
 def check(
@@ -140,7 +139,7 @@ def check(
     scores = (
         _against(dense, model, batches) if dense is not None else Scores.of(Reference(model, layout, batches).rows())
     )
-    now = {"kl": scores.mean() if dense is not None else None, "perplexity": _exp(scores.mean("loss"))}
+    now = {"kl": scores.mean() if dense is not None else None, "perplexity": scores.perplexity}
     same = fingerprint(batches)["sha256"] == stored["data"]["sha256"]
     near = all(v is None or abs(v - stored[k]) <= 0.01 * abs(stored[k]) + 1e-6 for k, v in now.items())
     recorded = {key: stored[key] for key in now}
@@ -156,7 +155,3 @@ def check(
 def _recorded(folder: Path) -> dict[str, Any] | None:
     stored = read_json(folder / "config.json").get("sparsity_config", {}).get("pruned", {}).get("certificate")
     return stored if isinstance(stored, dict) and {"kl", "perplexity", "data"} <= stored.keys() else None
-
-
-def _exp(loss: float) -> float:
-    return float(torch.tensor(min(loss, HIGHEST), dtype=torch.float64).exp())

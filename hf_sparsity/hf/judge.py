@@ -9,6 +9,7 @@ one multiplication a weight; no statistic is taken again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 TOGETHER = 2048  # tokens of one forward pass: enough to keep the products busy
 WORST = 1e4  # nats: finite, so that plans can still be told apart and written down
+HIGHEST = 700.0  # nats whose perplexity is still a number
 POSITIONS = 2**23  # numbers of the logits that are compared at a time
 
 Rows = list[list[float]]  # (summed KL, summed loss, tokens) of each sequence
@@ -51,6 +53,11 @@ class Scores:
     def mean(self, metric: str = "kl") -> float:
         """Per token."""
         return float((getattr(self, metric) * self.tokens).sum() / self.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Finite, however bad it is."""
+        return math.exp(min(self.mean("loss"), HIGHEST))
 
 
 class Reference:

@@ -123,6 +123,6 @@ def _result(race: Race, runner: Runner, uniform: Runner, seed: int) -> dict[str,
         "kind": runner.entrant.kind,
         "origin": dict(origin),
         race.metric: [scores.mean(race.metric) for scores in runner.scores],
-        "perplexity": math.exp(min(runner.last.mean("loss"), 700)),
+        "perplexity": runner.last.perplexity,
         "uniform_minus": {"value": value, "low": low, "high": high},
     }
