@@ -43,19 +43,25 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file under a temporary name, safely on disk before it gets its own."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """A safetensors file that gets its name when it is safely on disk.
+
+    Until then it is in a folder of its own, since safetensors writes beside its goal under a name of chance: what a
+    killed run left there goes when the file is written again.
+    """
+    place = path.with_name(f".{path.name}.partial")
     with uninterrupted(), disk_errors(path.parent):
+        shutil.rmtree(place, ignore_errors=True)
         try:
+            place.mkdir()
+            temporary = place / path.name
             save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
             sync_folder(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -94,8 +94,9 @@ def main(folder: Path, trials: int) -> None:
             sys.exit(f"trial {trial} ({name}): the folder loads and is wrong")
         if not (output / "config.json").exists() or (output / "UNFINISHED" / "journal.jsonl").exists():
             finish(fork(job, name, folder / "source", output))
-        if contents(output) != whole[name]:
-            sys.exit(f"trial {trial} ({name}): the resumed folder differs")
+        if (found := contents(output)) != whole[name]:
+            differing = sorted(key for key in found | whole[name] if found.get(key) != whole[name].get(key))
+            sys.exit(f"trial {trial} ({name}): the resumed folder differs in {differing}")
     print(f"{killed} of {trials} runs were killed on the way; all resumed to the same bits")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -355,6 +356,24 @@ def test_a_full_disk_is_an_error_that_loses_nothing(source, tmp_path, monkeypatc
     assert not list((tmp_path / "out").rglob("*.partial"))
     prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_safetensors_leaves_when_killed_goes(tmp_path, monkeypatch):
+    from hf_sparsity.hf import writing
+
+    def die(tensors, path, metadata=None):
+        (path.parent / ".tmpAbCdEf").write_bytes(b"half")
+        os._exit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "save_file", die)
+        if (child := os.fork()) == 0:
+            writing.write_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list(tmp_path.rglob(".tmp*"))
+    writing.write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(2)})
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors")["a"].sum() == 2
 
 
 def test_a_run_with_nothing_left_computes_nothing(source, tmp_path, monkeypatch):
