@@ -37,8 +37,9 @@ class Race(Allocator):
     """Lets the other allocators, their hyperparameters and mixtures of them compete, and keeps the best.
 
     Each plan is judged by how far the masked model departs from the dense one on calibration text that the pruner's
-    statistics never saw, in rounds on growing `slices`. `uniform` is always in and wins unless another is better
-    beyond doubt; of plans that cannot be told apart, the simplest wins.
+    statistics never saw, in rounds on growing `slices`. From the best of them a descent follows the slopes: what a weight
+    less in each layer would cost. `uniform` is always in and wins unless another is better beyond doubt; of plans that
+    cannot be told apart, the simplest wins.
     """
 
     candidates: tuple[str, ...] = ()  # names of allocators; none: all but those that search for themselves
@@ -46,6 +47,7 @@ class Race(Allocator):
     metric: str = "kl"  # KL(dense | masked) per token, or "loss", the cross-entropy of the next token
     slices: tuple[int, ...] = (2048, 16384, 65536)  # tokens of each round, as far as there are so many
     confidence: float = 0.95  # of the intervals, and of what counts as noise
+    descent: int = 24  # steps downhill from the best plan; 0: none
 
     name = "race"
     needs = frozenset({LOSS})
@@ -59,6 +61,8 @@ class Race(Allocator):
             raise ValueError(f"{self.name}: metric={self.metric!r} is unknown; use 'kl' or 'loss'")
         if not self.slices or self.slices[0] < 1 or any(a >= b for a, b in zip(self.slices, self.slices[1:])):  # noqa: B905
             raise ValueError(f"{self.name}: slices={self.slices} must be rising numbers of tokens")
+        if self.descent < 0:
+            raise ValueError(f"{self.name}: descent={self.descent} must be a number of steps, or 0 for none")
         if not 0 < self.confidence < 1 or math.isnan(self.confidence):
             raise ValueError(f"{self.name}: confidence={self.confidence} must be between 0 and 1, such as 0.95")
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from .arguments import add_calibration, add_config, add_model, add_plan_file
 
-HELP = "try the allocators (and with --search evolve their plans), keep the best plan, certify it against uniform"
+HELP = (
+    "try the allocators, improve on the best (with --search for as long as you like), certify the plan against uniform"
+)
 ROWS = 15  # of the table; all are in the plan
 
 
@@ -30,6 +32,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--budget",
         metavar="BUDGET",
         help="a time such as 90s, 10m or 2h, '2000 evals' or '50M tokens' (default: none for the race, 10m for the search)",
+    )
+    command.add_argument(
+        "--descent",
+        type=int,
+        metavar="STEPS",
+        help="at most so many steps downhill from the best of them; 0: none (default: 24)",
     )
     command.add_argument("--metric", default="kl", help="kl or loss (default: %(default)s)")
     command.add_argument(
@@ -52,11 +60,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     output = PlanFile(options.output, overwrite=options.overwrite)
     if report and report.resolve() == output.path.resolve():
         raise ValueError(f"plan and report both go to {options.output!r}; give them different names")
+    given = {"budget": options.budget, "descent": options.descent}
     options.allocator = {
         "name": "search" if options.search else "race",
         "candidates": options.candidates,
         "metric": options.metric,
-    } | ({"budget": options.budget} if options.budget else {})
+        **{name: value for name, value in given.items() if value is not None},
+    }
     config = sparsity_config(options)
     model, tokenizer = load(options)
     batches = calibration(options, config, model, tokenizer, planning=True)
@@ -93,6 +103,11 @@ def summary(chosen: Mapping[str, Any], seconds: float) -> str:
     lines = [render(header, [_row(row, metric, len(tokens)) for row in shown])]
     if len(table) > len(shown):
         lines.append(f"and {len(table) - len(shown)} more, all in the plan")
+    if "descent" in chosen:
+        found = chosen["descent"]
+        lines.append(
+            f"descent from {found['from']}: {found['gains']} of {found['steps']} steps taken, {found['stopped']}"
+        )
     if "search" in chosen:
         found = chosen["search"]
         lines.append(f"search: {found['generations']} generations, {found['stopped']}")

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from ..algorithm import Allocator, Pattern, Probe
 from ..allocators.race import Race, Search, parse_budget
 from ..config import SparsityConfig
-from ..core.ranks import Grid
+from ..core.ranks import Grid, Point
 from ..story import Story
 from .batches import fingerprint
 from .by_source import compare_by_source
 from .certificate import compare
 from .contest import Allowance, Contest, batch_tokens, cut
+from .descent import descend
 from .drive import Batch
-from .entrants import ASSIGNED, GRID, KINDS, Entrant, allocators, enter, measured_as
+from .entrants import ASSIGNED, GRID, KINDS, Entrant, allocators, enter, measured_as, together
 from .journal import Journal
 from .judge import Reference, Scores
 from .layers import Layout
@@ -144,6 +145,8 @@ def choose(
     runners = run_race(race, contest, entrants, pattern)
     extra: dict[str, Any] = {}
     curve: list[tuple[int, float, float]] = []
+    if race.descent:
+        extra["descent"] = _descend(race, contest, runners)
     if isinstance(race, Search):
         extra, curve = _search(race, contest, runners, layout, config.seed)
     best = winner(race, runners, config.seed)
@@ -177,23 +180,35 @@ def choose(
     return Choice(best.entrant.sparsities, _numbers(entering, measures, best), record, seen, story)
 
 
+def _descend(race: Race, contest: Contest, runners: list[Runner]) -> dict[str, Any]:
+    """Adds where a descent from the best runner ends, if it gets anywhere; returns what to record."""
+    best = ranking(race, runners)[0]
+    found = descend(race, contest, best.point, together(contest.grid.names))
+    record = {"from": best.entrant.name, **found.to_dict()}
+    _join(contest, runners, "descent", found.point, record)
+    return record
+
+
+def _join(contest: Contest, runners: list[Runner], kind: str, point: Point, origin: Mapping[str, Any]) -> None:
+    """Has a new point judged in all rounds that there were."""
+    if point in {r.point for r in runners}:
+        return
+    made = Runner(Entrant(kind, kind, contest.grid.sparsities(point), {kind: dict(origin)}), point)
+    for number in range(max(len(r.scores) for r in runners)):
+        judge(contest, [made], number)
+    runners.append(made)
+
+
 def _search(
     search: Search, contest: Contest, runners: list[Runner], layout: Layout, seed: int
 ) -> tuple[dict[str, Any], list[tuple[int, float, float]]]:
     """Adds the best that the search finds to the runners, if it is new; returns what to record, and the story's curve."""
     blocks = [list(block.weights) for block in layout.blocks if block.weights]
     order = ranking(search, runners)
-    last = len(contest.tokens) - 1
     found = run_search(search, contest, [r.point for r in order[: search.offspring]], blocks, seed)
     ended = (contest.allowance.spent["tokens"], found.curve[-1][1])
     curve = [(*point, seconds) for point, seconds in zip([*found.curve, ended], found.seconds, strict=True)]
-    if found.point not in {r.point for r in runners}:
-        origin = {"search": {"generations": found.generations, "stopped": found.stopped}}
-        made = Runner(Entrant("search", "search", contest.grid.sparsities(found.point), origin), found.point)
-        rounds = max(len(r.scores) for r in runners)
-        for number in range(min(rounds, last + 1)):
-            judge(contest, [made], number)
-        runners.append(made)
+    _join(contest, runners, "search", found.point, {"generations": found.generations, "stopped": found.stopped})
     record = {"generations": found.generations, "stopped": found.stopped, "curve": [list(p) for p in found.curve]}
     return {"search": record}, curve
 

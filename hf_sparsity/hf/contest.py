@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from .journal import Journal, digest
 from .judge import Reference, Rows, Scores
 from .layers import Block
 from .processes import Processes
+from .slopes import PASSES, Slopes, Sums, window
 
 
 @dataclass
@@ -99,6 +101,37 @@ class Contest:
             self._known[piece, point] = rows
             self.allowance.spent["evals"] += 1
             self.allowance.spent["tokens"] += sum(batch_tokens(batch) for batch in self._pieces[piece].batches)
+
+    def slopes(self, point: Point, pieces: Sequence[int], metric: str) -> dict[str, float]:
+        """What one weight less in each layer would add to the metric at a point, on the pieces of these numbers.
+
+        Batches are shared out among processes, and their parts added in one order. `BlocksNotAlone`: see `Slopes`.
+        """
+        journal, processes = self.allowance.journal, self.allowance.processes
+        parts = [(piece, i) for piece in pieces for i in range(len(self._pieces[piece].batches))]
+        names = {part: digest(["slopes", metric, *part, list(point)]) for part in parts}
+        known: dict[str, Sums | None] = {n: journal.recall("slopes", n) if journal else None for n in names.values()}
+        todo = [part for part in parts if known[names[part]] is None]
+        mine = {names[part]: self._slopes(point, *part, metric) for part in processes.share(todo)}
+        for part in processes.gather(mine):
+            known |= part
+            for name, sums in part.items() if journal else ():
+                journal.remember("slopes", name, sums)  # type: ignore[union-attr]
+        found = [known[names[part]] for part in parts]
+        self.allowance.spent["tokens"] += PASSES * sum(batch_tokens(self._pieces[p].batches[i]) for p, i in parts)
+        predictions = sum(one[-1] for one in found if one)
+        slopes = {}
+        for i, (name, step) in enumerate(zip(self.grid.names, point, strict=True)):
+            first, last = window(self._ranks[name], step)
+            weights = self.grid.zeros[name][last] - self.grid.zeros[name][first]
+            slopes[name] = math.fsum(one[i] for one in found if one) / max(predictions * weights, 1)
+        return slopes
+
+    def _slopes(self, point: Point, piece: int, number: int, metric: str) -> Sums:
+        reference = self._pieces[piece]
+        steps = dict(zip(self.grid.names, point, strict=True))
+        slopes = Slopes(reference.model, reference.layout, self._ranks, metric)
+        return slopes.sums(steps, reference.batches[number], reference.dense_logits(number))
 
     def rows(self, point: Point, reference: Reference) -> Rows:
         """What the reference says of the model masked to a point."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ ASSIGNED = {
 }
 MIXED = 4  # the better ones, each two of which are mixed in equal parts
 
-KINDS = ("uniform", "single", "mixture", "search")  # the simplest first
+KINDS = ("uniform", "single", "mixture", "descent", "search")  # the simplest first
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,16 @@ def meet(
     assert pattern.group is not None
     ideal = assigned if mixes else budget.meet(assigned, sizes, target, high=1 - 1 / pattern.group)
     return budget.meet_groups(ideal, sizes, target, pattern.group)
+
+
+def grouped(names: Sequence[str], key: Callable[[str], str]) -> list[list[str]]:
+    """Names of one key together, in order."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return list(groups.values())
+
+
+def together(names: Sequence[str]) -> list[list[str]]:
+    """Layers that a plan is moved by: each by itself, but experts of one name as one, since few tokens reach each."""
+    return grouped(names, lambda name: name.split("[")[0])

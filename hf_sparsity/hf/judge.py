@@ -68,7 +68,7 @@ class Reference:
 
         `ValueError` for a model without logits.
         """
-        self._model, self._layout, self.batches = model, layout, joined(model, batches)
+        self.model, self.layout, self.batches = model, layout, joined(model, batches)
         self._last: list[Any] = [None] * len(self.batches)
         self._replays = True
         logits: list[Tensor] = []
@@ -84,24 +84,30 @@ class Reference:
                     for number in range(len(self.batches)):
                         self._last[number] = arrival.run(number, stay=False)
                         arrival.finish(number, self._last[number])
-        with prepared(model):
-            # Twice, in case the model changes in place what a block gave it.
-            self._replays = all(torch.equal(self._replayed_last(), logits[-1]) for _ in range(2))
+        # Twice, in case the model changes in place what a block gave it.
+        self._replays = all(torch.equal(self.dense_logits(-1), logits[-1]) for _ in range(2))
         if not self._replays:
             logger.info("the dense model runs along: its head looks at more than the output of its last block")
 
     @contextmanager
     def _arrivals(self, after: Callable[[Batch, Any], None], walks: Sequence[Batch]) -> Iterator[Any]:
-        modules = [block.module for block in self._layout.blocks]
-        with closing(lockstep(drive(self._model, after), modules, walks)) as arrivals:
+        modules = [block.module for block in self.layout.blocks]
+        with closing(lockstep(drive(self.model, after), modules, walks)) as arrivals:
             yield arrivals
 
-    def _replayed_last(self) -> Tensor:
-        """The last batch's logits, from the stored output of the last block."""
+    def dense_logits(self, number: int) -> Tensor:
+        """Of a batch: from the stored output of the last block, or from a run of the model."""
         found: list[Tensor] = []
-        with self._arrivals(lambda _, output: found.append(output.logits), self.batches[-1:]) as arrivals:
+        with (
+            prepared(self.model),
+            self._arrivals(lambda _, o: found.append(o.logits), [self.batches[number]]) as arrivals,
+        ):
             for arrival in arrivals:
-                arrival.finish(0, self._last[-1])
+                if self._replays:
+                    arrival.finish(0, self._last[number])
+                    continue
+                with onload(self.layout.blocks[arrival.index].module):
+                    arrival.finish(0, arrival.run(0, stay=False))
         return found[0]
 
     def rows(self, masks: Callable[[Block], Mapping[str, Tensor]] | None = None) -> Rows:
@@ -119,9 +125,9 @@ class Reference:
                 seen.clear()
 
         walks = [batch for batch in self.batches for _ in range(2)]  # dense, masked, dense, masked, ...
-        with prepared(self._model), self._arrivals(compare, walks) as arrivals:
+        with prepared(self.model), self._arrivals(compare, walks) as arrivals:
             for arrival in arrivals:
-                block = self._layout.blocks[arrival.index]
+                block = self.layout.blocks[arrival.index]
                 with onload(block.module):
                     dense = self._last
                     if not self._replays:
@@ -171,10 +177,18 @@ def joined(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def compared(batch: Batch, dense: Tensor, logits: Tensor) -> Rows:
-    """(summed KL(dense | model), summed loss of the next token, tokens) of each sequence; padding excluded.
+    """(summed KL(dense | model), summed loss of the next token, tokens) of each sequence; see `by_token`."""
+    kl, loss, real = by_token(batch, dense, logits)
+    return [
+        row for row in torch.stack([(kl * real).sum(1), (loss * real).sum(1), real.sum(1)], dim=1).tolist() if row[2]
+    ]
 
-    `dense`, `logits`: `[sequences, tokens, vocabulary]`. In nats; KL in float32 for each token, summed in float64. A token
-    that the model knows nothing of, because it overflows or excludes what comes, counts 10,000.
+
+def by_token(batch: Batch, dense: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL(dense | model), loss of the next token, 1 or for padding 0) of each prediction, float64 `[sequences, tokens - 1]`.
+
+    `dense`, `logits`: `[sequences, tokens, vocabulary]`. In nats, from float32; gradients pass. A token that the model
+    knows nothing of, because it overflows or excludes what comes, counts 10,000.
     """
     ids = batch.get("decoder_input_ids", batch.get("input_ids"))
     if ids is None:
@@ -190,6 +204,5 @@ def compared(batch: Batch, dense: Tensor, logits: Tensor) -> Rows:
         a, b = (F.log_softmax(one.float(), dim=-1).clamp(min=-WORST) for one in (a, b))
         kl.append(F.kl_div(b, a, log_target=True, reduction="none").sum(-1))
         loss.append(F.nll_loss(b, target, reduction="none"))
-    means = [torch.cat(part).double().nan_to_num(WORST).reshape(real.shape) for part in (kl, loss)]
-    sums = [(part * real).sum(1) for part in means]
-    return [row for row in torch.stack([*sums, real.sum(1)], dim=1).tolist() if row[2]]
+    first, second = (torch.cat(part).double().nan_to_num(WORST).reshape(real.shape) for part in (kl, loss))
+    return first, second, real

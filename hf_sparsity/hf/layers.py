@@ -49,7 +49,10 @@ class Weight:
         """The weight as a view `[out, in]` of the parameter, which must be on a device (see `onload`)."""
         parameter = self.module._parameters[self.attribute]
         assert parameter is not None
-        tensor = parameter.detach()
+        return self.part(parameter.detach())
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The view `[out, in]` that is this weight's of a tensor of the parameter's shape, such as its gradient."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         return tensor.T if self.transposed else tensor

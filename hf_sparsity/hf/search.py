@@ -12,11 +12,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 from ..allocators.race import Search
 from ..core.ranks import Grid, Point
 from .contest import Contest
+from .entrants import grouped, together
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class Moves:
     def __post_init__(self) -> None:
         """Layers of one name but for a number, such as experts, move together."""
         names = [name for block in self.blocks for name in block]
-        self.single = _grouped(names, lambda name: name.split("[")[0])
-        self.kinds = _grouped(names, lambda name: re.sub(r"\d+", "", name))
+        self.single = together(names)
+        self.kinds = grouped(names, lambda name: re.sub(r"\d+", "", name))
 
     def child(self, parent: Point, towards: Sequence[Vector], step: Vector | None) -> Point:
         """One child: a transfer or two; now and then some way towards another plan, or along the last step that helped."""
@@ -98,13 +98,6 @@ def _better(
     bar, *values = _judged(search, contest, [parent, *points], pieces)
     best = min(range(len(points)), key=values.__getitem__)
     return [points[best]] if values[best] < bar else []
-
-
-def _grouped(names: Sequence[str], key: Any) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(key(name), []).append(name)
-    return list(groups.values())
 
 
 @dataclass

@@ -156,7 +156,12 @@ def _candidates(chosen: Mapping[str, Any]) -> str:
         f"{METRICS[metric]}; less is better. Judged in rounds on growing text; of each round the better third goes on, “–” is "
         "out. Perplexity and the difference are of the last round a plan was in. Within noise the simpler plan wins."
     )
-    return f'{_table("Candidates", head, body)}\n<p class="quiet">{note}</p>'
+    if found := chosen.get("descent"):
+        note += (
+            f" The descent went from {found['from']}, against what a weight less costs in each layer: {found['gains']} of "
+            f"{found['steps']} steps were taken; {found['stopped']}."
+        )
+    return f'{_table("Candidates", head, body)}\n<p class="quiet">{escape(note)}</p>'
 
 
 def _candidate(row: Mapping[str, Any], chosen: Mapping[str, Any], scale: Scale) -> str:
@@ -236,7 +241,7 @@ def _search(chosen: Mapping[str, Any], story: Story) -> str:
     tips = [f"{value:.4f} after {tokens:,} tokens, {seconds:.1f} s" for tokens, value, seconds in points]
     ways = [("against tokens spent", 0, "tokens through the model", _thousands)]
     if story.curve:
-        ways.append(("against time", 2, "seconds since the start, the race included", _seconds))
+        ways.append(("against time", 2, "seconds since the start, race and descent included", _seconds))
     shown = [
         curve.draw_curve(
             title,
@@ -249,7 +254,7 @@ def _search(chosen: Mapping[str, Any], story: Story) -> str:
         for title, column, across, show in ways
     ]
     rows = "".join(f"<tr><td>{escape(tip)}</td></tr>\n" for tip in tips)
-    note = f"{found['generations']} generations; it stopped: {found['stopped']}. The steps begin where the race ended."
+    note = f"{found['generations']} generations; it stopped: {found['stopped']}. The steps begin where the race and its descent ended."
     return (
         f'<div class="panels">\n{"".join(shown)}</div>\n<p class="quiet">{escape(note)}</p>\n'
         f"<details><summary>All gains</summary>\n<table>\n{rows}</table></details>"

@@ -39,6 +39,20 @@ def load() -> Any:
     return AutoModelForCausalLM.from_pretrained(demo.PATH)
 
 
+def remembering(model: Any) -> Any:
+    """The model, which runs each batch once: the dense one's logits are asked for by every row."""
+    forward, known = model.forward, {}
+
+    def recall(input_ids: torch.Tensor, **given: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in known:
+            known[key] = forward(input_ids=input_ids, **given)
+        return known[key]
+
+    model.forward = recall
+    return model
+
+
 def measure(case: tuple[float, str, str, int], heldout: torch.Tensor, dense: Any, budget: str) -> dict[str, Any]:
     target, pruner, allocator, seed = case
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
@@ -108,7 +122,7 @@ def main() -> None:
     heldout = windows("\n\n".join(text for _, text in demo.texts("heldout")), tokenizer, LENGTH)[::2]
     done = json.loads(options.output.read_text()) if options.output.exists() else []
     finished = {tuple(r[k] for k in KEYS) for r in done}
-    dense = load()
+    dense = remembering(load())
     cases = list(itertools.product(options.sparsity, options.pruners, options.allocators, options.seeds))
     for case in cases[part - 1 :: parts]:
         if case in finished:

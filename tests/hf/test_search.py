@@ -32,7 +32,8 @@ def texts(count: int = 16, tokens: int = 24) -> torch.Tensor:
 
 
 def config(budget: str = "50 evals", seed: int = 0, **options) -> SparsityConfig:
-    search = {"name": "search", "budget": budget, "candidates": ("owl",), "slices": (48, 96), "offspring": 4} | options
+    search = {"name": "search", "budget": budget, "candidates": ("owl",), "slices": (48, 96), "offspring": 4}
+    search |= {"descent": 0} | options
     return SparsityConfig(0.6, allocator=search, seed=seed)
 
 

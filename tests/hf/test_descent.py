@@ -1,0 +1,323 @@
+"""Slopes against a whole model's gradient and against differences; the descent on a fitness that is known, and in a race."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers as hf
+
+from hf_sparsity import SparsityConfig, make_plan
+from hf_sparsity.algorithm import Pattern
+from hf_sparsity.allocators.race import Race
+from hf_sparsity.core.ranks import Grid
+from hf_sparsity.hf.backward import BlocksNotAlone
+from hf_sparsity.hf.batches import prepare_batches
+from hf_sparsity.hf.contest import Allowance, Contest
+from hf_sparsity.hf.descent import LONGEST, descend, level
+from hf_sparsity.hf.entrants import together
+from hf_sparsity.hf.judge import Reference, by_token
+from hf_sparsity.hf.layers import find_layout
+from hf_sparsity.hf.processes import Processes
+from hf_sparsity.hf.slopes import Slopes, window
+from hf_sparsity.hf.survey import survey
+from hf_sparsity.pruners import Wanda
+from tests.conftest import tiny, tiny_batch
+from tests.hf.test_fisher import offloaded, surroundings
+from tests.hf.test_processes import several
+from tests.hf.test_search import Quadratic, config, grid, texts
+
+
+def prepared(name, model=None, sequences=4):
+    model = model or tiny(name)
+    layout = find_layout(model)
+    data = prepare_batches(model, [tiny_batch(name, sequences=sequences)])
+    _, ranks = survey(tiny(name), find_layout(tiny(name)), data, allocators={}, pruner=Wanda(), pattern=Pattern())
+    steps = {n: len(r.zeros) * (4 + i % 3) // 8 for i, (n, r) in enumerate(ranks.items())}
+    steps[next(iter(steps))] = 0  # a layer that nothing was taken of
+    return model, layout, ranks, steps, Reference(model, layout, data)
+
+
+def slopes(name, model=None, metric="kl"):
+    model, layout, ranks, steps, reference = prepared(name, model)
+    return Slopes(model, layout, ranks, metric).sums(steps, reference.batches[0], reference.dense_logits(0))
+
+
+@pytest.mark.parametrize("metric", ["kl", "loss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "mamba", "qwen3_next"])
+def test_they_are_the_gradient_of_the_masked_model(name, metric):
+    model, layout, ranks, steps, reference = prepared(name)
+    batch, dense = reference.batches[0], reference.dense_logits(0)
+    *found, count = Slopes(model, layout, ranks, metric).sums(steps, batch, dense)
+    sparse = copy.deepcopy(model)
+    weights = find_layout(sparse).weights
+    for n, weight in weights.items():
+        weight.read().mul_(ranks[n].mask(steps[n]))
+    if hasattr(sparse, "set_experts_implementation"):
+        sparse.set_experts_implementation("eager")
+    kl, loss, real = by_token(batch, dense, sparse.eval()(**batch, use_cache=False).logits)
+    (kl if metric == "kl" else loss).sum().backward()
+    assert count == real.sum() == real.numel()
+    for (n, weight), value in zip(weights.items(), found, strict=True):
+        gradient = weight.part(weight.module._parameters[weight.attribute].grad)
+        first, last = window(ranks[n], steps[n])
+        near = (ranks[n].survives >= first) & (ranks[n].survives < last)
+        expected = -float((gradient * layout.weights[n].read())[near].double().sum())
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert len(set(found)) > len(found) / 2
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "mixed"])
+def test_offloaded_they_are_the_same_to_the_last_bit(where, tmp_path):
+    expected = slopes("mixtral")
+    model = offloaded(tiny("mixtral"), where, tmp_path)
+    before = surroundings(model)
+    assert slopes("mixtral", model) == expected
+    assert surroundings(model) == before
+
+
+def test_the_model_is_as_it_was():
+    model = tiny("llama").train()
+    model.lm_head.weight.requires_grad_(False)
+    before, weights = surroundings(model), copy.deepcopy(model.state_dict())
+    slopes("llama", model)
+    assert surroundings(model) == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def contest(tokens: int = 24, count: int = 4, processes: Processes | None = None, journal=None) -> Contest:
+    model = tiny("llama")
+    layout, data = find_layout(model), prepare_batches(model, texts(count, tokens))
+    _, ranks = survey(model, layout, data, allocators={}, pruner=Wanda(), pattern=Pattern())
+    sizes = {n: r.size for n, r in ranks.items()}
+    made = Grid({n: r.zeros for n, r in ranks.items()}, sizes, {n: r.cells for n, r in ranks.items()}, 0.6)
+    pieces = [Reference(model, layout, part) for part in (data[: count // 2], data[count // 2 :])]
+    return Contest(pieces, made, ranks, Allowance({}, processes or Processes(), journal))
+
+
+def test_they_foretell_what_a_few_weights_more_or_less_do():
+    one = contest(count=8)
+    point = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    found = one.slopes(point, [0, 1], "kl")
+    foretold, measured = [], []
+    for i, name in enumerate(one.grid.names):
+        zeros, more, less = one.grid.zeros[name], list(point), list(point)
+        more[i], less[i] = point[i] + 2, point[i] - 2
+        high, low = (s.mean() for s in one.scores_on([tuple(more), tuple(less)], [0, 1]))
+        foretold.append(found[name] * (zeros[more[i]] - zeros[less[i]]))
+        measured.append(high - low)
+    assert torch.corrcoef(torch.tensor([foretold, measured]))[0, 1] > 0.8
+    assert sum(map(abs, foretold)) == pytest.approx(sum(map(abs, measured)), rel=0.5)
+
+
+def test_pieces_add_up_and_cost_four_passes():
+    one = contest()
+    point = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    first, second, both = (one.slopes(point, pieces, "kl") for pieces in ([0], [1], [0, 1]))
+    assert {n: pytest.approx((first[n] + second[n]) / 2, rel=1e-9) for n in both} == both and first != second
+    assert one.allowance.spent == {"evals": 0, "tokens": 4 * 24 * (2 + 2 + 4)}
+
+
+def shared(processes: Processes) -> dict[str, float]:
+    one = contest(processes=processes)
+    return one.slopes(one.grid.nearest(dict.fromkeys(one.grid.names, 0.6)), [0, 1], "kl")
+
+
+def test_two_processes_have_the_same_slopes():
+    with several(2) as call:
+        assert call(shared) == [shared(Processes())] * 2
+
+
+# ---- steps
+
+
+def test_a_step_keeps_the_weights_and_goes_against_the_slopes():
+    slopes, sizes = [5.0, -1.0, 2.0, 2.1, 0.0], [100, 10, 300, 50, 40]
+    for shape in (0.1, 0.5, 2.0, 50.0):
+        found = level(slopes, sizes, 0.1, shape)
+        assert math.fsum(c * s for c, s in zip(found, sizes, strict=True)) == pytest.approx(0, abs=1e-9)
+        assert max(map(abs, found)) <= 0.1 + 1e-12
+        order = sorted(range(5), key=slopes.__getitem__)
+        assert all(found[a] >= found[b] for a, b in pairwise(order))
+        assert found[1] > 0 > found[0]
+    gentle, rough = (sum(map(abs, level(slopes, sizes, 0.1, shape))) for shape in (0.5, 2.0))
+    assert gentle < rough
+    assert level([1.0, 1.0], sizes[:2], 0.1, 1.0) == [0.0, 0.0] == level([math.nan, 1.0], sizes[:2], 0.1, 1.0)
+
+
+class Slope(Quadratic):
+    """The fitness of `Quadratic`, whose slopes are known."""
+
+    def __init__(self, one: Grid, limit: float = math.inf):
+        super().__init__(one, limit)
+        self.looked: list[list[int]] = []
+
+    def slopes(self, point, pieces, metric):
+        self.looked.append(list(pieces))
+        now = self.grid.fractions(point)
+        return {n: 2 * (now[n] - self.ideal[n]) for n in now}
+
+
+def downhill(one: Contest, **options):
+    start = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    found = descend(Race(**options), one, start, together(one.grid.names))
+    first, last = (s.mean() for s in one.scores_on([start, found.point], [0]))
+    return start, found, last / first
+
+
+def test_it_comes_down():
+    torch.manual_seed(0)
+    one = Slope(grid())
+    start, found, rest = downhill(one)
+    assert rest < 0.01 and found.points[0] == start and found.stopped == "no step is worth taking"
+    assert all(0 <= one.grid.taken(p) - one.grid.mass < 16 for p in found.points)
+    fractions = [one.grid.fractions(point) for point in found.points]
+    steps = [max(abs(b[n] - a[n]) for n in a) for a, b in pairwise(fractions)]
+    assert max(steps) < LONGEST * 2 + 0.05
+    assert found.to_dict() == {"steps": found.steps, "gains": len(found.points) - 1, "stopped": found.stopped}
+
+
+def test_steps_look_at_other_text_each_time_and_at_more_when_they_fail():
+    torch.manual_seed(0)
+    one = Slope(grid())
+    downhill(one)
+    asked = [pieces for n, pieces in one.asked[:-1]]
+    assert one.looked[0] == [0] and asked[0] == [1] and one.looked[1] == [1] and asked[1] == [2]
+    lengths = list(map(len, one.looked))
+    assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] == 5 and set(lengths) <= {1, 2, 4, 5}
+    assert all(set(a) != set(b) for a, b in zip(one.looked, asked, strict=False) if len(a) == 1), "judged on other text"
+
+
+def test_it_ends_with_its_steps_its_budget_and_where_all_is_level():
+    torch.manual_seed(0)
+    assert downhill(Slope(grid()), descent=1)[1].to_dict() == {"steps": 1, "gains": 1, "stopped": "all steps are taken"}
+    found = downhill(Slope(grid(), limit=10))[1]
+    assert found.stopped == "the budget is spent" and found.steps == 2
+    level = Slope(grid())
+    level.slopes = lambda point, pieces, metric: dict.fromkeys(level.grid.names, 1.0)
+    assert downhill(level)[1].to_dict() == {"steps": 1, "gains": 0, "stopped": "no step is worth taking"}
+
+
+def test_ctrl_c_keeps_what_a_search_has():
+    from hf_sparsity.allocators.race import Search
+
+    torch.manual_seed(0)
+    one = Slope(grid())
+    known, start = one.slopes, one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+
+    def pressed(*given):
+        if len(one.looked) == 2:
+            raise KeyboardInterrupt
+        return known(*given)
+
+    one.slopes = pressed
+    found = descend(Search(), one, start, together(one.grid.names))
+    assert found.stopped == "interrupted" and len(found.points) == 2
+    with pytest.raises(KeyboardInterrupt):
+        descend(Race(), one, start, together(one.grid.names))
+
+
+def test_experts_of_a_kind_have_one_slope():
+    assert together(["a.up[0]", "a.up[1]", "a.q", "b.up[0]"]) == [["a.up[0]", "a.up[1]"], ["a.q"], ["b.up[0]"]]
+
+
+# ---- in a race
+
+
+def test_a_race_ends_below_its_best():
+    plan = make_plan(tiny("llama"), SparsityConfig(0.6, allocator=_race(12)), texts(24))
+    rows = {row["name"]: row for row in plan.chosen["candidates"]}
+    record = plan.chosen["descent"]
+    assert record["gains"] > 2 and rows["descent"]["origin"] == {"descent": record} and record["from"] in rows
+    assert rows["descent"]["kl"][-1] < rows[record["from"]]["kl"][-1]
+    assert plan.chosen["candidates"][0]["name"] == "descent"
+    plan.check_target()
+    without = make_plan(tiny("llama"), SparsityConfig(0.6, allocator=_race(0)), texts(24))
+    assert "descent" not in without.chosen and without.chosen["spent"]["tokens"] < plan.chosen["spent"]["tokens"]
+    with pytest.raises(ValueError, match="descent=-1"):
+        SparsityConfig(0.6, allocator=_race(-1))
+
+
+def _race(descent: int) -> dict:
+    return {"name": "race", "candidates": ("owl",), "slices": (48, 96, 192), "descent": descent}
+
+
+def test_a_descent_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    config = SparsityConfig(0.6, allocator=_race(6))
+    whole = make_plan(tiny("llama"), config, texts(24)).to_dict()
+    sums, calls = Slopes.sums, []
+
+    def dying(self, *given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        return sums(self, *given)
+
+    monkeypatch.setattr(Slopes, "sums", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out")
+    resumed = make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out").to_dict()
+    assert json.dumps(resumed) == json.dumps(whole)
+    asked = len(calls)
+    calls.clear()
+    monkeypatch.setattr(Slopes, "sums", lambda self, *given: calls.append(1) or sums(self, *given))
+    make_plan(tiny("llama"), config, texts(24))
+    assert asked == len(calls) + 1, "what was known before the interruption is not computed again"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pruner", "architecture"),
+    [("*:8", "wanda", "llama"), ("unstructured", "sparsegpt", "gpt_oss"), ("unstructured", "magnitude", "t5")],
+)
+def test_other_patterns_pruners_and_architectures(pattern, pruner, architecture):
+    batch = tiny_batch(architecture, sequences=12)
+    data = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(12)]
+    plan = make_plan(tiny(architecture), SparsityConfig(0.6, pattern, _race(3), pruner=pruner), data)
+    plan.check_target()
+    assert plan.chosen["descent"]["steps"] >= 1
+
+
+def test_a_model_without_slopes_races_on(caplog, monkeypatch):
+    """Gemma-3n's last blocks read the keys and values of earlier ones from a mapping."""
+    made = hf.Gemma3nTextConfig(
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    model = hf.Gemma3nForCausalLM(made)
+    with caplog.at_level(logging.WARNING):
+        plan = make_plan(model, SparsityConfig(0.6, allocator=_race(5)), texts(12))
+    assert plan.chosen["descent"] == {
+        "from": plan.chosen["descent"]["from"],
+        "steps": 0,
+        "gains": 0,
+        "stopped": "the model has no slopes",
+    }
+    assert "no descent: " in caplog.text and "changes its arguments" in caplog.text
+    assert issubclass(BlocksNotAlone, ValueError)
+
+
+def test_a_search_begins_where_the_descent_ends():
+    plan = make_plan(tiny("llama"), config("400 evals", slices=(48, 96, 192), patience=5, descent=12), texts(24))
+    rows = {row["name"]: row for row in plan.chosen["candidates"]}
+    assert plan.chosen["search"]["curve"][0][1] == pytest.approx(
+        min(r["kl"][-1] for n, r in rows.items() if n != "search" and len(r["kl"]) == 3)
+    )
+    assert "descent" in rows
