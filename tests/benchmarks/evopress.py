@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=400)
     parser.add_argument("--offspring", type=int, default=64)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1], help="of EvoPress' tokens")
+    parser.add_argument("--candidates", nargs="+", default=[], help="of our race (default: all)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -160,7 +161,8 @@ def main() -> None:
 
     slices = tuple(s // options.scale for s in SLICES)
     for share in options.shares:
-        allocator = {"name": "search", "budget": f"{int(share * final[0])} tokens", "slices": slices}
+        budget = {"budget": f"{int(share * final[0])} tokens", "candidates": options.candidates}
+        allocator = {"name": "search", "slices": slices, **budget}
         fresh = AutoModelForCausalLM.from_pretrained(options.model)
         start = time.process_time()
         plan = make_plan(fresh, SparsityConfig(options.sparsity, allocator=allocator, seed=options.seed), ids)

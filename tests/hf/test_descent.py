@@ -15,7 +15,7 @@ import transformers as hf
 from hf_sparsity import SparsityConfig, make_plan
 from hf_sparsity.algorithm import Pattern
 from hf_sparsity.allocators.race import Race
-from hf_sparsity.core.ranks import Grid
+from hf_sparsity.core.ranks import Grid, Ranks
 from hf_sparsity.hf.backward import BlocksNotAlone
 from hf_sparsity.hf.batches import prepare_batches
 from hf_sparsity.hf.contest import Allowance, Contest
@@ -39,7 +39,7 @@ def prepared(name, model=None, sequences=4):
     data = prepare_batches(model, [tiny_batch(name, sequences=sequences)])
     _, ranks = survey(tiny(name), find_layout(tiny(name)), data, allocators={}, pruner=Wanda(), pattern=Pattern())
     steps = {n: len(r.zeros) * (4 + i % 3) // 8 for i, (n, r) in enumerate(ranks.items())}
-    steps[next(iter(steps))] = 0  # a layer that nothing was taken of
+    steps |= dict(zip(steps, (0, 1), strict=False))  # of one layer nothing was taken, of another hardly anything
     return model, layout, ranks, steps, Reference(model, layout, data)
 
 
@@ -79,6 +79,26 @@ def test_offloaded_they_are_the_same_to_the_last_bit(where, tmp_path):
     before = surroundings(model)
     assert slopes("mixtral", model) == expected
     assert surroundings(model) == before
+
+
+def test_padding_has_no_slope():
+    model, layout, ranks, steps, _ = prepared("llama")
+    ids, mask = texts(1, 12), torch.ones(1, 12, dtype=torch.int64)
+    mask[0, 7:] = 0
+    given = ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:, :7]})
+    padded, short = (Reference(model, layout, prepare_batches(model, [batch])) for batch in given)
+    one, other = (
+        Slopes(model, layout, ranks, "kl").sums(steps, r.batches[0], r.dense_logits(0)) for r in (padded, short)
+    )
+    assert one[-1] == 6 and one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "step", "expected"), [(256, 100, (84, 116)), (256, 3, (0, 19)), (8, 4, (3, 5)), (8, 7, (6, 7))]
+)
+def test_a_slope_is_taken_over_a_few_steps(steps, step, expected):
+    ranks = Ranks(torch.zeros(1, 1, dtype=torch.uint8), tuple(range(steps)), 1)
+    assert window(ranks, step) == expected
 
 
 def test_the_model_is_as_it_was():
