@@ -21,7 +21,7 @@ from hf_sparsity.hf.batches import prepare_batches
 from hf_sparsity.hf.contest import Allowance, Contest
 from hf_sparsity.hf.descent import LONGEST, descend, level
 from hf_sparsity.hf.entrants import together
-from hf_sparsity.hf.judge import Reference, by_token
+from hf_sparsity.hf.judge import Reference, Scores, by_token
 from hf_sparsity.hf.layers import find_layout
 from hf_sparsity.hf.processes import Processes
 from hf_sparsity.hf.slopes import Slopes, window
@@ -83,14 +83,18 @@ def test_offloaded_they_are_the_same_to_the_last_bit(where, tmp_path):
 
 def test_padding_has_no_slope():
     model, layout, ranks, steps, _ = prepared("llama")
-    ids, mask = texts(1, 12), torch.ones(1, 12, dtype=torch.int64)
+    ids = texts(2, 12)
+    mask = torch.ones_like(ids)
     mask[0, 7:] = 0
-    given = ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:, :7]})
-    padded, short = (Reference(model, layout, prepare_batches(model, [batch])) for batch in given)
-    one, other = (
-        Slopes(model, layout, ranks, "kl").sums(steps, r.batches[0], r.dense_logits(0)) for r in (padded, short)
-    )
-    assert one[-1] == 6 and one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+    def sums(batch):
+        with torch.no_grad():
+            dense = model(**batch, use_cache=False).logits
+        return Slopes(model, layout, ranks, "kl").sums(steps, batch, dense)
+
+    together = sums({"input_ids": ids, "attention_mask": mask})
+    alone = zip(sums({"input_ids": ids[:1, :7]}), sums({"input_ids": ids[1:]}), strict=True)
+    assert together[-1] == 6 + 11 and together == pytest.approx([sum(pair) for pair in alone], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +228,39 @@ def test_it_ends_with_its_steps_its_budget_and_where_all_is_level():
     assert downhill(level)[1].to_dict() == {"steps": 1, "gains": 0, "stopped": "no step is worth taking"}
 
 
+def test_layers_that_move_together_have_their_weights_mean_slope():
+    torch.manual_seed(0)
+    one = Slope(grid())
+    names = one.grid.names
+    groups = [names[:3], names[3:4], names[4:]]
+    start = one.grid.nearest(dict.fromkeys(names, 0.6))
+    found = descend(Race(descent=1), one, start, groups)
+    slopes, sizes = one.slopes(start, [0], "kl"), one.grid.sizes
+    for group, slope in zip(groups, found.slopes, strict=True):
+        assert slope == pytest.approx(sum(slopes[n] * sizes[n] for n in group) / sum(sizes[n] for n in group))
+    old, new = (one.grid.fractions(point) for point in found.points)
+    for group in groups:
+        assert torch.tensor([new[n] - old[n] for n in group]).std(correction=0) < 0.05, "no layer goes its own way"
+
+
+def test_steps_do_not_grow_for_ever():
+    class Endless(Slope):
+        """The longest step is always the best."""
+
+        def scores_on(self, points, pieces):
+            values = [100.0, *range(len(points) - 1)]
+            return [Scores(*(torch.tensor([float(v)], dtype=torch.float64),) * 2, torch.ones(1)) for v in values]
+
+        def slopes(self, point, pieces, metric):
+            return {name: 1.0 if ".0." in name or ".1." in name else -1.0 for name in self.grid.names}
+
+    torch.manual_seed(0)
+    one = Endless(grid())
+    start = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    found = descend(Race(descent=3), one, start, together(one.grid.names))
+    assert len(found.points) >= 3 and found.length == LONGEST
+
+
 def test_ctrl_c_keeps_what_a_search_has():
     from hf_sparsity.allocators.race import Search
 
@@ -256,7 +293,7 @@ def test_a_race_ends_below_its_best():
     record = plan.chosen["descent"]
     assert record["gains"] > 2 and rows["descent"]["origin"] == {"descent": record} and record["from"] in rows
     assert rows["descent"]["kl"][-1] < rows[record["from"]]["kl"][-1]
-    assert plan.chosen["candidates"][0]["name"] == "descent"
+    assert [row["name"] for row in plan.chosen["candidates"][:2]] == ["descent", record["from"]]
     plan.check_target()
     without = make_plan(tiny("llama"), SparsityConfig(0.6, allocator=_race(0)), texts(24))
     assert "descent" not in without.chosen and without.chosen["spent"]["tokens"] < plan.chosen["spent"]["tokens"]

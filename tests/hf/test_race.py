@@ -115,8 +115,12 @@ def test_a_head_that_looks_further_than_the_last_block_has_the_dense_model_run_a
         patch.setattr(Reference, "dense_logits", lambda self, number: torch.zeros(1))
         reference = Reference(model, layout, batches)
     assert not reference._replays
+    ran = []
+    for block in layout.blocks:
+        block.module.mlp.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():
         assert torch.equal(reference.dense_logits(0), model(reference.batches[0]["input_ids"], use_cache=False).logits)
+    assert len(ran) == 2 * len(layout.blocks), "it ran: once for us, once by itself"
     torch.testing.assert_close(
         torch.tensor(reference.rows(lambda b: {n: masks[n] for n in b.weights})), torch.tensor(rows)
     )
