@@ -25,6 +25,7 @@ from hf_sparsity.hf.judge import Reference, Scores, by_token
 from hf_sparsity.hf.layers import find_layout
 from hf_sparsity.hf.processes import Processes
 from hf_sparsity.hf.slopes import Slopes, window
+from hf_sparsity.hf.source import open_streamed
 from hf_sparsity.hf.survey import survey
 from hf_sparsity.pruners import Wanda
 from tests.conftest import tiny, tiny_batch
@@ -378,3 +379,17 @@ def test_a_search_begins_where_the_descent_ends():
         min(r["kl"][-1] for n, r in rows.items() if n != "search" and len(r["kl"]) == 3)
     )
     assert "descent" in rows
+
+
+def test_a_streamed_model_comes_to_the_same_plan(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    config = SparsityConfig(0.6, allocator=_race(4))
+    streamed, resident = (
+        make_plan(model, config, texts(12))
+        for model in (
+            open_streamed(tmp_path / "dense"),
+            hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense"),
+        )
+    )
+    assert streamed.layers == resident.layers and streamed.chosen["descent"] == resident.chosen["descent"]
+    assert streamed.chosen["descent"]["gains"] > 0
