@@ -90,9 +90,10 @@ def _step(race: Race, contest: Contest, found: Descent, groups: Sequence[Sequenc
 
     now = grid.fractions(found.point)
     children: dict[Point, float] = {}
+    least = max(0.6 / len(grid.zeros[name]) for name in grid.names)
     for length in LENGTHS:
         for shape in SHAPES:
-            changes = level(found.slopes, sizes, found.length * length, shape)
+            changes = level(found.slopes, sizes, found.length * length, shape, least)
             moved = dict(now)
             for names, change in zip(groups, changes, strict=True):
                 moved |= {name: min(max(now[name] + change, 0.0), 1.0) for name in names}
@@ -113,22 +114,24 @@ def _step(race: Race, contest: Contest, found: Descent, groups: Sequence[Sequenc
     return worth
 
 
-def level(slopes: Sequence[float], sizes: Sequence[int], length: float, shape: float) -> list[float]:
-    """The change of each group's sparsity, at most `length` either way; no weights in sum.
+def level(
+    slopes: Sequence[float], sizes: Sequence[int], length: float, shape: float, least: float = 0.0
+) -> list[float]:
+    """The change of each group's sparsity, at most `length` either way, or `least` if that is more; no weights in sum.
 
     Against the slopes, less the one number that makes the sum nothing; `shape` times the length on average but for what
-    is cut off.
+    is cut off. `least`: what a grid of few steps still notices; shorter steps on it are steps of fewer layers.
     """
     total = sum(sizes)
     mean = math.fsum(slope * size for slope, size in zip(slopes, sizes, strict=True)) / total
     spread = math.fsum(abs(slope - mean) for slope in slopes) / len(slopes)
     if not spread or not math.isfinite(spread):
         return [0.0] * len(slopes)
-    rate = shape * length / spread
+    rate, most = shape * length / spread, max(length, least)
     low, high = min(slopes), max(slopes)
     for _ in range(60):
         middle = (low + high) / 2
-        changes = [min(max(rate * (middle - slope), -length), length) for slope in slopes]
+        changes = [min(max(rate * (middle - slope), -most), most) for slope in slopes]
         if math.fsum(change * size for change, size in zip(changes, sizes, strict=True)) > 0:
             high = middle
         else:

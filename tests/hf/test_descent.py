@@ -229,6 +229,32 @@ def test_it_ends_with_its_steps_its_budget_and_where_all_is_level():
     assert downhill(level)[1].to_dict() == {"steps": 1, "gains": 0, "stopped": "no step is worth taking"}
 
 
+WORSE = Scores(*(torch.tensor([9.0], dtype=torch.float64),) * 2, torch.ones(1))
+
+
+def test_on_a_grid_of_few_steps_it_moves_fewer_layers_instead_of_none():
+    names = [f"layers.{i}.{p}" for i in range(4) for p in "abcdefgh"]
+    coarse = Grid(
+        {n: tuple(range(0, 512, 64)) for n in names}, dict.fromkeys(names, 512), dict.fromkeys(names, 1), 0.5, 8
+    )
+
+    class Late(Slope):
+        """Nothing is better until steps are short."""
+
+        def scores_on(self, points, pieces):
+            found = super().scores_on(points, pieces)
+            return found if len(self.asked) > 3 else [found[0], *[WORSE] * (len(points) - 1)]
+
+    one = Late(coarse)
+    one.ideal = {n: (4 + {"a": 1, "h": -1}.get(n[-1], 0)) / 8 for n in names}
+    start = coarse.nearest(dict.fromkeys(names, 0.5))
+    found = descend(Race(), one, start, together(names))
+    assert found.length < 0.0625 and coarse.fractions(found.point) == one.ideal
+    assert {coarse.taken(p) for p in found.points} == {coarse.mass}
+    assert level([4.0, 1.0, -1.0, -4.0], [1] * 4, 0.01, 0.5, 0.1)[0] == pytest.approx(-0.008)
+    assert max(level([4.0, 1.0, -1.0, -4.0], [1] * 4, 0.1, 50.0, 0.3)) == pytest.approx(0.3)
+
+
 def test_layers_that_move_together_have_their_weights_mean_slope():
     torch.manual_seed(0)
     one = Slope(grid())
