@@ -81,7 +81,11 @@ def measure(case: tuple[float, str, str, int], heldout: torch.Tensor, dense: Any
 
 
 def table(results: list[dict[str, Any]], metric: str) -> str:
-    """Rows: allocators; columns: sparsity and pruner; cells: mean and range over the seeds, ▼ better than uniform."""
+    """Rows: allocators; columns: sparsity and pruner; cells: mean and range over the seeds, if more than one; ▼ better than uniform."""
+
+    def number(value: float) -> str:
+        return f"{value:.0f}" if value >= 100 else f"{value:.{3 if metric == 'kl' else 2}f}"
+
     cells: dict[tuple, list[float]] = {}
     for r in results:
         cells.setdefault((r["target"], r["pruner"], r["allocator"]), []).append(r[metric])
@@ -94,7 +98,8 @@ def table(results: list[dict[str, Any]], metric: str) -> str:
             values, uniform = cells.get((*column, name), []), cells.get((*column, "uniform"), [])
             mean = statistics.mean(values) if values else 0.0
             better = uniform and name != "uniform" and (" ▼" if mean < statistics.mean(uniform) else " ▲")
-            row.append(f"{mean:.3g} ({min(values):.3g}–{max(values):.3g}){better or ''}" if values else "")
+            span = f" ({number(min(values))}–{number(max(values))})" if len(values) > 1 else ""
+            row.append(f"{number(mean)}{span}{better or ''}" if values else "")
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     dense = statistics.mean(r["dense"] for r in results)
     return "\n".join([*lines, f"\nHeld-out {metric}; dense perplexity {dense:.2f}."])
