@@ -19,7 +19,7 @@ from .batches import fingerprint
 from .by_source import compare_by_source
 from .certificate import compare
 from .contest import Allowance, Contest, batch_tokens, cut
-from .descent import descend
+from .descent import INTERRUPTED, descend
 from .drive import Batch
 from .entrants import ASSIGNED, GRID, KINDS, Entrant, allocators, enter, measured_as, together
 from .journal import Journal
@@ -147,8 +147,9 @@ def choose(
     curve: list[tuple[int, float, float]] = []
     if race.descent:
         extra["descent"] = _descend(race, contest, runners)
-    if isinstance(race, Search):
-        extra, curve = _search(race, contest, runners, layout, config.seed)
+    if isinstance(race, Search) and extra.get("descent", {}).get("stopped") != INTERRUPTED:
+        found, curve = _search(race, contest, runners, layout, config.seed)
+        extra |= found
     best = winner(race, runners, config.seed)
     uniform = next(r for r in runners if r.entrant.kind == "uniform")
     judged = _judged(contest, Reference(model, layout, split.certificate), uniform, best)

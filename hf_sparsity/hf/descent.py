@@ -24,6 +24,7 @@ FIRST, LONGEST, SHORTEST = 0.08, 0.2, 0.004  # the most that a layer's sparsity 
 LENGTHS = (2.0, 1.0, 0.5)  # of the length that is due
 SHAPES = (0.5, 2.0)  # the mean change in lengths: below 1 in proportion to the slopes, above 1 rather the same for all
 MEMORY = 0.5  # how much the slopes before count
+INTERRUPTED = "interrupted"  # why it stopped; a search then goes no further, either
 
 
 @dataclass
@@ -70,7 +71,7 @@ def descend(race: Race, contest: Contest, start: Point, groups: Sequence[Sequenc
     except KeyboardInterrupt:
         if contest.allowance.processes.count > 1 or not race.searches:
             raise
-        found.stopped = "interrupted"
+        found.stopped = INTERRUPTED
     return found
 
 

@@ -28,6 +28,7 @@ def test_it_prints_who_did_how_well_and_writes_the_plan(tmp_path, capsys):
     plan = Plan.load(output)
     assert plan.chosen == done["chosen"] and plan.sparsity == pytest.approx(0.7, abs=1e-6)
     assert plan.config["allocator"]["name"] == "search" and plan.config["allocator"]["budget"] == "20 evals"
+    assert f"descent from {plan.chosen['descent']['from']}: " in said
     for word in (
         "qkvo(strength=0.5)",
         "uniform",
@@ -49,6 +50,7 @@ def test_it_prints_who_did_how_well_and_writes_the_plan(tmp_path, capsys):
     for name, layer in plan.layers.items():
         place = f"{name[: name.index('.', len('model.layers.'))]} {name.rpartition('.')[2]}"
         assert f"{place}: planned {100 * layer.sparsity:.2f} %" in shown
+    assert "The descent went from" in shown
     assert "against time" in shown and f">{plan.chosen['spent']['evals']}<" in shown
 
     sparse, text = tmp_path / "sparse", ["--sequences", "8", "--length", "64"]
@@ -65,6 +67,7 @@ def test_mistakes_come_before_the_model_is_loaded(tmp_path):
     for more, message in (
         (["--candidates", "owll"], "unknown candidate 'owll'"),
         (["--budget", "soon"], "budget='soon'"),
+        (["--descent", "-1"], "descent=-1 must be a number of steps"),
         (["--metric", "accuracy"], "use 'kl' or 'loss'"),
         (["--report", str(tmp_path / "report.png")], "must end in .html"),
         (["--report", str(tmp_path / "plan.html"), "--output", str(tmp_path / "plan.html")], "both go to"),

@@ -404,7 +404,23 @@ def test_a_search_begins_where_the_descent_ends():
     assert plan.chosen["search"]["curve"][0][1] == pytest.approx(
         min(r["kl"][-1] for n, r in rows.items() if n != "search" and len(r["kl"]) == 3)
     )
-    assert "descent" in rows
+    assert rows["descent"]["origin"] == {"descent": plan.chosen["descent"]}
+
+
+def test_ctrl_c_on_the_way_down_is_the_end_of_a_search(monkeypatch):
+    rows, calls = Contest.slopes, []
+
+    def pressed(self, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return rows(self, *given)
+
+    monkeypatch.setattr(Contest, "slopes", pressed)
+    plan = make_plan(tiny("llama"), config("10m", slices=(48, 96, 192), descent=12), texts(24))
+    plan.check_target()
+    assert plan.chosen["descent"]["stopped"] == "interrupted" and plan.chosen["descent"]["gains"] > 0
+    assert "search" not in plan.chosen and plan.chosen["winner"] == "descent"
 
 
 def test_a_streamed_model_comes_to_the_same_plan(tmp_path):
