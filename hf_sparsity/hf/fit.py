@@ -100,13 +100,11 @@ def _sampled(layout: Layout, *, lend: bool = False) -> str | None:
     for block in layout.blocks:
         with onload(block.module) if lend and block.weights else nullcontext():
             for weight in block.weights.values():
-                parameter = weight.module._parameters[weight.attribute]
-                assert parameter is not None
-                if parameter.device.type == "meta":
+                if weight.stored.device.type == "meta":
                     return None
                 if weight.parameter not in sampled:
                     sampled.add(weight.parameter)
-                    values.update(sample(parameter))
+                    values.update(sample(weight.stored))
     return values.hexdigest()
 
 

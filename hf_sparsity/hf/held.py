@@ -187,8 +187,7 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def _held(name: str, weights: list[Weight]) -> Held:
-    parameter = weights[0].module._parameters[weights[0].attribute]
-    assert isinstance(parameter, nn.Parameter)
+    parameter = weights[0].stored
     dead = local(parameter.detach()) == 0
     planned = {weight.expert for weight in weights}
     if planned != {None} and len(planned) < parameter.shape[0]:

@@ -45,11 +45,16 @@ class Weight:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
 
-    def read(self) -> Tensor:
-        """The weight as a view `[out, in]` of the parameter, which must be on a device (see `onload`)."""
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter that holds the weight now: while it is lent or masked another object than before."""
         parameter = self.module._parameters[self.attribute]
         assert parameter is not None
-        return self.part(parameter.detach())
+        return parameter
+
+    def read(self) -> Tensor:
+        """The weight as a view `[out, in]` of the parameter, which must be on a device (see `onload`)."""
+        return self.part(self.stored.detach())
 
     def part(self, tensor: Tensor) -> Tensor:
         """The view `[out, in]` that is this weight's of a tensor of the parameter's shape, such as its gradient."""

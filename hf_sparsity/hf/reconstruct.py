@@ -165,7 +165,7 @@ class _Fit:
 
     def __init__(self, half: Half, train: Sequence[Example], held: Sequence[Example]):
         self.half, self.train, self.held = half, train, held
-        self.stored = {name: _parameter(half, name) for name in half.weights}
+        self.stored = {name: weights[0].stored.detach() for name, weights in half.weights.items()}
         self.kept = {name: _survivors(half, name, value) for name, value in self.stored.items()}
         self.best: dict[str, Tensor] = {}  # in the model's dtype, if better than what is stored
 
@@ -229,13 +229,6 @@ class _Fit:
 def _energy(twins: Twins, dense: Dense, index: int, number: int, real: Tensor | None) -> float:
     with twins.lent(DENSE, number):
         return dense.energy(index, number, real)
-
-
-def _parameter(half: Half, name: str) -> Tensor:
-    weight = half.weights[name][0]
-    parameter = weight.module._parameters[weight.attribute]
-    assert parameter is not None
-    return parameter.detach()
 
 
 def _survivors(half: Half, name: str, value: Tensor) -> Tensor:

@@ -364,6 +364,5 @@ def _instances(config: SparsityConfig) -> dict[str, Any]:
 def _check_resident_weights(layout: Layout) -> None:
     """Before anything is changed: no NaN or infinity in the weights that are at hand."""
     for name, weight in layout.weights.items():
-        parameter = weight.module._parameters[weight.attribute]
-        if parameter is not None and parameter.device.type != "meta" and not torch.isfinite(weight.read()).all():
+        if weight.stored.device.type != "meta" and not torch.isfinite(weight.read()).all():
             raise ValueError(f"{name} has NaN or infinite weights; the checkpoint is damaged")
