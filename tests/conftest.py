@@ -72,6 +72,28 @@ def tiny_batch(name: str, sequences: int = 2, tokens: int = 24) -> dict[str, tor
     return {"input_ids": ids}
 
 
+def gemma3n():
+    """A tiny Gemma-3n, whose last blocks read the keys and values of earlier ones from a mapping that all are given."""
+    config = hf.Gemma3nTextConfig(
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=32,
+        intermediate_size=48,
+        hidden_size_per_layer_input=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=4,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    torch.manual_seed(0)
+    return hf.Gemma3nForCausalLM(config)
+
+
 def _text(**changes):
     base = {
         "vocab_size": 128,

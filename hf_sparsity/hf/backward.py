@@ -57,12 +57,11 @@ class Gradients:
         for weight in block.weights.values():
             sharing.setdefault(weight.parameter, []).append(weight)
         for name, weights in sharing.items():
-            parameter = weights[0].module._parameters[weights[0].attribute]
-            assert parameter is not None
             if name in self._hooks:
                 self._hooks[name].remove()
             taker = self.taker(block, weights)
-            self._hooks[name] = parameter.requires_grad_(True).register_post_accumulate_grad_hook(taker)
+            parameter = weights[0].stored.requires_grad_(True)
+            self._hooks[name] = parameter.register_post_accumulate_grad_hook(taker)
 
     def release(self) -> None:
         """Stops watching."""
@@ -133,8 +132,7 @@ def _lent_forward(block: Block, gradients: Gradients) -> Callable[..., Any]:
                 output = original(*args, **kwargs)
             if tree_flatten((args, kwargs))[1] != structure or _keys(inputs) != before:
                 raise BlocksNotAlone(
-                    f"{block.name} changes its arguments for other blocks to see, so it cannot be computed again by itself; "
-                    "load the model without offload for Fisher information"
+                    f"{block.name} changes its arguments for other blocks to see, so it cannot be computed again by itself"
                 )
             outputs, shape = tree_flatten(output)
             return tuple(outputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .backward import Gradients, differentiable
+from .backward import BlocksNotAlone, Gradients, differentiable
 from .drive import Batch
 from .layers import Block, Layout, Weight
 from .processes import Processes
@@ -29,31 +29,40 @@ def fisher_information(
     With `processes`, each takes its share of the sequences; all must call this with the same batches.
 
     Raises:
-        ValueError: batches without `input_ids`, a model without a language-model loss.
+        ValueError: batches without `input_ids`, a model without a language-model loss; `BlocksNotAlone` for an
+            offloaded model whose blocks cannot be computed one by one.
     """
     processes = processes or Processes()
     if not all("input_ids" in batch for batch in batches):
         raise ValueError("Fisher information needs text: batches with input_ids")
     sequences = [(batch, row) for batch in batches for row in range(batch["input_ids"].shape[0])]
     energy = _Energy(layout)
-    with differentiable(model, layout, energy):
-        mine = processes.share(sequences)
-        hidden = processes.hide_bars
-        for batch, row in tqdm(mine, desc="Fisher information", unit="sequence", disable=hidden, leave=False):
-            one = {name: tensor[row : row + 1] for name, tensor in batch.items() if name != "decoder_input_ids"}
-            labels = one["input_ids"]
-            if "attention_mask" in one:
-                labels = labels.masked_fill(one["attention_mask"] == 0, -100)
-            loss = getattr(model(**one, labels=labels, use_cache=False), "loss", None)
-            if loss is None:
-                raise ValueError(
-                    f"{type(model).__name__} returns no loss for labels; Fisher information needs a language model"
-                )
-            loss.backward()
-            energy.flush()
+    try:
+        with differentiable(model, layout, energy):
+            mine = processes.share(sequences)
+            hidden = processes.hide_bars
+            for batch, row in tqdm(mine, desc="Fisher information", unit="sequence", disable=hidden, leave=False):
+                _loss(model, batch, row).backward()
+                energy.flush()
+    except BlocksNotAlone as error:
+        raise BlocksNotAlone(f"{error}; load the model without offload for Fisher information") from None
     sums = torch.stack([energy.sums[name] for name in layout.weights])
     means = processes.sum(sums) / len(sequences)
     return dict(zip(layout.weights, means.tolist(), strict=True))
+
+
+def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
+    """Of one sequence; padding does not count."""
+    one = {name: tensor[row : row + 1] for name, tensor in batch.items() if name != "decoder_input_ids"}
+    labels = one["input_ids"]
+    if "attention_mask" in one:
+        labels = labels.masked_fill(one["attention_mask"] == 0, -100)
+    loss = getattr(model(**one, labels=labels, use_cache=False), "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no loss for labels; Fisher information needs a language model"
+        )
+    return loss
 
 
 class _Energy(Gradients):

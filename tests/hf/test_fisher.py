@@ -7,7 +7,6 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as hf
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from hf_sparsity import SparsityConfig, make_plan, prune
@@ -20,7 +19,7 @@ from hf_sparsity.hf.layers import find_layout
 from hf_sparsity.hf.probe import MaskedLoss
 from hf_sparsity.hf.stream import stream_blocks
 from hf_sparsity.pruners import Magnitude, Wanda
-from tests.conftest import tiny, tiny_batch
+from tests.conftest import gemma3n, tiny, tiny_batch
 
 IDS = tiny_batch("llama", sequences=3, tokens=20)["input_ids"]
 
@@ -195,24 +194,7 @@ def test_an_error_leaves_an_offloaded_model_as_it_was(tmp_path):
 
 
 def test_blocks_that_tell_each_other_more_than_they_return_are_refused_offloaded(tmp_path):
-    """Gemma-3n's last blocks read the keys and values of earlier ones from a mapping: no gradient would pass."""
-    config = hf.Gemma3nTextConfig(
-        vocab_size=128,
-        vocab_size_per_layer_input=128,
-        hidden_size=64,
-        hidden_size_per_layer_input=16,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_kv_shared_layers=2,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=4,
-        laurel_rank=8,
-        activation_sparsity_pattern=None,
-    )
-    model = hf.Gemma3nForCausalLM(config)
+    model = gemma3n()
     found = fisher_information(model, find_layout(model), prepare_batches(model, IDS))
     assert found["model.layers.0.self_attn.k_proj"] > 0
     offloaded(model, "cpu", tmp_path)
