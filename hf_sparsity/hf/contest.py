@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ..core.ranks import Grid, Point, Ranks
 from .drive import Batch
-from .journal import Journal, digest
+from .journal import Item, Journal, digest, remembered
 from .judge import Reference, Rows, Scores
 from .layers import Block
 from .processes import Processes
-from .slopes import PASSES, Slopes, Sums, window
+from .slopes import PASSES, Sums, slope_sums, window
 
 
 @dataclass
@@ -80,58 +81,37 @@ class Contest:
         return [Scores.of([row for i in pieces for row in self._known[i, p]]) for p in points]
 
     def _judge(self, points: Sequence[Point], piece: int) -> None:
-        journal, processes = self.allowance.journal, self.allowance.processes
-        names = {point: digest([piece, list(point)]) for point in points}
-        found: dict[str, Rows | None] = {n: journal.recall("score", n) if journal else None for n in names.values()}
-        todo = [point for point in points if found[names[point]] is None]
-        if processes.count == 1:
-            for point in todo:
-                found[names[point]] = self.rows(point, self._pieces[piece])
-                if journal:
-                    journal.remember("score", names[point], found[names[point]])
-        elif todo:
-            mine = {names[point]: self.rows(point, self._pieces[piece]) for point in processes.share(todo)}
-            for part in processes.gather(mine):
-                found |= part
-                for name, rows in part.items() if journal else ():
-                    journal.remember("score", name, rows)  # type: ignore[union-attr]
-        for point in points:
-            rows = found[names[point]]
-            assert rows is not None
-            self._known[piece, point] = rows
+        reference = self._pieces[piece]
+        names = {digest([piece, list(point)]): point for point in points}
+        for name, rows in self._remembered("score", names, lambda point: self.rows(point, reference)).items():
+            self._known[piece, names[name]] = rows
             self.allowance.spent["evals"] += 1
-            self.allowance.spent["tokens"] += sum(batch_tokens(batch) for batch in self._pieces[piece].batches)
+            self.allowance.spent["tokens"] += sum(map(batch_tokens, reference.batches))
+
+    def _remembered(self, what: str, items: Mapping[str, Item], compute: Callable[[Item], Any]) -> dict[str, Any]:
+        return remembered(self.allowance.journal, self.allowance.processes, what, items, compute)
 
     def slopes(self, point: Point, pieces: Sequence[int], metric: str) -> dict[str, float]:
         """What one weight less in each layer would add to the metric at a point, on the pieces of these numbers.
 
-        Batches are shared out among processes, and their parts added in one order. `BlocksNotAlone`: see `Slopes`.
+        Batches are shared out among processes, and their parts added in one order. `BlocksNotAlone`: see `slope_sums`.
         """
-        journal, processes = self.allowance.journal, self.allowance.processes
         parts = [(piece, i) for piece in pieces for i in range(len(self._pieces[piece].batches))]
-        names = {part: digest(["slopes", metric, *part, list(point)]) for part in parts}
-        known: dict[str, Sums | None] = {n: journal.recall("slopes", n) if journal else None for n in names.values()}
-        todo = [part for part in parts if known[names[part]] is None]
-        mine = {names[part]: self._slopes(point, *part, metric) for part in processes.share(todo)}
-        for part in processes.gather(mine):
-            known |= part
-            for name, sums in part.items() if journal else ():
-                journal.remember("slopes", name, sums)  # type: ignore[union-attr]
-        found = [known[names[part]] for part in parts]
+        steps = dict(zip(self.grid.names, point, strict=True))
+
+        def compute(part: tuple[int, int]) -> Sums:
+            return slope_sums(self._pieces[part[0]], part[1], self._ranks, steps, metric)
+
+        names = {digest(["slopes", metric, *part, list(point)]): part for part in parts}
+        found: list[Sums] = list(self._remembered("slopes", names, compute).values())
         self.allowance.spent["tokens"] += PASSES * sum(batch_tokens(self._pieces[p].batches[i]) for p, i in parts)
-        predictions = sum(one[-1] for one in found if one)
+        predictions = sum(one[-1] for one in found)
         slopes = {}
         for i, (name, step) in enumerate(zip(self.grid.names, point, strict=True)):
             first, last = window(self._ranks[name], step)
             weights = self.grid.zeros[name][last] - self.grid.zeros[name][first]
-            slopes[name] = math.fsum(one[i] for one in found if one) / max(predictions * weights, 1)
+            slopes[name] = math.fsum(one[i] for one in found) / max(predictions * weights, 1)
         return slopes
-
-    def _slopes(self, point: Point, piece: int, number: int, metric: str) -> Sums:
-        reference = self._pieces[piece]
-        steps = dict(zip(self.grid.names, point, strict=True))
-        slopes = Slopes(reference.model, reference.layout, self._ranks, metric)
-        return slopes.sums(steps, reference.batches[number], reference.dense_logits(number))
 
     def rows(self, point: Point, reference: Reference) -> Rows:
         """What the reference says of the model masked to a point."""

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from .processes import Processes
 from .writing import disk_errors, uninterrupted, write_tensors
 
 MARKER = "UNFINISHED"
+Item = TypeVar("Item")
 
 
 class Journal:
@@ -182,6 +183,35 @@ class Journal:
 
     def _batch(self, visit: int, number: int) -> Path:
         return self._hidden(visit) / f"{self._offset + number}.safetensors"
+
+
+def remembered(
+    journal: Journal | None,
+    processes: Processes,
+    what: str,
+    items: Mapping[str, Item],
+    compute: Callable[[Item], Any],
+) -> dict[str, Any]:
+    """What `compute` gives for each item, by name: what the journal knows, and the rest shared out among the processes.
+
+    Values are plain JSON types. Alone, each is kept as soon as it is there.
+    """
+    known = {name: journal.recall(what, name) if journal else None for name in items}
+    todo = [name for name, value in known.items() if value is None]
+
+    def keep(found: Mapping[str, Any]) -> None:
+        for name, value in found.items():
+            known[name] = value
+            if journal:
+                journal.remember(what, name, value)
+
+    if processes.count == 1:
+        for name in todo:
+            keep({name: compute(items[name])})
+    elif todo:
+        for part in processes.gather({name: compute(items[name]) for name in processes.share(todo)}):
+            keep(part)
+    return known
 
 
 def check_finished(folder: str | os.PathLike[str]) -> None:

@@ -13,7 +13,7 @@ from ..algorithm import Pattern, Pruner
 from ..core.stats import STATS
 from .drive import Batch
 from .evaluate import next_token_loss
-from .journal import Journal, digest
+from .journal import Journal, digest, remembered
 from .layers import Layout
 from .processes import Processes
 from .run import Run
@@ -87,17 +87,6 @@ class Candidates:
     def __call__(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:
         """In the order of the candidates."""
         names = [digest(candidate) for candidate in candidates]
-        known = {name: self._journal.recall("loss", name) for name in names} if self._journal else {}
-        todo = {name: one for name, one in zip(names, candidates, strict=True) if known.get(name) is None}
-        if self._processes.count == 1:
-            for name, candidate in todo.items():
-                known[name] = self._loss(candidate)
-                if self._journal:
-                    self._journal.remember("loss", name, known[name])
-        else:
-            mine = {name: self._loss(todo[name]) for name in self._processes.share(list(todo))}
-            for part in self._processes.gather(mine):
-                known |= part
-                for name, loss in part.items() if self._journal else ():
-                    self._journal.remember("loss", name, loss)  # type: ignore[union-attr]
-        return [known[name] for name in names]
+        items = dict(zip(names, candidates, strict=True))
+        losses = remembered(self._journal, self._processes, "loss", items, self._loss)
+        return [losses[name] for name in names]

@@ -10,47 +10,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from ..core.ranks import Ranks
 from .backward import Gradients, differentiable
 from .drive import Batch, drive, prepared
-from .judge import by_token, masked
-from .layers import Block, Layout, Weight
+from .judge import Reference, by_token, masked
+from .layers import Block, Weight
 from .offload import onload
 
 PASSES = 4  # what it takes, in forward passes: forward, forward again, and backward, which is two
 
-Sums = list[float]  # of `-g w` for each layer; and last the number of predictions
+Sums = list[float]  # of `-g w` for each layer in the order of the steps; and last the number of predictions
 
 
-class Slopes:
-    """`sums(steps, batch, dense)`: a batch's part, of a model masked to these steps of its layers' ranks.
+def slope_sums(
+    reference: Reference, number: int, ranks: Mapping[str, Ranks], steps: Mapping[str, int], metric: str
+) -> Sums:
+    """A batch's part, of the model masked to these steps of its layers' ranks, summed over the batch's predictions.
 
-    Raises `BlocksNotAlone` for models whose blocks cannot be computed one by one.
+    Args:
+        reference: the model, and what it says dense.
+        number: of the batch.
+        metric: "kl" or "loss".
+
+    Raises:
+        BlocksNotAlone: the model's blocks cannot be computed one by one.
     """
+    model, gradients = reference.model, _Masked(ranks, steps)
+    dense, count = reference.dense_logits(number), 0.0
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, ranks: Mapping[str, Ranks], metric: str):
-        """`metric`: "kl" or "loss"."""
-        self._model, self._layout, self._ranks, self._metric = model, layout, ranks, metric
+    def backward(batch: Batch, output: Any) -> None:
+        nonlocal count
+        kl, loss, real = by_token(batch, dense, output.logits)
+        count = float(real.sum())
+        ((kl if metric == "kl" else loss) * real).sum().backward()
 
-    def sums(self, steps: Mapping[str, int], batch: Batch, dense: Tensor) -> Sums:
-        """In the order of `steps`, summed over the batch's predictions; `dense`: the dense model's logits."""
-        gradients = _Masked(self._ranks, steps)
-        count = 0.0
-
-        def backward(batch: Batch, output: object) -> None:
-            nonlocal count
-            kl, loss, real = by_token(batch, dense, output.logits)  # type: ignore[attr-defined]
-            count = float(real.sum())
-            ((kl if self._metric == "kl" else loss) * real).sum().backward()
-
-        with prepared(self._model), differentiable(self._model, self._layout, gradients):
-            drive(self._model, backward)(**batch)
-        return [*(float(gradients.sums.get(name, 0.0)) for name in steps), count]
+    with prepared(model), differentiable(model, reference.layout, gradients):
+        drive(model, backward)(**reference.batches[number])
+    return [*(float(gradients.sums.get(name, 0.0)) for name in steps), count]
 
 
 def window(ranks: Ranks, step: int) -> tuple[int, int]:
@@ -77,7 +78,7 @@ class _Masked(Gradients):
         """Its own weights if they are elsewhere, masked."""
         masks = {name: self._ranks[name].mask(step) for name in block.weights if (step := self._steps[name])}
         with onload(block.module):
-            self._dense = {w.parameter: _parameter(w).detach() for w in block.weights.values()}
+            self._dense = {w.parameter: w.stored.detach() for w in block.weights.values()}
             with masked(block, masks):
                 yield
             self._dense = {}
@@ -98,9 +99,3 @@ class _Masked(Gradients):
             self.sums[weight.name] = self.sums.get(weight.name, 0.0) - float(
                 product.mul_(near).sum(dtype=torch.float64)
             )
-
-
-def _parameter(weight: Weight) -> nn.Parameter:
-    parameter = weight.module._parameters[weight.attribute]
-    assert parameter is not None
-    return parameter

@@ -24,11 +24,11 @@ from hf_sparsity.hf.entrants import together
 from hf_sparsity.hf.judge import Reference, Scores, by_token
 from hf_sparsity.hf.layers import find_layout
 from hf_sparsity.hf.processes import Processes
-from hf_sparsity.hf.slopes import Slopes, window
+from hf_sparsity.hf.slopes import slope_sums, window
 from hf_sparsity.hf.source import open_streamed
 from hf_sparsity.hf.survey import survey
 from hf_sparsity.pruners import Wanda
-from tests.conftest import tiny, tiny_batch
+from tests.conftest import gemma3n, tiny, tiny_batch
 from tests.hf.test_fisher import offloaded, surroundings
 from tests.hf.test_processes import several
 from tests.hf.test_search import Quadratic, config, grid, texts
@@ -45,8 +45,8 @@ def prepared(name, model=None, sequences=4):
 
 
 def slopes(name, model=None, metric="kl"):
-    model, layout, ranks, steps, reference = prepared(name, model)
-    return Slopes(model, layout, ranks, metric).sums(steps, reference.batches[0], reference.dense_logits(0))
+    *_, ranks, steps, reference = prepared(name, model)
+    return slope_sums(reference, 0, ranks, steps, metric)
 
 
 @pytest.mark.parametrize("metric", ["kl", "loss"])
@@ -54,7 +54,7 @@ def slopes(name, model=None, metric="kl"):
 def test_they_are_the_gradient_of_the_masked_model(name, metric):
     model, layout, ranks, steps, reference = prepared(name)
     batch, dense = reference.batches[0], reference.dense_logits(0)
-    *found, count = Slopes(model, layout, ranks, metric).sums(steps, batch, dense)
+    *found, count = slope_sums(reference, 0, ranks, steps, metric)
     sparse = copy.deepcopy(model)
     weights = find_layout(sparse).weights
     for n, weight in weights.items():
@@ -65,7 +65,7 @@ def test_they_are_the_gradient_of_the_masked_model(name, metric):
     (kl if metric == "kl" else loss).sum().backward()
     assert count == real.sum() == real.numel()
     for (n, weight), value in zip(weights.items(), found, strict=True):
-        gradient = weight.part(weight.module._parameters[weight.attribute].grad)
+        gradient = weight.part(weight.stored.grad)
         first, last = window(ranks[n], steps[n])
         near = (ranks[n].survives >= first) & (ranks[n].survives < last)
         expected = -float((gradient * layout.weights[n].read())[near].double().sum())
@@ -89,9 +89,7 @@ def test_padding_has_no_slope():
     mask[0, 7:] = 0
 
     def sums(batch):
-        with torch.no_grad():
-            dense = model(**batch, use_cache=False).logits
-        return Slopes(model, layout, ranks, "kl").sums(steps, batch, dense)
+        return slope_sums(Reference(model, layout, [batch]), 0, ranks, steps, "kl")
 
     together = sums({"input_ids": ids, "attention_mask": mask})
     alone = zip(sums({"input_ids": ids[:1, :7]}), sums({"input_ids": ids[1:]}), strict=True)
@@ -335,22 +333,22 @@ def _race(descent: int) -> dict:
 def test_a_descent_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     config = SparsityConfig(0.6, allocator=_race(6))
     whole = make_plan(tiny("llama"), config, texts(24)).to_dict()
-    sums, calls = Slopes.sums, []
+    calls = []
 
-    def dying(self, *given):
+    def dying(*given):
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("killed")
-        return sums(self, *given)
+        return slope_sums(*given)
 
-    monkeypatch.setattr(Slopes, "sums", dying)
+    monkeypatch.setattr("hf_sparsity.hf.contest.slope_sums", dying)
     with pytest.raises(RuntimeError, match="killed"):
         make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out")
     resumed = make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out").to_dict()
     assert json.dumps(resumed) == json.dumps(whole)
     asked = len(calls)
     calls.clear()
-    monkeypatch.setattr(Slopes, "sums", lambda self, *given: calls.append(1) or sums(self, *given))
+    monkeypatch.setattr("hf_sparsity.hf.contest.slope_sums", lambda *given: calls.append(1) or slope_sums(*given))
     make_plan(tiny("llama"), config, texts(24))
     assert asked == len(calls) + 1, "what was known before the interruption is not computed again"
 
@@ -368,26 +366,8 @@ def test_other_patterns_pruners_and_architectures(pattern, pruner, architecture)
 
 
 def test_a_model_without_slopes_races_on(caplog, monkeypatch):
-    """Gemma-3n's last blocks read the keys and values of earlier ones from a mapping."""
-    made = hf.Gemma3nTextConfig(
-        vocab_size=128,
-        vocab_size_per_layer_input=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        activation_sparsity_pattern=[0.0] * 4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
-    torch.manual_seed(0)
-    model = hf.Gemma3nForCausalLM(made)
     with caplog.at_level(logging.WARNING):
-        plan = make_plan(model, SparsityConfig(0.6, allocator=_race(5)), texts(12))
+        plan = make_plan(gemma3n(), SparsityConfig(0.6, allocator=_race(5)), texts(12))
     assert plan.chosen["descent"] == {
         "from": plan.chosen["descent"]["from"],
         "steps": 0,
@@ -395,6 +375,7 @@ def test_a_model_without_slopes_races_on(caplog, monkeypatch):
         "stopped": "the model has no slopes",
     }
     assert "no descent: " in caplog.text and "changes its arguments" in caplog.text
+    assert "Fisher" not in caplog.text
     assert issubclass(BlocksNotAlone, ValueError)
 
 
