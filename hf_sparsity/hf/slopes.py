@@ -24,6 +24,8 @@ from .offload import onload
 
 PASSES = 4  # what it takes, in forward passes: forward, forward again, and backward, which is two
 
+INPUTS, SHARE = 2**25, 16  # the inputs of blocks may take so many bytes, or one for so many weights if that is more
+
 Sums = list[float]  # of `-g w` for each layer in the order of the steps; and last the number of predictions
 
 
@@ -41,16 +43,17 @@ def slope_sums(
         BlocksNotAlone: the model's blocks cannot be computed one by one.
     """
     model, gradients = reference.model, _Masked(ranks, steps)
-    dense, count = reference.dense_logits(number), 0.0
+    parts, count = _parts(reference, number), 0.0
 
-    def backward(batch: Batch, output: Any) -> None:
+    def backward(dense: Tensor, batch: Batch, output: Any) -> None:
         nonlocal count
         kl, loss, real = by_token(batch, dense, output.logits)
-        count = float(real.sum())
+        count += float(real.sum())
         ((kl if metric == "kl" else loss) * real).sum().backward()
 
     with prepared(model), differentiable(model, reference.layout, gradients):
-        drive(model, backward)(**reference.batches[number])
+        for batch, dense in parts:
+            drive(model, partial(backward, dense))(**batch)
     return [*(float(gradients.sums.get(name, 0.0)) for name in steps), count]
 
 
@@ -58,6 +61,20 @@ def window(ranks: Ranks, step: int) -> tuple[int, int]:
     """The steps between which a layer's slope is taken: a sixteenth of all on either side."""
     width = max(1, len(ranks.zeros) // 16)
     return max(0, step - width), min(len(ranks.zeros) - 1, step + width)
+
+
+def _parts(reference: Reference, number: int) -> list[tuple[Batch, Tensor]]:
+    """A batch and the dense model's logits, some sequences at a time: a backward pass keeps what goes into every block."""
+    model, layout = reference.model, reference.layout
+    batch, dense = reference.batches[number], reference.dense_logits(number)
+    width = getattr(model.config.get_text_config(), "hidden_size", None) or 1
+    each = len(layout.blocks) * dense.shape[1] * width * model.dtype.itemsize
+    limit = max(INPUTS, sum(weight.size for weight in layout.weights.values()) // SHARE)
+    count = max(limit // each, 1)
+    if count >= len(dense):
+        return [(batch, dense)]
+    pieces = [slice(start, start + count) for start in range(0, len(dense), count)]
+    return [({name: value[piece] for name, value in batch.items()}, dense[piece]) for piece in pieces]
 
 
 class _Masked(Gradients):

@@ -96,6 +96,24 @@ def test_padding_has_no_slope():
     assert together[-1] == 6 + 11 and together == pytest.approx([sum(pair) for pair in alone], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "whisper", "t5"])
+def test_a_batch_in_parts_has_the_same_slopes(name, monkeypatch):
+    """One sequence keeps 3 blocks x 24 tokens x 64 float32, 18 KiB; 48 KiB hold two of four."""
+    whole, counts = slopes(name), []
+    monkeypatch.setattr("hf_sparsity.hf.slopes.SHARE", 10**9)
+    for limit in (48 * 2**10, 1):
+        monkeypatch.setattr("hf_sparsity.hf.slopes.INPUTS", limit)
+        model = tiny(name)
+        counts.append([])
+        model.register_forward_hook(
+            lambda _, args, output: counts[-1].append(len(output.logits)) if output.logits.requires_grad else None
+        )
+        assert slopes(name, model) == pytest.approx(whole, rel=1e-3, abs=1e-6)
+        assert len(set(counts[-1])) == 1 and sum(counts[-1]) == 4
+    if name == "llama":
+        assert counts == [[2, 2], [1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize(
     ("steps", "step", "expected"), [(256, 100, (84, 116)), (256, 3, (0, 19)), (8, 4, (3, 5)), (8, 7, (6, 7))]
 )
