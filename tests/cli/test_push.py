@@ -63,8 +63,9 @@ def test_push_makes_the_card_that_is_missing_and_says_where_the_model_is(hub, co
     assert hub.repositories["me/sparse-llama"].private
     card = hub.files("me/sparse-llama")["README.md"].decode()
     assert 'from_pretrained("me/sparse-llama")' in card and "sparsity_plan.png" in hub.files("me/sparse-llama")
+    (folder / "README.md").write_text(card + "\nOne more line.\n")  # else there is nothing to propose
     code, out, _ = command("push", folder, "me/sparse-llama", "--create-pr", "--json")
-    assert code == 0 and json.loads(out)["url"].startswith(f"{hub.url}/me/sparse-llama/")
+    assert code == 0 and json.loads(out)["url"] == f"{hub.url}/me/sparse-llama/discussions/1"
 
 
 def test_exit_codes(hub, command, folder, tmp_path):
