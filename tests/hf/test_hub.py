@@ -65,6 +65,13 @@ def push(folder, repo="me/model", token=TOKEN, **options):
     return push_sparse(folder, repo, token=token, **options)
 
 
+def cached(branch):
+    """Whether the ordinary cache has anything of this branch."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (Path(HF_HUB_CACHE) / "models--me--model" / "refs" / branch).exists()
+
+
 def auto(source, **options):
     from transformers import AutoModelForCausalLM
 
@@ -302,6 +309,7 @@ def test_loading_says_where_the_model_is_to_everybody_who_asks(layout, folders, 
     assert there(sparse, "me/model", **place, offload="stream") == local
     assert hub.tokens == {TOKEN}
     assert (tmp_path / "cache/models--me--model").is_dir()
+    assert not there(cached, "v2"), "in the cache that was not asked for"
     asked = [line.split("/resolve/")[1].split("/", 1) for line in hub.log if "/resolve/" in line]
     assert {revision for revision, _ in asked} <= {"v2", hub.repositories["me/model"].branches["v2"]}
     asked = [file for _, file in asked if file != "adapter_config.json"]  # transformers asks for it without subfolder
