@@ -134,11 +134,21 @@ def test_a_missing_harness_says_what_to_install(monkeypatch):
         find_tasks(["arc_easy"])
 
 
+def test_a_task_has_its_own_number_of_examples(tmp_path, tokenizer):
+    (tmp_path / "shown.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    text = TASK.format(name="shown", data=tmp_path / "shown.jsonl") + "num_fewshot: 2\nfewshot_split: test\n"
+    (tmp_path / "shown.yaml").write_text(text)
+    tasks, model = find_tasks(["shown"], tmp_path), small()
+    found = [score_tasks(model, tokenizer, tasks, shots=shots, limit=2)[0].shots for shots in (None, 1, 0)]
+    assert found == [2, 1, 0]
+
+
 @pytest.mark.parametrize("where", ["task.yaml", "_shared", "deep/er/task.yml"])
-def test_task_files_import_python_only_when_trusted(tmp_path, where):
+@pytest.mark.parametrize("code", ["process_docs: !function utils.run", "class: utils.Task"])
+def test_task_files_import_python_only_when_trusted(tmp_path, where, code):
     path = tmp_path / where
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("task: mine\ndataset_path: json\nprocess_docs: !function utils.run\n")
+    path.write_text(f"task: mine\ndataset_path: json\n{code}\n")
     marker = tmp_path / "ran"
     for place in {path.parent, tmp_path}:
         (place / "utils.py").write_text(f"open({str(marker)!r}, 'w')\ndef run(docs): return docs\n")
@@ -197,3 +207,24 @@ def test_one_document_has_no_interval():
         "samples": {"a": [{"doc_id": 0, "doc_hash": "x", "filter": "none", "metrics": ["acc"], "acc": 1.0}]},
     }
     assert tasks_module._differences(one, one, "a", 100, 0) == {"acc": Interval(0.0)}
+
+
+def test_a_metric_that_is_no_mean_has_no_interval():
+    """Perplexity is the exponential of one: the harness keeps each document's loss under its name."""
+    samples = [
+        {
+            "doc_id": i,
+            "doc_hash": "x",
+            "filter": "none",
+            "metrics": ["acc", "perplexity"],
+            "acc": i % 2,
+            "perplexity": -i,
+        }
+        for i in range(4)
+    ]
+    results = {
+        "results": {"a": {"acc,none": 0.5, "perplexity,none": float(np.exp(1.5))}},
+        "group_subtasks": {},
+        "samples": {"a": samples},
+    }
+    assert tasks_module._differences(results, results, "a", 100, 0).keys() == {"acc"}
