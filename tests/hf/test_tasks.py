@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from hf_sparsity import demo
 from hf_sparsity.hf import tasks as tasks_module
 from hf_sparsity.hf.evaluation import evaluate
+from hf_sparsity.hf.held import fingerprint
 from hf_sparsity.hf.metrics import Interval, Metrics, Score
 from hf_sparsity.hf.tasks import find_tasks, score_tasks
 from tests.hf.test_metrics import small, sparse
@@ -100,6 +101,7 @@ def test_a_local_task_is_scored_and_compared_over_its_documents(folder, tokenize
     assert record.metrics["acc"].value == pytest.approx(ours.mean())
     assert record.metrics["acc"].stderr == pytest.approx(ours.std(ddof=1) / 30**0.5)
     assert record.against.metrics["acc"].value == pytest.approx(theirs.mean())
+    assert (record.weights, record.against.weights) == (fingerprint(model), fingerprint(dense))
     # Matthews' correlation is no mean over documents, so its difference has no interval of this kind.
     assert record.metrics.keys() == {"acc", "mcc"} and record.against.difference.keys() == {"acc"}
     difference = record.against.difference["acc"]
@@ -112,7 +114,7 @@ def test_a_local_task_is_scored_and_compared_over_its_documents(folder, tokenize
 def test_limits_groups_and_their_records(folder, tokenizer):
     model = sparse()
     (record,) = evaluate(
-        model, tasks=["both"], include_path=folder, tokenizer=tokenizer, against=small(), limit=20
+        model, tasks=["both"], include_path=folder, tokenizer=tokenizer, against=small(), limit=20.0
     ).tasks
     ours = np.concatenate([right(model, tokenizer, ROWS[:20]), right(model, tokenizer, ROWS[:10])])
     assert (record.name, record.samples, record.limit) == ("both", 30, 20) and isinstance(record.limit, int)
@@ -141,6 +143,14 @@ def test_a_task_has_its_own_number_of_examples(tmp_path, tokenizer):
     tasks, model = find_tasks(["shown"], tmp_path), small()
     found = [score_tasks(model, tokenizer, tasks, shots=shots, limit=2)[0].shots for shots in (None, 1, 0)]
     assert found == [2, 1, 0]
+
+
+def test_the_seed_is_that_of_all_the_harness_draws(folder, tokenizer, monkeypatch):
+    given = {}
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **options: given.update(options) or {}["no results"])
+    with pytest.raises(ValueError, match="no results"):
+        score_tasks(small(), tokenizer, find_tasks(["next_line"], folder), seed=7)
+    assert {given[f"{who}_seed"] for who in ("random", "numpy_random", "torch_random", "fewshot_random")} == {7}
 
 
 @pytest.mark.parametrize("where", ["task.yaml", "_shared", "deep/er/task.yml"])
