@@ -22,16 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core import packing
 from .pack import METHOD, check_description, check_files, check_index
-from .stored import prefetch
+from .stored import prefetch, read_headers
 
 logger = logging.getLogger(__name__)
+_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def register() -> None:
@@ -87,6 +94,7 @@ class BitmaskQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("this config describes a packed folder; to prune a model use hf_sparsity.prune")
         self.packed: dict[str, bool] = {}  # {name in the files: whether it is packed}
+        self.environment: dict[str, str | None] = {}  # what to restore in it
         self.originals: dict[int, WeightConverter | None] = {}  # id of each converter of ours -> the one it replaced
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -104,11 +112,17 @@ class BitmaskQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         files = [Path(os.path.normpath(file)) for file in checkpoint_files or ()]
-        prefetch((file, 0, file.stat().st_size) for file in files if file.exists())  # while we unpack, the disk reads
         self.packed = check_files(files, vars(self.quantization_config))
+        stored = read_headers(map(str, files))
+        prefetch(stored[name] for name in sorted(stored, key=dot_natural_key))  # as transformers takes them
+        # Its threads would take all tensors at once. torch looks at the first byte of each with Python's lock held, so all
+        # would wait for the disk there; and on a GPU the packed model would be in memory beside the dense one.
+        self.environment = {_ONE_BY_ONE: os.environ.get(_ONE_BY_ONE)}
+        os.environ[_ONE_BY_ONE] = "1"
         adjust = model._adjust_missing_and_unexpected_keys
 
         def adjust_and_check(loading_info: Any) -> None:
+            self._restore_environment()
             adjust(loading_info)
             _check_loaded(model, loading_info, self.packed)
 
@@ -151,10 +165,20 @@ class BitmaskQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Where transformers tells the dtype a parameter shall have; packed bytes must not be cast, their matrix will."""
+        self._restore_environment()
         operations = getattr(converter, "operations", ())
         if operations and isinstance(operations[0], Unpack):
             operations[0].dtype = dtype
         return super().get_new_dtype(converter, param, dtype)
+
+    def _restore_environment(self) -> None:
+        """As soon as transformers has read it: at the first tensor, or at the end of a load that had none."""
+        while self.environment:
+            name, value = self.environment.popitem()
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         """Leaves nothing of the loading behind, so that the model saves as any other."""
