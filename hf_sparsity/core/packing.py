@@ -56,6 +56,7 @@ from .bits import (
     fill,
     mark,
     padded,
+    populate,
     run_tasks,
 )
 
@@ -199,7 +200,12 @@ def unpack(packed: Tensor) -> Tensor:
     ends = [0, *accumulate(int(totals.sum()) for _, (_, totals) in found)]
     if ends[-1] != header.values:
         raise ValueError(f"packed weight: its mask has {ends[-1]} bits for {header.values} values")
-    run_tasks(lambda a, b: expand(*found[a // TASK], _share(values, ends, a), flat[a:b]), flat)
+
+    def write(start: int, stop: int) -> None:
+        populate(flat[start:stop])
+        expand(*found[start // TASK], _share(values, ends, start), flat[start:stop])
+
+    run_tasks(write, flat)
     rows = (*header.shape[:-2], header.shape[-1], header.shape[-2]) if header.swapped else header.shape
     weight = flat.view(header.dtype).view(rows)
     return weight.transpose(-1, -2).contiguous() if header.swapped else weight

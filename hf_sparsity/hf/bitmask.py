@@ -34,7 +34,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core import packing
-from .pack import METHOD, check_description, check_files, check_index
+from .pack import METHOD, check_description, check_headers, check_index, check_tensors
 from .stored import prefetch, read_headers
 
 logger = logging.getLogger(__name__)
@@ -112,9 +112,10 @@ class BitmaskQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         files = [Path(os.path.normpath(file)) for file in checkpoint_files or ()]
-        self.packed = check_files(files, vars(self.quantization_config))
+        check_headers(files, vars(self.quantization_config))
         stored = read_headers(map(str, files))
         prefetch(stored[name] for name in sorted(stored, key=dot_natural_key))  # as transformers takes them
+        self.packed = check_tensors(files)
         # Its threads would take all tensors at once. torch looks at the first byte of each with Python's lock held, so all
         # would wait for the disk there; and on a GPU the packed model would be in memory beside the dense one.
         self.environment = {_ONE_BY_ONE: os.environ.get(_ONE_BY_ONE)}

@@ -193,22 +193,35 @@ def check_index(folder: Path, described: Mapping[str, Any]) -> None:
 
 
 def check_files(files: list[Path], described: Mapping[str, Any]) -> dict[str, bool]:
-    """Checks files against the config: headers, and the tensors that are not packed.
+    """Checks files against the config: `check_headers`, then `check_tensors`, whose answer is returned."""
+    check_headers(files, described)
+    return check_tensors(files)
 
-    Packed ones are checked when they are unpacked. Returns {tensor: whether it is packed}.
+
+def check_headers(files: list[Path], described: Mapping[str, Any]) -> None:
+    """Whether these are the files that the config was written for.
 
     Raises:
-        ValueError: another set of files, or a damaged one.
+        ValueError: another set of files, or a damaged header.
         FileNotFoundError: a file is missing.
     """
     if sorted(file.name for file in files) != sorted(described["files"]) or len({f.parent for f in files}) > 1:
         raise ValueError(
             f"packed folder: the index names {sorted(str(f) for f in files)[:3]}, config.json {sorted(described['files'])[:3]}"
         )
-    packed: dict[str, bool] = {}
     for file in files:
         if _header_digest(file) != described["files"][file.name]:
             raise ValueError(f"{file}: the header is not the one that config.json was written for; it is damaged")
+
+
+def check_tensors(files: list[Path]) -> dict[str, bool]:
+    """Checks the tensors that are not packed; packed ones are when they are unpacked. {tensor: whether it is packed}.
+
+    Raises:
+        ValueError: one of them, or a name, is damaged.
+    """
+    packed: dict[str, bool] = {}
+    for file in files:
         with _opened(file) as tensors:
             checks = _checks(tensors)
             for name in tensors.keys():  # noqa: SIM118  (not a dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -299,6 +300,26 @@ def test_refusals_when_loading(llama):
         hf.AutoModelForCausalLM.from_pretrained(llama / "packed", num_hidden_layers=4)
     with pytest.raises(ValueError, match="are not in its files"):
         hf.AutoModel.from_pretrained(llama / "packed", num_hidden_layers=4)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_tensors_are_taken_one_by_one(llama, tmp_path, monkeypatch, before):
+    """Not by transformers' threads, which hold Python's lock while they wait for the disk; its switch is put back."""
+    from transformers import core_model_loading
+
+    switch = "HF_DEACTIVATE_ASYNC_LOAD"
+    monkeypatch.setenv(switch, before) if before else monkeypatch.delenv(switch, raising=False)
+    pools, pool = [], core_model_loading.ThreadPoolExecutor
+    monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", lambda *a, **k: pools.append(1) or pool(*a, **k))
+    hf.AutoModelForCausalLM.from_pretrained(llama / "packed")
+    assert not pools and os.environ.get(switch) == before
+    hf.AutoModelForCausalLM.from_pretrained(llama / "dense")
+    assert pools
+    shutil.copytree(llama / "one", tmp_path / "one")
+    flip(tmp_path / "one/sparse.safetensors", (tmp_path / "one/sparse.safetensors").stat().st_size - 100, 3)
+    with pytest.raises(ValueError):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert os.environ.get(switch) == before
 
 
 def test_a_matrix_left_packed_is_an_error(llama, monkeypatch):
