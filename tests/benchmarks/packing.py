@@ -2,6 +2,7 @@
 
     python tests/benchmarks/packing.py              # a 0.25-billion-weight Llama in bf16; about three minutes
     python tests/benchmarks/packing.py --hidden 512 --threads 1
+    python tests/benchmarks/packing.py --sparsity 0.7
 
 Speeds are GB of *dense* weights a second, the best of `--repeat` times; ratios are medians over pairs measured one
 right after the other. "Loaded" means every byte was read: transformers maps a dense file and reads nothing until
@@ -9,6 +10,12 @@ somebody looks. Cold: the files were dropped from the page cache before (Linux),
 were just read, and a dense model is the page cache itself, without a copy. "Owned": with a copy, as after `.to(...)` or
 a step of training; a packed model is owned from the start. Memory that the process never used before costs more than
 what is done in it, so no unpacker can be faster than the column `fresh`, a plain copy into such memory.
+
+What a slower disk makes of it, as root on Linux (cgroup v1; 254:0 is the disk in `lsblk`):
+
+    mkdir /sys/fs/cgroup/blkio/slow
+    echo "254:0 500000000" > /sys/fs/cgroup/blkio/slow/blkio.throttle.read_bps_device
+    echo $$ > /sys/fs/cgroup/blkio/slow/tasks
 """
 
 from __future__ import annotations
@@ -100,7 +107,7 @@ def matrices(repeat):
             )
 
 
-def made(hidden):
+def made(hidden, sparsity):
     """A pruned random Llama in bf16."""
     config = LlamaConfig(
         vocab_size=2048,
@@ -112,7 +119,7 @@ def made(hidden):
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    prune(model, make_plan(model, {"sparsity": 0.5, "pruner": "magnitude"}))
+    prune(model, make_plan(model, {"sparsity": sparsity, "pruner": "magnitude"}))
     return model
 
 
@@ -190,12 +197,12 @@ def reading(root, repeat, cold):
     return times
 
 
-def folders(hidden, repeat, root):
+def folders(hidden, sparsity, repeat, root):
     """A whole model: files written and read, loaded by transformers."""
-    rows = writing(made(hidden), root, repeat)
+    rows = writing(made(hidden, sparsity), root, repeat)
     size = folder_bytes(root / "dense")
     print(
-        f"\na Llama of {size / 2e9:.2f} billion weights, bf16, 50 % sparse; packed {folder_bytes(root / 'packed') / size:.2%}"
+        f"\na Llama of {size / 2e9:.2f} billion weights, bf16, {sparsity:.0%} sparse; packed {folder_bytes(root / 'packed') / size:.2%}"
     )
     found, wanted = load(root / "packed").state_dict(), load(root / "dense").state_dict()
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
@@ -220,6 +227,7 @@ def folders(hidden, repeat, root):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048, help="width of the model")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of the model")
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many times counts")
     parser.add_argument("--threads", type=int, help="torch's threads; default: its own choice")
     parser.add_argument("--folder", type=Path, help="where to write, on the disk to be measured; default: temporary")
@@ -233,7 +241,7 @@ def main() -> None:
     matrices(options.repeat)
     root = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        folders(options.hidden, options.repeat, root)
+        folders(options.hidden, options.sparsity, options.repeat, root)
     finally:
         shutil.rmtree(root)
 
