@@ -221,6 +221,15 @@ DESCRIBED = {
 }
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["sparse.safetensors\n", "sparse.safetensors/../x", "../sparse.safetensors", "model.safetensors", "sparse.bin", 3],
+)
+def test_weight_files_have_plain_names(name):
+    with pytest.raises(ValueError, match="is not the name of a weight file"):
+        packs._check_name(name, "sparse")
+
+
 @pytest.mark.parametrize("kind", DESCRIBED)
 def test_hostile_descriptions(kind, copied):
     folder = copied("packed")

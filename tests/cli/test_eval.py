@@ -24,6 +24,8 @@ def work(tmp_path_factory):
     small().save_pretrained(path / "dense")
     tokenizer.save_pretrained(path / "dense")
     (path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+    (path / "code").mkdir()
+    (path / "code" / "mine.yaml").write_text("task: mine\ndataset_path: json\nclass: utils.Task\n")
     (path / "tasks").mkdir()
     (path / "tasks" / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     (path / "tasks" / "a.yaml").write_text(TASK.format(name="next_line", data=path / "tasks" / "a.jsonl"))
@@ -82,6 +84,7 @@ def test_the_embedded_model_brings_its_text(capsys):
         (["--text", __file__, "--length", "16", "--windows", "0"], "windows is 0; at least 1"),
         (["--text", "text.jsonl", "--column", "words"], "words"),
         (["--tasks", "x", "--include-path", "none"], "'none' is not a folder"),
+        (["--tasks", "mine", "--include-path", "code"], "allow that with --trust-remote-code"),
         (["--text", __file__, "--batch-size", "0"], "batch_size is 0; at least 1"),
     ],
 )
