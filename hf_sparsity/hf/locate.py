@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
 from ..core import packing
-from .pack import METHOD, check_description, check_files
+from .pack import METHOD, check_description, check_headers, check_tensors
 from .stored import Stored, find_files, read_headers
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -39,7 +39,8 @@ def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[s
         )
     checked = check_description(described)
     files = [Path(str(cached_file(source, name, **location))) for name in checked["files"]]
-    packed = check_files(files, checked)
+    check_headers(files, checked)
+    packed = check_tensors(files)
     for name in ("quantization_config", "transformers_weights"):
         if hasattr(config, name):
             delattr(config, name)

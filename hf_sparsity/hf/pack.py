@@ -145,7 +145,8 @@ def unpack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pa
     described = check_description(config.get("quantization_config"))
     check_index(folder, described)
     sources = [folder / name for name in described["files"]]
-    check_files(sources, described)
+    check_headers(sources, described)
+    check_tensors(sources)
     with new_folder(output) as temporary:
         _copy_others(folder, temporary)
         for key in ("quantization_config", "transformers_weights"):
@@ -192,19 +193,8 @@ def check_index(folder: Path, described: Mapping[str, Any]) -> None:
         raise ValueError(f"{index}: the index names {sorted(named)[:3]}, config.json {sorted(described['files'])[:3]}")
 
 
-def check_files(files: list[Path], described: Mapping[str, Any]) -> dict[str, bool]:
-    """Checks files against the config: `check_headers`, then `check_tensors`, whose answer is returned."""
-    check_headers(files, described)
-    return check_tensors(files)
-
-
 def check_headers(files: list[Path], described: Mapping[str, Any]) -> None:
-    """Whether these are the files that the config was written for.
-
-    Raises:
-        ValueError: another set of files, or a damaged header.
-        FileNotFoundError: a file is missing.
-    """
+    """`ValueError` unless these are the files that the config was written for; `FileNotFoundError` where one is missing."""
     if sorted(file.name for file in files) != sorted(described["files"]) or len({f.parent for f in files}) > 1:
         raise ValueError(
             f"packed folder: the index names {sorted(str(f) for f in files)[:3]}, config.json {sorted(described['files'])[:3]}"
