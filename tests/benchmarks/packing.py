@@ -8,8 +8,8 @@ Speeds are GB of *dense* weights a second, the best of `--repeat` times; ratios 
 right after the other. "Loaded" means every byte was read: transformers maps a dense file and reads nothing until
 somebody looks. Cold: the files were dropped from the page cache before (Linux), so the disk is part of it; warm: they
 were just read, and a dense model is the page cache itself, without a copy. "Owned": with a copy, as after `.to(...)` or
-a step of training; a packed model is owned from the start. Memory that the process never used before costs more than
-what is done in it, so no unpacker can be faster than the column `fresh`, a plain copy into such memory.
+a step of training; a packed model is owned from the start. Memory that the process never used before costs as much as
+what is done in it: the column `fresh` is a plain copy into such memory, page by page as it is written.
 
 What a slower disk makes of it, as root on Linux (cgroup v1; 254:0 is the disk in `lsblk`):
 
@@ -39,7 +39,6 @@ from hf_sparsity.hf.bitmask import register
 from hf_sparsity.hf.checkpoint import folder_bytes
 from hf_sparsity.hf.pack import pack, save_sparse, unpack
 
-FLOORS = ("packed files read, no more", "as much fresh memory filled")  # both are part of every packed load
 MATRIX = 4096  # rows and columns of the matrix that core/packing.py is timed on
 
 
@@ -171,16 +170,10 @@ def read(folder):
                 pass
 
 
-def fill_fresh(folder):
-    """Writes as many bytes as the files hold to memory that the process gets for it, in all of torch's threads."""
-    return [torch.ones(file.stat().st_size, dtype=torch.uint8) for file in folder.glob("*.safetensors")]
-
-
 def reading(root, repeat, cold):
     """{what: [(seconds, CPU seconds)]} of reading both folders in turn."""
     jobs = {
-        FLOORS[0]: (read, "packed"),
-        FLOORS[1]: (fill_fresh, "dense"),
+        "packed files read, no more": (read, "packed"),
         "safetensors alone: load_file": (load_plain, "dense"),
         "from_pretrained, dense": (load, "dense"),
         "from_pretrained, dense, owned": (load_owned, "dense"),
@@ -215,11 +208,10 @@ def folders(hidden, sparsity, repeat, root):
         for name, runs in times.items():
             wall, cpu = (min(column) for column in zip(*runs, strict=True))
             print(show.format(f"{name}, {cache}", size / wall / 1e9, size / cpu / 1e9))
-        packed = times.pop("from_pretrained, packed")
-        floor = [max(pair) for pair in zip(*([run[0] for run in times.pop(name)] for name in FLOORS), strict=True)]
-        bound = median(run[0] / least for run, least in zip(times["from_pretrained, dense"], floor, strict=True))
-        print(f"  packed against from_pretrained, dense, {cache}: at most {bound:.2f} times as fast on this machine")
+        packed = times["from_pretrained, packed"]
         for name, runs in times.items():
+            if runs is packed or "no more" in name:
+                continue
             ratio = median(run[0] / ours[0] for run, ours in zip(runs, packed, strict=True))
             print(f"  packed against {name}, {cache}: {ratio:.2f} times as fast")
 
