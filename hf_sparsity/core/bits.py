@@ -7,29 +7,19 @@ four to eight times as long on masks of random weights.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
-import os
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
-from threading import Barrier, local
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .workers import buffer
+
 CHUNK = 2**18  # weights at a time where bits are made: temporaries of 3 MB, so that they stay in the cache
-TASK = 2**21  # weights that a thread works on at a time: with fewer, threads wait for each other between torch's calls
 GROUPS = (2, 4, 8)  # the M of N:M that have codes
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later; others refuse it and nothing is lost
-_T = TypeVar("_T")
 _LANE = 0x0101010101010101  # 1 in each byte of a word
 _WIDER = {8: (torch.uint8, torch.int16), 16: (torch.uint16, torch.int32), 32: (torch.uint32, torch.int64)}
-_buffers = local()
 
 
 def mark(flat: Tensor, bits: Tensor) -> int:
@@ -196,64 +186,6 @@ def compress(flat: Tensor, bits: Tensor, values: Tensor) -> None:
         flat.numpy().compress(mask.numpy(), out=values.numpy())
     else:
         values.copy_(flat[mask])
-
-
-def run_tasks(job: Callable[[int, int], _T], flat: Tensor) -> list[_T]:
-    """`job(start, stop)` for each task of `flat`, in order, in as many threads as torch has."""
-    spans = [(start, min(start + TASK, flat.numel())) for start in range(0, flat.numel(), TASK)]
-    workers = torch.get_num_threads()
-    if flat.device.type != "cpu" or len(spans) <= 1 or workers == 1:
-        return [job(*span) for span in spans]
-    inference = torch.is_inference_mode_enabled()  # a thread has its own
-    each = -(-len(spans) // workers)  # neighbours to one thread, which then seldom meet in one page
-
-    def run(start: int) -> list[_T]:
-        with torch.inference_mode(inference):
-            return [job(*span) for span in spans[start : start + each]]
-
-    return [result for part in _pool(workers).map(run, range(0, len(spans), each)) for result in part]
-
-
-@cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    """Threads in which torch does not start others: torch gathers and scatters in one thread, so ours do the rest."""
-    ready = Barrier(workers)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="hf_sparsity")
-    for job in [pool.submit(start) for _ in range(workers)]:
-        job.result()
-    torch.set_num_threads(workers)  # it is also the default of threads to come
-    return pool
-
-
-def buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`size` elements that this thread keeps under `name`: fresh pages cost as much as the work done in them."""
-    kept: dict[str, Tensor] = vars(_buffers)
-    key = f"{name} {dtype} {device}"
-    if key not in kept or kept[key].numel() < size:
-        with torch.inference_mode(False):  # else it could not be used outside that mode
-            kept[key] = torch.empty(size, dtype=dtype, device=device)
-    return kept[key][:size]
-
-
-def populate(new: Tensor) -> None:
-    """Asks for the pages of new memory all at once: one by one, as it is written, they cost half as much again."""
-    start = padded(new.data_ptr(), mmap.PAGESIZE)
-    size = (new.data_ptr() + new.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform == "linux" and new.device.type == "cpu" and size > 0:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _POPULATE_WRITE)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool, but not its threads
 
 
 def padded(count: int, to: int = 8) -> int:

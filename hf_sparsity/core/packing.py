@@ -46,7 +46,6 @@ from torch import Tensor
 
 from .bits import (
     GROUPS,
-    TASK,
     code_width,
     compress,
     count_bits,
@@ -56,9 +55,8 @@ from .bits import (
     fill,
     mark,
     padded,
-    populate,
-    run_tasks,
 )
+from .workers import TASK, populate, run_tasks
 
 MAGIC, VERSION, HEADER = b"HFSP", 1, 64
 DTYPES = (

@@ -10,7 +10,7 @@ import struct
 import pytest
 import torch
 
-from hf_sparsity.core import bits, packing
+from hf_sparsity.core import bits, packing, workers
 from hf_sparsity.core.packing import DTYPES, HEADER, checksum, pack, packed_bytes, read_header, unpack
 
 
@@ -133,10 +133,10 @@ def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
     weight = sparse((90, 1000), 0.6)
     expected = pack(weight)
     monkeypatch.setattr(bits, "CHUNK", 1024)
-    for module in (bits, packing):
+    for module in (workers, packing):
         monkeypatch.setattr(module, "TASK", 4096)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    bits._pool.cache_clear()
+    workers._pool.cache_clear()
     with torch.inference_mode():
         assert torch.equal(pack(weight), expected)
         assert same(unpack(expected), weight)
@@ -144,7 +144,7 @@ def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
     assert same(unpack(pack(coded, group=(2, 4))), coded)
     for shape in ((1, 1), (3, 5), (64, 64), (65, 127)):  # less than a task, or than the checksum's unit
         assert same(unpack(pack(few := sparse(shape, 0.5))), few) and packing.checksum(few)
-    bits._pool.cache_clear()
+    workers._pool.cache_clear()
 
 
 def test_views_and_unaligned_strings():
