@@ -71,6 +71,7 @@ OTHERS = {
     "pictures": {"matplotlib"},
     "hf": {"tqdm", "numpy", "psutil", "lm_eval", *HUGGING_FACE},
     "cli": {"tqdm", "numpy", *HUGGING_FACE},
+    "core/compiled.py": {"llvmlite"},
 }
 
 
@@ -135,6 +136,7 @@ def test_algorithms_do_not_know_each_other(path):
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_only_hf_and_cli_know_hugging_face(path):
     allowed = ({"torch"} if part(path) in TORCH else set()) | OTHERS.get(part(path), set()) | {"hf_sparsity"}
+    allowed |= OTHERS.get(path.relative_to(ROOT).as_posix(), set())
     strangers = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - allowed
     assert strangers == set(), f"{path} imports {strangers}"
 

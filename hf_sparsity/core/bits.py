@@ -1,8 +1,9 @@
 """Masks of weights as bits: set, counted, coded in groups, and what they keep taken out and put back.
 
-Bits are uint8 tensors, lowest bit first, padded with zeros to whole words of 8 bytes. All of it is arithmetic on
-whole tensors without a branch on a weight: torch's `masked_select`, `masked_scatter` and `nonzero`, which branch, take
-four to eight times as long on masks of random weights.
+Bits are uint8 tensors, lowest bit first, padded with zeros to whole words of 8 bytes. The three steps that touch every
+weight have loops in `compiled.py`, and here a form for other devices and CPUs. That is arithmetic on whole tensors
+without a branch on a weight: torch's `masked_select`, `masked_scatter` and `nonzero`, which branch, take four to eight
+times as long on masks of random weights.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from .compiled import Kernels, kernels
 from .workers import buffer
 
 CHUNK = 2**18  # weights at a time where bits are made: temporaries of 3 MB, so that they stay in the cache
@@ -24,6 +26,9 @@ _WIDER = {8: (torch.uint8, torch.int16), 16: (torch.uint16, torch.int32), 32: (t
 
 def mark(flat: Tensor, bits: Tensor) -> int:
     """Sets in `bits`, which are zero and whole words, those of the elements that are not zero; returns how many."""
+    if (loops := _loops(flat)) is not None:
+        loops.mark(bits, flat)
+        return int(count_bits(bits)[1].sum())
     mask = flat.new_zeros(min(CHUNK, padded(flat.numel(), 64)), dtype=torch.bool)
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
@@ -143,6 +148,9 @@ def expand(bits: Tensor, counted: tuple[Tensor, Tensor], values: Tensor, out: Te
     holds what it keeps, and what it does not keep is multiplied by 0. Where a pair is, is known from a table for the
     byte, from eight additions at once for the word, and from a running sum only for words.
     """
+    if (loops := _loops(out)) is not None:
+        loops.expand(bits, out, values)
+        return
     firsts, lanes = _tables(bits.device)
     before, totals = counted
 
@@ -180,12 +188,19 @@ def _pairs(values: Tensor) -> Tensor:
 
 def compress(flat: Tensor, bits: Tensor, values: Tensor) -> None:
     """`values` = the elements of `flat` whose bit is set; as many as there are."""
+    if (loops := _loops(flat)) is not None:
+        loops.compress(bits, flat, values)
+        return
     lanes = _tables(bits.device)[1].index_select(0, bits.to(torch.int32))
     mask = lanes.view(torch.bool)[: flat.numel()]
     if flat.device.type == "cpu":  # NumPy finds what is set without a branch
         flat.numpy().compress(mask.numpy(), out=values.numpy())
     else:
         values.copy_(flat[mask])
+
+
+def _loops(flat: Tensor) -> Kernels | None:
+    return kernels(flat.element_size()) if flat.device.type == "cpu" else None
 
 
 def padded(count: int, to: int = 8) -> int:

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from hf_sparsity.core import bits, packing, workers
+from hf_sparsity.core.compiled import kernels
 from hf_sparsity.core.packing import DTYPES, HEADER, checksum, pack, packed_bytes, read_header, unpack
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def loops(request, monkeypatch):
+    """Everything here holds for both forms of the loops over weights."""
+    if request.param == "torch":
+        monkeypatch.setattr(bits, "kernels", lambda size: None)
+    elif kernels(2) is None:
+        pytest.skip("this CPU has no BMI2, or llvmlite is not installed")
 
 
 def seal(raw: bytes) -> bytes:

@@ -1,0 +1,99 @@
+"""The compiled loops against plain torch, at every length and size, and what they must not touch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_sparsity.core import compiled, packing
+from hf_sparsity.core.compiled import kernels
+
+needed = pytest.mark.skipif(kernels(2) is None, reason="this CPU has no BMI2, or llvmlite is not installed")
+SIZES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def elements(count, sparsity, size):
+    """Random bytes, so that elements have any bits: only the lowest, only the highest, all."""
+    generator = torch.Generator().manual_seed(count)
+    flat = torch.randint(0, 256, (count * size,), dtype=torch.uint8, generator=generator).view(SIZES[size])
+    flat[: count // 3] &= 1  # the lowest bit alone, or nothing
+    flat[count // 3 : count // 2] <<= 8 * size - 1  # the highest
+    flat[torch.rand(count, generator=generator) < sparsity] = 0
+    return flat
+
+
+def packed_bits(flat):
+    kept = torch.cat([flat != 0, torch.zeros(-len(flat) % 8, dtype=torch.bool)]).view(-1, 8)
+    return (kept * 2 ** torch.arange(8)).sum(1).to(torch.uint8)
+
+
+@needed
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 63, 64, 65, 1000, 4099])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95, 1.0])
+def test_equal_to_torch(size, count, sparsity):
+    loops, flat = kernels(size), elements(count, sparsity, size)
+    marked = torch.full((-(-count // 8) + 2,), 0xA5, dtype=torch.uint8)
+    loops.mark(marked, flat)
+    assert torch.equal(marked[:-2], packed_bits(flat)) and marked[-2:].tolist() == [0xA5] * 2
+    around = torch.full((int((flat != 0).sum()) + 16,), 77, dtype=flat.dtype)
+    narrow = around[8:-8]
+    loops.compress(marked, flat, narrow)
+    assert torch.equal(narrow, flat[flat != 0]) and (around[:8] == 77).all() and (around[-8:] == 77).all()
+    wide = torch.full((count + 16,), 77, dtype=flat.dtype)
+    loops.expand(marked, wide[8:-8], narrow)
+    assert torch.equal(wide[8:-8], flat) and (wide[:8] == 77).all() and (wide[-8:] == 77).all()
+
+
+@needed
+def test_expand_reads_nothing_after_the_values():
+    """The values end where a page ends, and the next page may not be read: a process that does is killed."""
+    code = """
+import ctypes, mmap, torch
+from hf_sparsity.core.compiled import kernels
+pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+whole = torch.frombuffer(pages, dtype=torch.int16)
+libc = ctypes.CDLL(None)
+assert libc.mprotect(ctypes.c_void_p(whole.data_ptr() + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+page = torch.frombuffer(memoryview(pages)[: mmap.PAGESIZE], dtype=torch.int16)
+page.copy_(torch.arange(len(page)) + 1)
+for short in range(5):  # values that end a little before, too
+    kept = torch.zeros(2 * len(page), dtype=torch.uint8)
+    kept[: 2 * (len(page) - short) : 2] = 1
+    bits = (kept.view(-1, 8) * 2 ** torch.arange(8)).sum(1).to(torch.uint8)
+    wide = torch.empty(2 * len(page), dtype=torch.int16)
+    kernels(2).expand(bits, wide, page[: len(page) - short])
+    assert torch.equal(wide[wide != 0], page[: len(page) - short])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needed
+@pytest.mark.parametrize("lacking", ["llvmlite", "bmi2", "executable memory"])
+def test_without_it_torch_does_the_same(monkeypatch, lacking):
+    from llvmlite import binding
+
+    weight = elements(10_000, 0.5, 2).view(100, 100)
+    expected = packing.pack(weight)
+
+    def refuse(*_):
+        raise OSError("memory must not be made executable")
+
+    if lacking == "llvmlite":
+        monkeypatch.setitem(sys.modules, "llvmlite", None)
+    elif lacking == "bmi2":
+        monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"sse2": True})
+    else:
+        monkeypatch.setattr(binding, "create_mcjit_compiler", refuse)
+    for remembered in (compiled.kernels, compiled._compiled):
+        remembered.cache_clear()
+    try:
+        assert kernels(2) is None
+        assert torch.equal(packing.pack(weight), expected) and torch.equal(packing.unpack(expected), weight)
+    finally:
+        for remembered in (compiled.kernels, compiled._compiled):
+            remembered.cache_clear()
