@@ -1,9 +1,9 @@
 """The loops over the bits of a mask, compiled when they are first needed, for CPUs that have instructions for them.
 
 torch has no fast form of what these do: spreading packed values over the weights that keep them, and gathering them.
-x86-64 with BMI2 (2013 and later) does it for 8 bytes at once: `pdep` and `pext`. The few lines below are LLVM's own
-language, compiled by llvmlite in some 30 ms; on other CPUs, or without llvmlite, `kernels` returns None and
-`bits.py` does the same with torch.
+x86-64 with BMI2 does it for 8 bytes at once: `pdep` and `pext` (Intel from 2013 on, AMD from Zen 3 on; before, AMD's
+were microcode, and slow). The few lines below are LLVM's own language, compiled by llvmlite in some 30 ms; on other
+CPUs, or without llvmlite, `kernels` returns None and `bits.py` does the same with torch.
 
 "Wide" is what has an element for every weight, "narrow" what has one for every bit that is set.
 """
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .workers import buffer
+
+_SLOW = {"bdver4", "znver1", "znver2"}  # LLVM's names of the AMD cores before Zen 3 that have the instructions
 
 # Each reads or writes a byte of `bits` a turn, 8 elements of `wide`, and as many of `narrow` as bits are set.
 _LOOP = """
@@ -139,11 +141,11 @@ def _function(address: int) -> Callable[[int, int, int, int], int]:
 
 @cache
 def _compiled() -> Any:
-    """llvmlite's engine, which must live as long as what it compiled; None without it or without BMI2."""
+    """llvmlite's engine, which must live as long as what it compiled; None without it or without a fast BMI2."""
     try:
         from llvmlite import binding as llvm
 
-        if not llvm.get_host_cpu_features().get("bmi2"):
+        if not llvm.get_host_cpu_features().get("bmi2") or llvm.get_host_cpu_name() in _SLOW:
             return None
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()

@@ -3,6 +3,7 @@
     python tests/benchmarks/packing.py              # a 0.25-billion-weight Llama in bf16; about three minutes
     python tests/benchmarks/packing.py --hidden 512 --threads 1
     python tests/benchmarks/packing.py --sparsity 0.7
+    python tests/benchmarks/packing.py --torch      # without the compiled loops, as on CPUs that are not x86-64
 
 Speeds are GB of *dense* weights a second, the best of `--repeat` times; ratios are medians over pairs measured one
 right after the other. "Loaded" means every byte was read: transformers maps a dense file and reads nothing until
@@ -34,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_sparsity import make_plan, prune
-from hf_sparsity.core import packing
+from hf_sparsity.core import bits, packing
 from hf_sparsity.hf.bitmask import register
 from hf_sparsity.hf.checkpoint import folder_bytes
 from hf_sparsity.hf.pack import pack, save_sparse, unpack
@@ -223,7 +224,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many times counts")
     parser.add_argument("--threads", type=int, help="torch's threads; default: its own choice")
     parser.add_argument("--folder", type=Path, help="where to write, on the disk to be measured; default: temporary")
+    parser.add_argument("--torch", action="store_true", help="without the loops of core/compiled.py")
     options = parser.parse_args()
+    if options.torch:
+        bits.kernels = lambda size: None
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.set_verbosity_error()

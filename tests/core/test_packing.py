@@ -21,7 +21,7 @@ def loops(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(bits, "kernels", lambda size: None)
     elif kernels(2) is None:
-        pytest.skip("this CPU has no BMI2, or llvmlite is not installed")
+        pytest.skip("no llvmlite, or no CPU that it is for")
 
 
 def seal(raw: bytes) -> bytes:
