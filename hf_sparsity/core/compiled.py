@@ -100,7 +100,7 @@ def kernels(size: int) -> Kernels | None:
     found = _compiled()
     if found is None:
         return None
-    run = {name: _function(found.get_function_address(f"{name}{size}")) for name in ("mark", "expand", "compress")}
+    run = {name: _function(found, f"{name}{size}") for name in ("mark", "expand", "compress")}
 
     def walk(name: str, bits: Tensor, wide: Tensor, narrow: int, write: bool) -> None:
         """Over all of `wide`; what is no whole byte of bits goes by way of memory that has 8 elements."""
@@ -134,14 +134,17 @@ def kernels(size: int) -> Kernels | None:
     return Kernels(mark, expand, compress)
 
 
-def _function(address: int) -> Callable[[int, int, int, int], int]:
+def _function(engine: Any, name: str) -> Any:
     pointer = ctypes.c_void_p
-    return ctypes.CFUNCTYPE(pointer, pointer, ctypes.c_int64, pointer, pointer)(address)
+    kind = ctypes.CFUNCTYPE(pointer, pointer, ctypes.c_int64, pointer, pointer)
+    function = kind(engine.get_function_address(name))
+    function.engine = engine  # type: ignore[attr-defined]  # which frees the code when nobody has it
+    return function
 
 
 @cache
 def _compiled() -> Any:
-    """llvmlite's engine, which must live as long as what it compiled; None without it or without a fast BMI2."""
+    """llvmlite's engine; None without it or without a fast BMI2. Threads that come at once get one each, and use it."""
     try:
         from llvmlite import binding as llvm
 

@@ -73,6 +73,36 @@ for short in range(5):  # values that end a little before, too
 
 
 @needed
+def test_first_used_in_several_threads_at_once():
+    """Each may compile; what one of them uses must outlive what is remembered. Code that is gone kills the process."""
+    code = """
+import gc, threading, torch
+from hf_sparsity.core import compiled
+bits = torch.full((64,), 255, dtype=torch.uint8)
+whole = torch.arange(512, dtype=torch.int16)
+right = []
+def use():
+    ready.wait()
+    loops = compiled.kernels(2)
+    gc.collect()
+    ready.wait()
+    wide = torch.empty_like(whole)
+    loops.expand(bits, wide, whole)
+    right.append(torch.equal(wide, whole))
+for _ in range(5):
+    compiled.kernels.cache_clear()
+    compiled._compiled.cache_clear()
+    ready = threading.Barrier(4)
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+assert right == [True] * 20
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needed
 @pytest.mark.parametrize("lacking", ["llvmlite", "bmi2", "fast bmi2", "executable memory"])
 def test_without_it_torch_does_the_same(monkeypatch, lacking):
     from llvmlite import binding
