@@ -28,7 +28,7 @@ def mark(flat: Tensor, bits: Tensor) -> int:
     """Sets in `bits`, which are zero and whole words, those of the elements that are not zero; returns how many."""
     if (loops := _loops(flat)) is not None:
         loops.mark(bits, flat)
-        return int(count_bits(bits)[1].sum())
+        return loops.count(bits)
     mask = flat.new_zeros(min(CHUNK, padded(flat.numel(), 64)), dtype=torch.bool)
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
@@ -37,10 +37,17 @@ def mark(flat: Tensor, bits: Tensor) -> int:
         # Eight bytes of 0 or 1 times this constant have bit k of the answer in bit 56 + k.
         words = mask.view(torch.int64)[: -(-part.numel() // 8)] * 0x0102040810204080
         bits[start // 8 : start // 8 + words.numel()] = words.view(torch.uint8)[7::8]
-    return int(count_bits(bits)[1].sum())
+    return count(bits)
 
 
-def count_bits(bits: Tensor) -> tuple[Tensor, Tensor]:
+def count(bits: Tensor) -> int:
+    """How many bits are set."""
+    if bits.numel() and (loops := _loops(bits)) is not None:
+        return loops.count(bits)
+    return int(_count_bits(bits)[1].sum())
+
+
+def _count_bits(bits: Tensor) -> tuple[Tensor, Tensor]:
     """`[bytes]` uint8: bits set before each byte in its word of 8; `[words]` int64: bits set in each word."""
     x = bits.view(torch.int64)
     x = x - ((x >> 1) & 0x5555555555555555)
@@ -88,7 +95,7 @@ def fill(bits: Tensor, weights: int, width: int, group: tuple[int, int]) -> Tens
     table = torch.tensor([filled(byte) for byte in range(256)], dtype=torch.uint8, device=bits.device)
     out = table.index_select(0, bits.to(torch.int32))
     _clear(out, weights)
-    return out if int(count_bits(out)[1].sum()) == weights // size * kept else None
+    return out if count(out) == weights // size * kept else None
 
 
 def encode(bits: Tensor, kept: int, group: int) -> Tensor:
@@ -141,8 +148,8 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return firsts.view(torch.int32).view(-1), lanes.view(torch.int64).view(-1)
 
 
-def expand(bits: Tensor, counted: tuple[Tensor, Tensor], values: Tensor, out: Tensor) -> None:
-    """`out` = the next of `values` where a bit is set, 0 elsewhere; integers. `counted`: what `count_bits` returned.
+def expand(bits: Tensor, values: Tensor, out: Tensor) -> None:
+    """`out` = the next of `values` where a bit is set, 0 elsewhere; integers.
 
     Two weights a step: all pairs of neighbours in `values` are laid out, each pair of weights fetches the one that
     holds what it keeps, and what it does not keep is multiplied by 0. Where a pair is, is known from a table for the
@@ -152,7 +159,7 @@ def expand(bits: Tensor, counted: tuple[Tensor, Tensor], values: Tensor, out: Te
         loops.expand(bits, out, values)
         return
     firsts, lanes = _tables(bits.device)
-    before, totals = counted
+    before, totals = _count_bits(bits)
 
     def kept(name: str, size: int, dtype: torch.dtype) -> Tensor:
         # Memory that is given back and taken again costs page faults, for which threads wait for each other.

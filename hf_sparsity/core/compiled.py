@@ -21,6 +21,8 @@ from .workers import buffer
 
 _SLOW = {"bdver4", "znver1", "znver2"}  # LLVM's names of the AMD cores before Zen 3 that have the instructions
 
+_POINTER = ctypes.c_void_p
+
 # Each reads or writes a byte of `bits` a turn, 8 elements of `wide`, and as many of `narrow` as bits are set.
 _LOOP = """
 define ptr @{name}(ptr %bits, i64 %bytes, ptr %wide, ptr %narrow) {{
@@ -80,15 +82,35 @@ _STORE_BYTE = """
   store i8 %all, ptr %byte
 """
 
+_COUNT = """
+define i64 @count(ptr %bits, i64 %words) {
+start:
+  br label %loop
+loop:
+  %turn = phi i64 [ 0, %start ], [ %next, %loop ]
+  %sum = phi i64 [ 0, %start ], [ %more, %loop ]
+  %at = getelementptr i64, ptr %bits, i64 %turn
+  %word = load i64, ptr %at, align 1
+  %set = call i64 @llvm.ctpop.i64(i64 %word)
+  %more = add i64 %sum, %set
+  %next = add i64 %turn, 1
+  %again = icmp ult i64 %next, %words
+  br i1 %again, label %loop, label %end
+end:
+  ret i64 %more
+}
+"""
+
 
 class Kernels(NamedTuple):
     """For elements of one size; all take integers on the CPU, contiguous, and release Python's lock.
 
-    `mark(bits, wide)`: sets the bits of the elements that are not zero. `expand(bits, wide, narrow)`: `wide` = the next of
+    `count(bits)`: how many are set, of whole words of 8 bytes, at least one. `mark(bits, wide)`: sets the bits of the elements that are not zero. `expand(bits, wide, narrow)`: `wide` = the next of
     `narrow` where a bit is set, 0 elsewhere. `compress(bits, wide, narrow)`: the way back. `bits`: uint8, one for each
     element of `wide` and perhaps more; `narrow` must have as many elements as bits are set: nobody checks that here.
     """
 
+    count: Callable[[Tensor], int]
     mark: Callable[[Tensor, Tensor], None]
     expand: Callable[[Tensor, Tensor, Tensor], None]
     compress: Callable[[Tensor, Tensor, Tensor], None]
@@ -100,7 +122,11 @@ def kernels(size: int) -> Kernels | None:
     found = _compiled()
     if found is None:
         return None
-    run = {name: _function(found, f"{name}{size}") for name in ("mark", "expand", "compress")}
+    run = {name: _function(found, f"{name}{size}", *[_POINTER] * 2) for name in ("mark", "expand", "compress")}
+    counted = _function(found, "count", result=ctypes.c_int64)
+
+    def count(bits: Tensor) -> int:
+        return int(counted(bits.data_ptr(), bits.numel() // 8))
 
     def walk(name: str, bits: Tensor, wide: Tensor, narrow: int, write: bool) -> None:
         """Over all of `wide`; what is no whole byte of bits goes by way of memory that has 8 elements."""
@@ -131,13 +157,12 @@ def kernels(size: int) -> Kernels | None:
         walk("compress", bits, wide, own.data_ptr(), write=False)
         narrow.copy_(own[:-8])
 
-    return Kernels(mark, expand, compress)
+    return Kernels(count, mark, expand, compress)
 
 
-def _function(engine: Any, name: str) -> Any:
-    pointer = ctypes.c_void_p
-    kind = ctypes.CFUNCTYPE(pointer, pointer, ctypes.c_int64, pointer, pointer)
-    function = kind(engine.get_function_address(name))
+def _function(engine: Any, name: str, *more: Any, result: Any = _POINTER) -> Any:
+    """A loop whose arguments begin with the bits and the number of turns."""
+    function = ctypes.CFUNCTYPE(result, _POINTER, ctypes.c_int64, *more)(engine.get_function_address(name))
     function.engine = engine  # type: ignore[attr-defined]  # which frees the code when nobody has it
     return function
 
@@ -165,7 +190,7 @@ def _compiled() -> Any:
 def _source() -> str:
     """All loops, for elements of 1, 2, 4 and 8 bytes."""
     declared = [f"declare i64 @llvm.x86.bmi.{name}.64(i64, i64)\n" for name in ("pdep", "pext")]
-    parts = [*declared, "declare i64 @llvm.ctpop.i64(i64)\n"]
+    parts = [*declared, "declare i64 @llvm.ctpop.i64(i64)\n", _COUNT]
     for size in (1, 2, 4, 8):
         each, bits = 8 // size, 8 * size  # elements in a word, bits in an element
         lowest = sum(1 << bits * k for k in range(each))

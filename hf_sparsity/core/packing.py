@@ -48,7 +48,7 @@ from .bits import (
     GROUPS,
     code_width,
     compress,
-    count_bits,
+    count,
     decode,
     encode,
     expand,
@@ -195,13 +195,13 @@ def unpack(packed: Tensor) -> Tensor:
     flat = packed.new_empty(header.size, dtype=_INTEGERS[header.dtype.itemsize])
     which, values = packed[HEADER : HEADER + header.which_bytes], _values(packed, header)
     found = run_tasks(lambda a, b: _bits(which, a, b, header), flat)
-    ends = [0, *accumulate(int(totals.sum()) for _, (_, totals) in found)]
+    ends = [0, *accumulate(kept for _, kept in found)]
     if ends[-1] != header.values:
         raise ValueError(f"packed weight: its mask has {ends[-1]} bits for {header.values} values")
 
     def write(start: int, stop: int) -> None:
         populate(flat[start:stop])
-        expand(*found[start // TASK], _share(values, ends, start), flat[start:stop])
+        expand(found[start // TASK][0], _share(values, ends, start), flat[start:stop])
 
     run_tasks(write, flat)
     rows = (*header.shape[:-2], header.shape[-1], header.shape[-2]) if header.swapped else header.shape
@@ -220,8 +220,8 @@ def checksum(tensor: Tensor) -> str:
     return _digest(tensor.detach().contiguous().view(-1).view(torch.uint8), skip=None).hex()
 
 
-def _bits(which: Tensor, start: int, stop: int, header: Header) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Bits of the weights from `start`, a multiple of 64, to `stop`: uint8, padded to whole words; and their counts.
+def _bits(which: Tensor, start: int, stop: int, header: Header) -> tuple[Tensor, int]:
+    """Bits of the weights from `start`, a multiple of 64, to `stop`: uint8, padded to whole words; and how many are set.
 
     `ValueError` for a code that the pattern has not, or a bit after the last weight.
     """
@@ -229,13 +229,13 @@ def _bits(which: Tensor, start: int, stop: int, header: Header) -> tuple[Tensor,
         kept, group = header.group
         first, groups = start // group * code_width(kept, group) // 8, (stop - start) // group
         bits = decode(which[first : first + -(-groups * code_width(kept, group) // 8)], groups, kept, group)
-        return bits, count_bits(bits)
+        return bits, count(bits)
     if stop % 8 and int(which[stop // 8]) >> stop % 8:
         raise ValueError("packed weight: its mask goes on after the last weight")
     bits = which[start // 8 : -(-stop // 8)]
     if bits.numel() % 8:
         bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)])
-    return bits, count_bits(bits)
+    return bits, count(bits)
 
 
 def _share(values: Tensor, ends: list[int], start: int) -> Tensor:

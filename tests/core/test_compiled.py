@@ -39,6 +39,8 @@ def test_equal_to_torch(size, count, sparsity):
     marked = torch.full((-(-count // 8) + 2,), 0xA5, dtype=torch.uint8)
     loops.mark(marked, flat)
     assert torch.equal(marked[:-2], packed_bits(flat)) and marked[-2:].tolist() == [0xA5] * 2
+    words = torch.nn.functional.pad(marked[:-2], (0, -len(marked[:-2]) % 8))
+    assert loops.count(words) == int((flat != 0).sum())
     around = torch.full((int((flat != 0).sum()) + 16,), 77, dtype=flat.dtype)
     narrow = around[8:-8]
     loops.compress(marked, flat, narrow)
