@@ -42,7 +42,7 @@ def mark(flat: Tensor, bits: Tensor) -> int:
 
 def count(bits: Tensor) -> int:
     """How many bits are set."""
-    if bits.numel() and (loops := _loops(bits)) is not None:
+    if (loops := _loops(bits)) is not None:
         return loops.count(bits)
     return int(_count_bits(bits)[1].sum())
 
@@ -207,7 +207,8 @@ def compress(flat: Tensor, bits: Tensor, values: Tensor) -> None:
 
 
 def _loops(flat: Tensor) -> Kernels | None:
-    return kernels(flat.element_size()) if flat.device.type == "cpu" else None
+    """None also for what has no memory on the CPU: empty, fake or functional tensors."""
+    return kernels(flat.element_size()) if flat.device.type == "cpu" and flat.data_ptr() else None
 
 
 def padded(count: int, to: int = 8) -> int:

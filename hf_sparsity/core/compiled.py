@@ -11,6 +11,7 @@ CPUs, or without llvmlite, `kernels` returns None and `bits.py` does the same wi
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .workers import buffer
+
+logger = logging.getLogger(__name__)
 
 _SLOW = {"bdver4", "znver1", "znver2"}  # LLVM's names of the AMD cores before Zen 3 that have the instructions
 
@@ -173,16 +176,18 @@ def _compiled() -> Any:
     try:
         from llvmlite import binding as llvm
 
-        if not llvm.get_host_cpu_features().get("bmi2") or llvm.get_host_cpu_name() in _SLOW:
+        features = llvm.get_host_cpu_features()
+        if not (features.get("bmi2") and features.get("popcnt")) or llvm.get_host_cpu_name() in _SLOW:
             return None
+        llvm.check_jit_execution()  # where memory must not be made executable, compiling says nothing and running kills
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features="+bmi2,+popcnt", opt=2
-        )
+        # Not for the CPU by name: under some kernels and hypervisors it lacks what its name implies.
+        machine = llvm.Target.from_default_triple().create_target_machine(features="+bmi2,+popcnt", opt=2)
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(_source()), machine)
         engine.finalize_object()
-    except (ImportError, OSError, RuntimeError):  # not there, or memory must not be made executable
+    except Exception as error:  # not there, damaged, refused: nothing is lost but time
+        logger.debug("packing is not compiled: %s", error)
         return None
     return engine
 

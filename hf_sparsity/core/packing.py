@@ -232,9 +232,9 @@ def _bits(which: Tensor, start: int, stop: int, header: Header) -> tuple[Tensor,
         return bits, count(bits)
     if stop % 8 and int(which[stop // 8]) >> stop % 8:
         raise ValueError("packed weight: its mask goes on after the last weight")
-    bits = which[start // 8 : -(-stop // 8)]
-    if bits.numel() % 8:
-        bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)])
+    part = which[start // 8 : -(-stop // 8)]
+    # A copy: of a mapped file that changes in between, other bits would be followed than were counted.
+    bits = torch.cat([part, part.new_zeros(-part.numel() % 8)])
     return bits, count(bits)
 
 

@@ -48,7 +48,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
     def start() -> None:
         torch.set_num_threads(1)
-        ready.wait()
+        ready.wait(timeout=10)  # if one of them cannot be started
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="hf_sparsity")
     for job in [pool.submit(start) for _ in range(workers)]:
@@ -80,4 +80,5 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool, but not its threads
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool, but not its threads

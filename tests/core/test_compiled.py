@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from hf_sparsity.core import compiled, packing
+from hf_sparsity.core import bits, compiled, packing
 from hf_sparsity.core.compiled import kernels
 
 needed = pytest.mark.skipif(kernels(2) is None, reason="no llvmlite, or no CPU that it is for")
@@ -28,6 +28,12 @@ def elements(count, sparsity, size):
 def packed_bits(flat):
     kept = torch.cat([flat != 0, torch.zeros(-len(flat) % 8, dtype=torch.bool)]).view(-1, 8)
     return (kept * 2 ** torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def ends_well(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @needed
@@ -70,8 +76,7 @@ for short in range(5):  # values that end a little before, too
     kernels(2).expand(bits, wide, page[: len(page) - short])
     assert torch.equal(wide[wide != 0], page[: len(page) - short])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ends_well(code)
 
 
 @needed
@@ -100,8 +105,48 @@ for _ in range(5):
     for thread in threads: thread.join()
 assert right == [True] * 20
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ends_well(code)
+
+
+@needed
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_where_memory_must_not_be_made_executable():
+    found = ends_well("""
+import ctypes, torch
+from hf_sparsity.core import compiled, packing
+refused = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0  # PR_SET_MDWE, Linux 6.3
+weight = torch.eye(16)
+assert torch.equal(packing.unpack(packing.pack(weight)), weight)
+print(refused, compiled.kernels(4) is None)
+""")
+    if found.startswith("False"):
+        pytest.skip("this kernel cannot refuse it")
+    assert found.split() == ["True", "True"]
+
+
+@needed
+def test_a_name_of_the_cpu_implies_nothing():
+    """Compiled for this one, the loops would have instructions that no CPU of today runs."""
+    ends_well("""
+import torch
+from llvmlite import binding
+binding.get_host_cpu_name = lambda: "diamondrapids"
+from hf_sparsity.core import compiled, packing
+weight = torch.eye(16)
+assert torch.equal(packing.unpack(packing.pack(weight)), weight) and compiled.kernels(4) is not None
+""")
+
+
+@needed
+def test_without_memory_torch_does_it():
+    assert bits.count(torch.empty(0, dtype=torch.uint8)) == 0
+    assert bits.mark(torch.empty(0, dtype=torch.int16), torch.empty(0, dtype=torch.uint8)) == 0
+    with pytest.raises(RuntimeError):
+        packing.pack(torch._efficientzerotensor((8, 8)))
+
+
+def test_imported_where_processes_cannot_fork():
+    ends_well("import os, torch; del os.register_at_fork; import hf_sparsity.core.workers")
 
 
 @needed

@@ -157,6 +157,20 @@ def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
     workers._pool.cache_clear()
 
 
+def test_a_mask_that_changes_while_it_is_read(monkeypatch):
+    """As that of a mapped file may: what was checked is what is used, or values after the last would be read."""
+    weight = sparse((90, 1000), 0.6)
+    packed, run_tasks = pack(weight), packing.run_tasks
+
+    def changed(job, flat):
+        if job.__name__ == "write":
+            packed[HEADER : HEADER + weight.numel() // 8] = 255
+        return run_tasks(job, flat)
+
+    monkeypatch.setattr(packing, "run_tasks", changed)
+    assert same(unpack(packed), weight)
+
+
 def test_views_and_unaligned_strings():
     weight = sparse((40, 60), 0.5).T[::2]
     assert same(unpack(pack(weight)), weight)
