@@ -159,7 +159,7 @@ def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
 
 def test_a_mask_that_changes_while_it_is_read(monkeypatch):
     """As that of a mapped file may: what was checked is what is used, or values after the last would be read."""
-    weight = sparse((90, 1000), 0.6)
+    weight = sparse((64, 1000), 0.6)
     packed, run_tasks = pack(weight), packing.run_tasks
 
     def changed(job, flat):
