@@ -34,8 +34,14 @@ def write_json(file: str | os.PathLike[str], data: Any) -> None:
 
 
 def read_json(file: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file of at most `LARGEST_FILE` bytes; `ValueError` when it is truncated or not JSON."""
+    """Reads a JSON file of at most `LARGEST_FILE` bytes; `ValueError` when it is truncated or not JSON.
+
+    `FileNotFoundError` says whether the file or its folder is missing.
+    """
     path = Path(file)
+    if not path.exists():
+        missing = f"{path.parent} has no {path.name}" if path.parent.is_dir() else f"{path.parent} does not exist"
+        raise FileNotFoundError(f"{missing}; give the folder of a sparse model, or a file that is there")
     if (size := path.stat().st_size) > LARGEST_FILE:
         raise ValueError(f"{path} has {size} bytes; a plan, report or config of more than {LARGEST_FILE} is refused")
     try:

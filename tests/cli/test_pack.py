@@ -36,3 +36,16 @@ def test_prune_into_a_packed_folder(tmp_path, capsys):
     assert "zeros are stored as bits" in capsys.readouterr().out
     assert main(["pack", str(tmp_path / "dense"), str(tmp_path / "again")]) == 0
     assert contents(tmp_path / "packed") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack", "verify", "inspect"])
+def test_what_is_no_model(tmp_path, capsys, command):
+    (tmp_path / "empty").mkdir()
+    output = [str(tmp_path / "output")] if "pack" in command else []
+    assert main([command, str(tmp_path / "empty"), *output]) == 2
+    said = capsys.readouterr().err
+    assert "empty has no config.json; give the folder of a sparse model" in said and "Errno" not in said
+    assert main([command, str(tmp_path / "nowhere"), *output]) == 2
+    said = capsys.readouterr().err
+    assert "nowhere" in said and "give the folder of a sparse model" in said and "Errno" not in said
+    assert not (tmp_path / "output").exists()
