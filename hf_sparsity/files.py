@@ -40,7 +40,7 @@ def read_json(file: str | os.PathLike[str]) -> Any:
     """
     path = Path(file)
     if not path.exists():
-        missing = f"{path.parent} has no {path.name}" if path.parent.is_dir() else f"{path.parent} does not exist"
+        missing = f"{path.parent} has no {path.name}" if path.parent.is_dir() else f"{path.parent} is not a folder"
         raise FileNotFoundError(f"{missing}; give the folder of a sparse model, or a file that is there")
     if (size := path.stat().st_size) > LARGEST_FILE:
         raise ValueError(f"{path} has {size} bytes; a plan, report or config of more than {LARGEST_FILE} is refused")

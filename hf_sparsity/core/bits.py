@@ -28,7 +28,7 @@ def mark(flat: Tensor, bits: Tensor) -> int:
     """Sets in `bits`, which are zero and whole words, those of the elements that are not zero; returns how many."""
     if (loops := _loops(flat)) is not None:
         loops.mark(bits, flat)
-        return loops.count(bits)
+        return count(bits)
     mask = flat.new_zeros(min(CHUNK, padded(flat.numel(), 64)), dtype=torch.bool)
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]

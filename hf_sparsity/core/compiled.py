@@ -108,9 +108,10 @@ end:
 class Kernels(NamedTuple):
     """For elements of one size; all take integers on the CPU, contiguous, and release Python's lock.
 
-    `count(bits)`: how many are set, of whole words of 8 bytes, at least one. `mark(bits, wide)`: sets the bits of the elements that are not zero. `expand(bits, wide, narrow)`: `wide` = the next of
-    `narrow` where a bit is set, 0 elsewhere. `compress(bits, wide, narrow)`: the way back. `bits`: uint8, one for each
-    element of `wide` and perhaps more; `narrow` must have as many elements as bits are set: nobody checks that here.
+    `count(bits)`: how many are set, of whole words of 8 bytes, at least one. `mark(bits, wide)`: sets the bits of the
+    elements that are not zero. `expand(bits, wide, narrow)`: `wide` = the next of `narrow` where a bit is set, 0
+    elsewhere. `compress(bits, wide, narrow)`: the way back. `bits`: uint8, one for each element of `wide` and perhaps
+    more; `narrow` must have as many elements as bits are set: nobody checks that here.
     """
 
     count: Callable[[Tensor], int]

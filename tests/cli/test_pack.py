@@ -38,7 +38,7 @@ def test_prune_into_a_packed_folder(tmp_path, capsys):
     assert contents(tmp_path / "packed") == contents(tmp_path / "again")
 
 
-@pytest.mark.parametrize("command", ["pack", "unpack", "verify", "inspect"])
+@pytest.mark.parametrize("command", ["pack", "unpack", "verify", "inspect", "card"])
 def test_what_is_no_model(tmp_path, capsys, command):
     (tmp_path / "empty").mkdir()
     output = [str(tmp_path / "output")] if "pack" in command else []

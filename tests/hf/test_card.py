@@ -308,7 +308,10 @@ def test_evaluations_of_other_weights_are_refused(folder):
 
 
 def test_folders_that_are_no_sparse_model(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match="nothing is not a folder; give the folder of a sparse model"):
+        make_card(tmp_path / "nothing")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"nothing has no config\.json; give the folder of a sparse model"):
         make_card(tmp_path / "nothing")
     report = json.loads((folder / REPORT_FILE).read_text())
     report["layers"].popitem()

@@ -117,10 +117,7 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
             other weights than each other's, or of the weights before they were trained again.
     """
     folder = Path(folder)
-    if folder.is_dir():
-        check_finished(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a sparse model")
+    check_finished(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, Mapping) or not isinstance(config.get("sparsity_config"), Mapping):
         raise ValueError(f"{folder / 'config.json'} has no sparsity plan: prune the model first (hf_sparsity.prune)")

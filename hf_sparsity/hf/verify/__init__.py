@@ -136,8 +136,6 @@ def verify(
 
 def _plan(path: Path) -> Plan:
     """The plan of a folder that is fit to be verified."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder; give the folder of a sparse model")
     check_finished(path)
     config = read_json(path / CONFIG_NAME)
     if not isinstance(config, Mapping) or "sparsity_config" not in config:
