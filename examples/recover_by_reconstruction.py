@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.hf.evaluate import windows
-from hf_sparsity.hf.reconstruct import BlockReconstruction
+from hf_sparsity.evaluation.perplexity import windows
+from hf_sparsity.pruning.reconstruction import BlockReconstruction
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.hf.evaluate import windows
-from hf_sparsity.hf.lora import merge_lora, sparse_lora
+from hf_sparsity.evaluation.perplexity import windows
+from hf_sparsity.recovery.lora import merge_lora, sparse_lora
 
 LENGTH = 128
 

@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.hf.callback import SparsityCallback
-from hf_sparsity.hf.evaluate import windows
+from hf_sparsity.evaluation.perplexity import windows
+from hf_sparsity.recovery.callback import SparsityCallback
 
 LENGTH = 128
 

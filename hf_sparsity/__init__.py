@@ -18,29 +18,29 @@ _HOME = {
     "SparsityConfig": "config",
     "Plan": "plan",
     "Report": "plan",
-    "PlanFile": "hf.plan_file",
-    "make_plan": "hf.sparsify",
-    "prune": "hf.sparsify",
-    "SparseModel": "hf.model",
-    "calibration_batches": "hf.calibration",
-    "Source": "hf.mixture",
-    "measure_sparsity": "hf.evaluate",
-    "evaluate": "hf.evaluation",
-    "evaluate_text": "hf.evaluate",
-    "verify": "hf.verify",
-    "certify": "hf.certificate",
-    "make_card": "hf.card",
-    "push_sparse": "hf.hub",
-    "save_sparse": "hf.pack",
-    "pack": "hf.pack",
-    "unpack": "hf.pack",
-    "SparsityCallback": "hf.callback",
-    "BlockReconstruction": "hf.reconstruct",
-    "DistillationTrainer": "hf.distill",
-    "recover": "hf.recover",
-    "sparse_lora": "hf.lora",
-    "load_sparse_lora": "hf.lora",
-    "merge_lora": "hf.lora",
+    "PlanFile": "checkpoint.plan_file",
+    "make_plan": "planning.make_plan",
+    "prune": "pruning.prune",
+    "SparseModel": "sparse_model",
+    "calibration_batches": "calibration.calibration",
+    "Source": "calibration.mixture",
+    "measure_sparsity": "model.sparsity",
+    "evaluate": "evaluation.evaluate",
+    "evaluate_text": "evaluation.perplexity",
+    "verify": "publish.verify.verify",
+    "certify": "evaluation.certificate",
+    "make_card": "publish.card.make_card",
+    "push_sparse": "publish.hub",
+    "save_sparse": "checkpoint.save",
+    "pack": "publish.layouts",
+    "unpack": "publish.layouts",
+    "SparsityCallback": "recovery.callback",
+    "BlockReconstruction": "pruning.reconstruction",
+    "DistillationTrainer": "recovery.distillation",
+    "recover": "recovery.recover",
+    "sparse_lora": "recovery.lora",
+    "load_sparse_lora": "recovery.lora",
+    "merge_lora": "recovery.lora",
     "Allocator": "algorithm",
     "RowAllocator": "algorithm",
     "Pruner": "algorithm",
@@ -83,25 +83,28 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .algorithm import Allocator, Layer, Pruner, RowAllocator
+    from .calibration.calibration import calibration_batches
+    from .calibration.mixture import Source
+    from .checkpoint.plan_file import PlanFile
+    from .checkpoint.save import save_sparse
     from .config import SparsityConfig
-    from .hf.calibration import calibration_batches
-    from .hf.callback import SparsityCallback
-    from .hf.card import make_card
-    from .hf.certificate import certify
-    from .hf.distill import DistillationTrainer
-    from .hf.evaluate import evaluate_text, measure_sparsity
-    from .hf.evaluation import evaluate
-    from .hf.hub import push_sparse
-    from .hf.lora import load_sparse_lora, merge_lora, sparse_lora
-    from .hf.mixture import Source
-    from .hf.model import SparseModel
-    from .hf.pack import pack, save_sparse, unpack
-    from .hf.plan_file import PlanFile
-    from .hf.reconstruct import BlockReconstruction
-    from .hf.recover import recover
-    from .hf.sparsify import make_plan, prune
-    from .hf.verify import verify
+    from .evaluation.certificate import certify
+    from .evaluation.evaluate import evaluate
+    from .evaluation.perplexity import evaluate_text
+    from .model.sparsity import measure_sparsity
     from .plan import Plan, Report
+    from .planning.make_plan import make_plan
+    from .pruning.prune import prune
+    from .pruning.reconstruction import BlockReconstruction
+    from .publish.card.make_card import make_card
+    from .publish.hub import push_sparse
+    from .publish.layouts import pack, unpack
+    from .publish.verify.verify import verify
+    from .recovery.callback import SparsityCallback
+    from .recovery.distillation import DistillationTrainer
+    from .recovery.lora import load_sparse_lora, merge_lora, sparse_lora
+    from .recovery.recover import recover
+    from .sparse_model import SparseModel
 
 
 def __getattr__(name: str) -> Any:
@@ -117,7 +120,7 @@ def __dir__() -> list[str]:
 
 
 class _Registration:
-    """An import hook: once transformers can load models, it is told how to load packed folders (`hf/bitmask.py`).
+    """An import hook: once transformers can load models, it is told how to load packed folders (`checkpoint/quantizer.py`).
 
     So `import hf_sparsity` is enough, before or after transformers, and stays instant.
     """
@@ -140,7 +143,7 @@ class _Registration:
 
 def _register() -> None:
     try:
-        importlib.import_module(".hf.bitmask", __name__).register()
+        importlib.import_module(".checkpoint.quantizer", __name__).register()
     except ImportError as error:  # never break `import transformers`
         warnings.warn(f"hf_sparsity cannot load packed folders with this transformers: {error}", stacklevel=2)
 

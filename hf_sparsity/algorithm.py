@@ -30,8 +30,8 @@ __all__ = [
     "SCORES",
     "Allocator",
     "Layer",
+    "ModelOracle",
     "Pattern",
-    "Probe",
     "Pruner",
     "RowAllocator",
 ]
@@ -151,7 +151,7 @@ class Algorithm:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ModelOracle:
     """What an allocator may ask of the model while it assigns; each call costs forward passes.
 
     `loss(sparsities)`: calibration loss of the model masked to these sparsities (LOSS).
@@ -189,7 +189,7 @@ class Allocator(Algorithm, ABC):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """All blocks' measures -> the sparsity of each layer.
 

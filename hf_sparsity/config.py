@@ -169,3 +169,9 @@ def _sparsity(given: Any, pattern: Pattern) -> float:
             f"sparsity={given} is out of reach of pattern={str(pattern)!r}: at least 1 of {pattern.group} stays, so at most {1 - 1 / pattern.group:g}"
         )
     return float(given)
+
+
+def algorithms(config: SparsityConfig) -> tuple[Allocator, Pruner]:
+    """The config's allocator and pruner, as instances."""
+    assert isinstance(config.allocator, Allocator) and isinstance(config.pruner, Pruner)  # SparsityConfig resolved them
+    return config.allocator, config.pruner

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+MARKER = "UNFINISHED"
+
 LARGEST_FILE = 64 * 2**20  # bytes of a JSON file; a plan of 100,000 layers has 15 MB
 
 
@@ -48,3 +50,11 @@ def read_json(file: str | os.PathLike[str]) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or not JSON: {error}") from None
+
+
+def check_finished(folder: str | os.PathLike[str]) -> None:
+    """`ValueError` for a folder whose run was interrupted."""
+    if (Path(folder) / MARKER).is_dir():
+        raise ValueError(
+            f"{folder} is unfinished: its run was interrupted. Start the same command again to complete it"
+        )

@@ -31,7 +31,9 @@ from typing import Any
 from .files import LARGEST_FILE as LARGEST_FILE
 from .files import read_json as read_json
 from .files import write_json as write_json
-from .story import Story
+from .race_record import RaceDetails
+
+LARGEST_DEVIATION = 0.005  # how far below its plan a layer may end, beside the rounding of whole weights per row
 
 VERSION = 1
 TOLERANCE = 1e-6  # how far the weighted mean of a plan may be from its target
@@ -63,10 +65,10 @@ class Plan:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    chosen: Mapping[str, Any] | None = None  # how a race or search came to it, see `hf/choose.py`
+    chosen: Mapping[str, Any] | None = None  # how a race or search came to it, see `planning/race/choose.py`
     # Instances of algorithms from outside our tree, so that `prune` need not know their names. Not in the JSON.
     algorithms: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    story: Story | None = field(default=None, repr=False, compare=False)  # of a race or search. Not in the JSON.
+    story: RaceDetails | None = field(default=None, repr=False, compare=False)  # of a race or search. Not in the JSON.
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -268,9 +270,9 @@ class Report:
 
     `sources`: of a calibration mix, by source, on sequences that pruning never saw: `{"weight", "sequences", "predictions",
     "kl", "perplexity": {"dense", "pruned"}}`; KL of the pruned model from the dense one in nats a token. `certificate`: of a
-    plan that a race or a search chose, `{"masks", "pruned"}`: what it promised against uniform (`hf/certificate.py`), and
+    plan that a race or a search chose, `{"masks", "pruned"}`: what it promised against uniform (`evaluation/certificate.py`), and
     `{"kl", "perplexity", "data"}` of the finished model on the same text if that was at hand. `revalidation`: of a plan
-    from another model, what `hf/revalidate.py` found.
+    from another model, what `planning/transfer.py` found.
     """
 
     target: float

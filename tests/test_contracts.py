@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_sparsity import algorithm
-from hf_sparsity.algorithm import FISHER, GRAM, LOSS, NORMS, REMEASURE, SAMPLES, SCORES, Layer, Pattern, Probe
+from hf_sparsity.algorithm import FISHER, GRAM, LOSS, NORMS, REMEASURE, SAMPLES, SCORES, Layer, ModelOracle, Pattern
 from hf_sparsity.allocators import ALLOCATORS, ROW_ALLOCATORS
 from hf_sparsity.config import SparsityConfig, resolve
 from hf_sparsity.core import budget
@@ -88,7 +88,7 @@ def allocated(name: str, target: float, kind: str = "usual", group: int | None =
             asked.append(sparsities)
         return sum(s**2 + math.sin(997 * s * (i + 1)) for i, s in enumerate(sparsities.values()))
 
-    probe = Probe(0, loss, lambda sparsities: [allocator.measure(block, pruner) for block in blocks])
+    probe = ModelOracle(0, loss, lambda sparsities: [allocator.measure(block, pruner) for block in blocks])
     assigned = allocator.assign(measures, sizes, target, group=group, probe=probe)
     assert list(assigned) == list(sizes), "same layers in and out, in the same order"
     if group is None:

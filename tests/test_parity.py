@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_sparsity import Plan, SparsityConfig, make_plan, prune
-from hf_sparsity.hf.layers import find_layout
+from hf_sparsity.model.layers import find_layers
 from tests.conftest import GOLDENS
 
 LLAMA = GOLDENS / "llama-tiny"
@@ -63,7 +63,7 @@ def pruned(config: SparsityConfig, plan: Plan | None = None) -> tuple[dict[str, 
     model = dense()
     plan = make_plan(model, config, inputs()) if plan is None else plan
     prune(model, plan, inputs())
-    return {name: weight.read().detach() for name, weight in find_layout(model).weights.items()}, plan
+    return {name: weight.read().detach() for name, weight in find_layers(model).weights.items()}, plan
 
 
 def golden_masks(path) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_masks_equal_the_authors(name):
     weights, _ = pruned(MASKS[name])
     assert bits_that_differ(weights, golden_masks(LLAMA / f"masks/{name}.safetensors")) == 0
     before = dense()
-    for layer, weight in find_layout(before).weights.items():
+    for layer, weight in find_layers(before).weights.items():
         kept = weights[layer] != 0
         assert torch.equal(weights[layer][kept], weight.read()[kept]), f"{layer}: a kept weight was changed"
 

@@ -16,7 +16,7 @@ from hf_sparsity.pictures.files import check_page
 from hf_sparsity.pictures.intervals import WIDTH, Scale, draw_axis, draw_interval, judgement
 from hf_sparsity.pictures.panels import Dots, Heat, brief, round_ticks
 from hf_sparsity.plan import LayerPlan, Plan
-from hf_sparsity.story import Story
+from hf_sparsity.race_record import RaceDetails
 from tests.test_pictures import Page
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
@@ -81,7 +81,7 @@ def raced(names=None, winner="search", candidates=CANDIDATES, story=True, measur
             "data": {"sha256": "b2" * 32},
         },
     }
-    told = Story(
+    told = RaceDetails(
         {one["name"]: {n: s if one["name"] == winner else 0.7 for n, s in sparsities.items()} for one in candidates},
         measures or {"uniform": dict.fromkeys(names, 0.0), "owl(outlier=5.0)": {n: 0.1 + 0.1 * (i // 4) for i, n in enumerate(names)},
                      "fisher": {n: 10.0 ** (-i % 5) for i, n in enumerate(names)}},
@@ -372,7 +372,7 @@ def test_where_a_report_can_go(tmp_path):
 
 def test_a_story_is_json_and_no_part_of_the_plans(tmp_path):
     plan = raced()
-    assert Story.from_dict(json.loads(json.dumps(plan.story.to_dict()))) == plan.story
+    assert RaceDetails.from_dict(json.loads(json.dumps(plan.story.to_dict()))) == plan.story
     assert "story" not in plan.to_dict() and "measures" not in json.dumps(plan.to_dict())
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")

@@ -17,14 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_sparsity import Plan, make_plan, prune
+from hf_sparsity.checkpoint import packed_folder as packs
+from hf_sparsity.checkpoint.bitmask.codec import HEADER, checksum
+from hf_sparsity.checkpoint.quantizer import register
+from hf_sparsity.checkpoint.save import save_sparse
+from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.cli.main import main
-from hf_sparsity.core.packing import HEADER, checksum
-from hf_sparsity.hf import pack as packs
-from hf_sparsity.hf.bitmask import register
-from hf_sparsity.hf.checkpoint import REPORT_FILE
-from hf_sparsity.hf.pack import pack, save_sparse, unpack
+from hf_sparsity.publish.layouts import pack, unpack
+from tests.checkpoint.bitmask.test_codec import put, seal, string, tensor
 from tests.conftest import tiny
-from tests.core.test_packing import put, seal, string, tensor
 
 register()
 HUGE = 10 * 2**30
@@ -323,7 +324,7 @@ except (OSError, ValueError) as error:
 import hf_sparsity
 from hf_sparsity import Plan
 from hf_sparsity.cli.main import main
-from hf_sparsity.hf.pack import pack, unpack
+from hf_sparsity.checkpoint.packed_folder import pack, unpack
 
 AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))  # what is imported on first use
 sys.addaudithook(hook)

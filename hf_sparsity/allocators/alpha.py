@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import Allocator, Layer, Probe, Pruner
+from ..algorithm import Allocator, Layer, ModelOracle, Pruner
+from ..core.power_law import check_choices, sparsities_by_exponent, tail_exponent
 from ..core.spectra import spectra
-from ..core.tails import check_choices, sparsities_by_exponent, tail_exponent
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class AlphaPruning(Allocator):
     such a layer takes the mean of its block.
     """
 
-    fit: str = "peak"  # where the tail starts: peak (published), mid, ks, peak_fixed; `core/tails.py`
+    fit: str = "peak"  # where the tail starts: peak (published), mid, ks, peak_fixed; `core/power_law.py`
     per: str = "block"  # "block": one sparsity a block, "layer": one a layer (mapping_type)
     spread: float = 0.3  # epsilon: before scaling to the target, sparsities span 1 - spread to 1 + spread
     floor: float = 0.0  # EVALS_THRESH: eigenvalues at or below are ignored; 1e-5 in the code, switched off
@@ -49,7 +49,7 @@ class AlphaPruning(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The published values; one may exceed 1, which the caller clamps and makes up for elsewhere."""
         return sparsities_by_exponent(measures, sizes, target, spread=self.spread, per=self.per)

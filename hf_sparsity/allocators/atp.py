@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import LOSS, Allocator, Probe
+from ..algorithm import LOSS, Allocator, ModelOracle
 from ..core.budget import meet, meet_groups
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class ATP(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """`target + beta * (i - (L - 1) / 2)` for block i of L, counted from 0.
 

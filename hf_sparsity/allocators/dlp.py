@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import NORMS, Allocator, Layer, Probe, Pruner
-from ..core.importance import check_per, check_spread, rising
-from ..core.medians import median
+from ..algorithm import NORMS, Allocator, Layer, ModelOracle, Pruner
+from ..core.allocation import check_per, check_spread, rising_with_measure
+from ..core.median import median
 
 STATISTICS = ("mean", "median")
 
@@ -32,7 +32,7 @@ class DLP(Allocator):
     """
 
     statistic: str = "mean"
-    spread: float | None = None  # alpha: sparsities span 2 * spread. None: by the target, see core/importance.py
+    spread: float | None = None  # alpha: sparsities span 2 * spread. None: by the target, see core/allocation.py
     per: str = "block"  # "block": one sparsity a block, "layer": one a layer
 
     name = "dlp"
@@ -66,8 +66,8 @@ class DLP(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The published mapping, its mean unweighted by size; a sparsity of 0 or less becomes 0.01."""
         # `1 - u / sum(u)` is linear in u, and what follows sees no more than the order and the distances.
-        return rising(measures, self.per, target, self.spread)
+        return rising_with_measure(measures, self.per, target, self.spread)

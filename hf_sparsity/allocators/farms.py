@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..algorithm import Allocator, Layer, Probe, Pruner
+from ..algorithm import Allocator, Layer, ModelOracle, Pruner
+from ..core.power_law import check_choices, sparsities_by_exponent, tail_exponent
 from ..core.spectra import sliding, spectra
-from ..core.tails import check_choices, sparsities_by_exponent, tail_exponent
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FARMS(Allocator):
     rows: int = 2000  # num_row_samples: height of a window, at most what fits
     ratio: float = 1.0  # Q: width of a window / its height
     ops: int = 15  # sampling_ops_per_dim: windows per dimension
-    fit: str = "peak"  # where the tail starts: peak (published), mid, ks, peak_fixed; `core/tails.py`
+    fit: str = "peak"  # where the tail starts: peak (published), mid, ks, peak_fixed; `core/power_law.py`
     per: str = "block"  # "block": one sparsity a block, "layer": one a layer
     spread: float = 0.3  # epsilon: before scaling to the target, sparsities span 1 - spread to 1 + spread
     floor: float = 0.0  # EVALS_THRESH: eigenvalues at or below are ignored; 1e-5 in the code, switched off
@@ -63,7 +63,7 @@ class FARMS(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The published values before their clamp; one may exceed 1."""
         return sparsities_by_exponent(measures, sizes, target, spread=self.spread, per=self.per)

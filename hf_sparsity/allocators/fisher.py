@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import FISHER, Allocator, Layer, Probe, Pruner
-from ..core.importance import check_per, floored, standard_logs
+from ..algorithm import FISHER, Allocator, Layer, ModelOracle, Pruner
+from ..core.allocation import check_per, floored, standard_logs
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fisher(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The formula; values outside [0, 1) are the caller's to clamp and make up for."""
         parts = [list(block) for block in measures if block]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithm import GRAM, Allocator, Layer, Probe, Pruner
-from ..core.importance import check_per, check_spread, rising
+from ..algorithm import GRAM, Allocator, Layer, ModelOracle, Pruner
+from ..core.allocation import check_per, check_spread, rising_with_measure
 
 TILE = 1 << 15  # numbers of a group treated at a time on a CPU: what its caches hold
 WIDE_TILE = 1 << 24  # elsewhere
@@ -36,7 +36,7 @@ class LSA(Allocator):
     which carries the small k and v of grouped-query attention beyond [0, 1].
     """
 
-    spread: float | None = None  # alpha: sparsities span 2 * spread. None: by the target, see core/importance.py
+    spread: float | None = None  # alpha: sparsities span 2 * spread. None: by the target, see core/allocation.py
     per: str = "block"  # "block": one sparsity a block, "layer": one a layer, the authors' with a spread of 0.07
     columns: int = 128  # of a group
     trial: float = 0.5  # the fraction of each group that goes on trial
@@ -70,11 +70,11 @@ class LSA(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The published mapping, its mean unweighted by size; a sparsity of 0 or less becomes 0.01."""
         # `1 - error / sum` is linear in the error, and what follows sees no more than the order and the distances.
-        return rising(measures, self.per, target, self.spread)
+        return rising_with_measure(measures, self.per, target, self.spread)
 
 
 def greedy_error(weight: Tensor, gram: Tensor, *, columns: int = 128, trial: float = 0.5) -> float:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithm import NORMS, REMEASURE, SCORES, Allocator, Layer, Pattern, Probe, Pruner
+from ..algorithm import NORMS, REMEASURE, SCORES, Allocator, Layer, ModelOracle, Pattern, Pruner
+from ..core.allocation import check_per
 from ..core.budget import Curve, fill
-from ..core.importance import check_per
 from ..core.masks import keep_rows
 from ..core.outliers import Survivors, row_levels
 
@@ -103,7 +103,7 @@ class MRP(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The greedy loop; what is left when no block may take more is poured in by `fill`.
 

@@ -14,8 +14,8 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from ..algorithm import FISHER, LOSS, Allocator, Layer, Probe, Pruner
-from ..core.importance import floored, standard_logs
+from ..algorithm import FISHER, LOSS, Allocator, Layer, ModelOracle, Pruner
+from ..core.allocation import floored, standard_logs
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class MSP(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The best genotype's sparsities. Never keeps more weights than the target allows, and less by less than
         the smallest gene. A target that leaves less than one of each group gives that one, or, without `group`,

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import NORMS, Allocator, Layer, Probe, Pruner
-from ..core.importance import check_per, linear, shares, units
+from ..algorithm import NORMS, Allocator, Layer, ModelOracle, Pruner
+from ..core.allocation import check_per, groups_by_block_or_layer, linear_sparsities, normalized
 from ..core.outliers import outlier_percent
 
 
@@ -63,19 +63,19 @@ class OWL(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """The published mapping: the same sparsity for all layers of a block (or each its own).
 
         The mean that is held is the one over blocks, unweighted by size. A sparsity of 0 or less becomes 0.01;
         there is no cap. `*:M`: the authors' "structure" variant, rounded half to even.
         """
-        parts = units(measures, self.per)
+        parts = groups_by_block_or_layer(measures, self.per)
         percents = [percent for _, percent in parts]
         if group is None:
-            sparsities = linear(percents, target, self.spread)
+            sparsities = linear_sparsities(percents, target, self.spread)
         else:
-            share = shares(percents)
+            share = normalized(percents)
             mean = math.fsum(self.group_spread * u for u in share) / max(len(share), 1)
             pruned = [round(target * group) - round(self.group_spread * u - mean) for u in share]
             sparsities = [min(max(n, 0), group - 1) / group for n in pruned]

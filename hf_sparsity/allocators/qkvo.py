@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import Allocator, Probe
+from ..algorithm import Allocator, ModelOracle
 
 # Last part of a layer's name -> projection.
 NAMES = {
@@ -58,7 +58,7 @@ class QKVO(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """`target` plus the projection's offset; what this changes of the whole, all other layers make up for."""
         room = min(1.0, min(target, 1 - target) / 0.3)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..algorithm import LOSS, Allocator, Probe
+from ..algorithm import LOSS, Allocator, ModelOracle
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|evals|tokens|[kKMG] tokens)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "evals": 1, "tokens": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -73,7 +73,7 @@ class Race(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """Always `ValueError`: the judging needs the model."""
         raise ValueError(f"{self.name} compares plans on the model itself: use make_plan")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import Allocator, Probe
+from ..algorithm import Allocator, ModelOracle
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Uniform(Allocator):
         target: float,
         *,
         group: int | None = None,
-        probe: Probe | None = None,
+        probe: ModelOracle | None = None,
     ) -> dict[str, float]:
         """`target` for every layer of `measures`."""
         return {name: target for block in measures for name in block}

@@ -75,7 +75,7 @@ def add_text(command: argparse.ArgumentParser) -> None:
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    """A folder that is resumable: see `hf/output.py`."""
+    """A folder that is resumable: see `checkpoint/output.py`."""
     command.add_argument(
         "--output",
         required=True,
@@ -88,7 +88,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
 
 
 def add_plan_file(command: argparse.ArgumentParser) -> None:
-    """A file for a plan, resumable: see `hf/plan_file.py`."""
+    """A file for a plan, resumable: see `checkpoint/plan_file.py`."""
     command.add_argument(
         "--output",
         required=True,

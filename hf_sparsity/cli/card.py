@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from importlib.util import find_spec
     from pathlib import Path
 
-    from ..hf.card import CARD, PLOT, make_card
+    from ..publish.card.make_card import CARD, PLOT, make_card
 
     card = make_card(
         options.folder,

@@ -26,13 +26,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Every allocator on the embedded model; the best by calibration text is saved and drawn."""
     from .. import demo as demo_model
     from ..allocators import ALLOCATORS
+    from ..calibration.calibration import calibration_batches
+    from ..checkpoint.atomic import check_output
+    from ..checkpoint.save import save_sparse
     from ..config import SparsityConfig
-    from ..hf.calibration import calibration_batches
-    from ..hf.evaluate import evaluate_text, windows
-    from ..hf.pack import save_sparse
-    from ..hf.sparsify import make_plan, prune
-    from ..hf.writing import check_output
+    from ..evaluation.perplexity import evaluate_text, windows
     from ..pictures.png import check_matplotlib, draw_plans
+    from ..planning.make_plan import make_plan
+    from ..pruning.prune import prune
     from . import tables
     from .loading import DEMO_LENGTH, heldout_text, load_demo
 

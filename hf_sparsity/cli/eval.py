@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import add_model
 
 if TYPE_CHECKING:
-    from ..hf.metrics import Metrics, TaskRecord, TextRecord
+    from ..evaluation.metrics import Metrics, TaskRecord, TextRecord
 
 HELP = "perplexity on texts and scores on tasks; with --against also how far it is from the dense model"
 
@@ -52,10 +52,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity, tasks, divergence from a second model."""
     from .. import demo as demo_model
-    from ..hf.evaluation import evaluate, recordable
-    from ..hf.metrics import METRICS_FILE
-    from ..hf.tasks import find_tasks
-    from ..hf.texts import Text, read_text
+    from ..evaluation.evaluate import evaluate, recordable
+    from ..evaluation.metrics import METRICS_FILE
+    from ..evaluation.tasks import find_tasks
+    from ..evaluation.texts import Text, read_text
     from .loading import DEMO, DEMO_LENGTH, load
 
     is_demo = DEMO in (options.model, options.against)

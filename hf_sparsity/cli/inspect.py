@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(path: Path) -> Plan:
-    from ..hf.journal import check_finished
+    from ..files import check_finished
     from ..plan import Plan
 
     if not path.exists():
@@ -71,9 +71,9 @@ def _count(path: Path, plan: Plan) -> Report | None:
         return None
     from transformers.utils import CONFIG_NAME
 
-    from ..hf.checkpoint import REPORT_FILE
-    from ..hf.evaluate import measure_sparsity
-    from ..hf.source import open_streamed
+    from ..checkpoint.streamed import open_streamed
+    from ..checkpoint.zeros import REPORT_FILE
+    from ..model.sparsity import measure_sparsity
     from ..pictures.grid import check_report
     from ..plan import Report, read_json
     from .loading import auto_class

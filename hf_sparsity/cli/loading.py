@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from .. import demo as demo_model
+from ..calibration.calibration import calibration_batches, default_length
+from ..calibration.mixture import Source
+from ..checkpoint.streamed import open_streamed
 from ..config import SparsityConfig
-from ..hf.calibration import calibration_batches
-from ..hf.journal import check_finished
-from ..hf.mixture import Source
-from ..hf.model import default_length, find_tokenizer
-from ..hf.source import open_streamed
+from ..files import check_finished
+from ..model.loading import find_tokenizer
 from .arguments import parse_algorithm, parse_source
 
 DEMO = "demo"

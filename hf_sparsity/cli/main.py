@@ -23,7 +23,7 @@ from .. import __version__
 
 COMMANDS = ("plan", "race", "prune", "recover", "eval", "inspect", "verify", "card", "pack", "unpack", "push", "demo")
 RESUMABLE = ("plan", "race", "prune", "recover")
-UNFINISHED = "UNFINISHED"  # hf/journal.py's, which is too heavy to import for --help
+UNFINISHED = "UNFINISHED"  # checkpoint/journal.py's, which is too heavy to import for --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,14 +18,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """A dense folder into the bitmask layout."""
-    from ..hf.pack import pack
+    from ..publish.layouts import pack
 
     return repacked(options, pack)
 
 
 def repacked(options: argparse.Namespace, change: Callable[[str, str], Path]) -> dict[str, Any]:
     """Rewrites the folder, and says what it takes now."""
-    from ..hf.checkpoint import folder_bytes
+    from ..checkpoint.zeros import folder_bytes
 
     output = change(options.folder, options.output)
     before, after = folder_bytes(options.folder), folder_bytes(output)

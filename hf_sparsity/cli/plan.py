@@ -20,8 +20,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes a plan and writes it."""
-    from ..hf.plan_file import PlanFile
-    from ..hf.sparsify import make_plan
+    from ..checkpoint.plan_file import PlanFile
+    from ..planning.make_plan import make_plan
     from . import tables
     from .loading import calibration, hidden_limit, load, sparsity_config
 

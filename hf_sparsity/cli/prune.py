@@ -42,18 +42,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Plans unless a plan is given, prunes, saves; goes on where an earlier run was interrupted."""
+    from ..calibration.batches import prepare_batches
+    from ..checkpoint.output import Output
+    from ..checkpoint.zeros import folder_bytes
     from ..core.stats import STATS
-    from ..hf.batches import prepare_batches
-    from ..hf.checkpoint import folder_bytes
-    from ..hf.estimate import describe, estimate_memory
-    from ..hf.fit import check_plan, plan_config
-    from ..hf.layers import find_layout
-    from ..hf.output import Output
-    from ..hf.reconstruct import BlockReconstruction
-    from ..hf.revalidate import verdict
-    from ..hf.sparsify import make_plan
-    from ..hf.sparsify import prune as prune_model
+    from ..model.layers import find_layers
     from ..plan import Plan
+    from ..planning.checks import check_plan, plan_config
+    from ..planning.make_plan import make_plan
+    from ..planning.transfer import verdict
+    from ..pruning.prune import prune as prune_model
+    from ..pruning.reconstruction import BlockReconstruction
+    from ..streaming.memory import describe, estimate_memory
     from . import tables
     from .loading import calibration, hidden_limit, load, needed, sparsity_config
     from .race import certificate
@@ -66,18 +66,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     speaks = output.processes.main and not options.json
     limit = hidden_limit(options)
     model, tokenizer = load(options)
-    layout = find_layout(model, config.ignore)
+    model_layers = find_layers(model, config.ignore)
     if made is not None:
-        check_plan(made, model, layout)
+        check_plan(made, model, model_layers)
     reconstruct = BlockReconstruction() if options.reconstruct else None
     # A mix is reported on, and a plan from elsewhere is checked, whatever the pruner needs.
     always = options.reconstruct or len(options.calibration or ()) > 1 or bool(made and options.calibration)
     batches = calibration(options, config, model, tokenizer, planning=made is None, always=always)
     needs = needed(config, planning=made is None) & STATS
     prepared = output.processes.share(prepare_batches(model, batches)) if batches is not None else []
-    estimate = estimate_memory(model, layout, prepared, needs, hidden_limit=limit, journal=True)
+    estimate = estimate_memory(model, model_layers, prepared, needs, hidden_limit=limit, journal=True)
     if speaks:
-        print(tables.before(describe(layout, model), estimate))
+        print(tables.before(describe(model_layers, model), estimate))
     if made is None:
         made = make_plan(model, config, batches, output_dir=output, hidden_limit=limit)
     report = prune_model(

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Pushes with the token of `hf auth login` or `HF_TOKEN`."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    from ..hf.hub import push_sparse
+    from ..publish.hub import push_sparse
 
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -50,10 +50,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes the plan and writes it; prints who did how well."""
-    from ..hf.plan_file import PlanFile
-    from ..hf.sparsify import make_plan
+    from ..checkpoint.plan_file import PlanFile
     from ..pictures.files import check_page
     from ..pictures.report import draw_report
+    from ..planning.make_plan import make_plan
     from .loading import calibration, hidden_limit, load, sparsity_config
 
     report = check_page(options.report, overwrite=options.overwrite) if options.report else None

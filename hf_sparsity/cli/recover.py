@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import add_output, parse_source
 
-METHODS = ("lora", "full", "reconstruct")  # those of hf/recover.py, which is too heavy to import for --help
+METHODS = ("lora", "full", "reconstruct")  # those of recovery/recover.py, which is too heavy to import for --help
 HELP = "train what pruning left, every zero kept, into a new folder"
 DEMO = "demo"
 DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         RuntimeError: a zero was lost, or no weight changed.
     """
     from .. import demo
-    from ..hf.mixture import Source
-    from ..hf.recover import recover
+    from ..calibration.mixture import Source
+    from ..recovery.recover import recover
 
     data, length, teacher = options.data, options.length, options.teacher
     if data is None and teacher != DEMO:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import SparsityConfig
-from ..hf.estimate import Estimate
 from ..pictures.grid import by_block_and_projection, split_name
 from ..plan import Plan, Report
+from ..streaming.memory import Estimate
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,6 +14,6 @@ HELP = "make an ordinary checkpoint of a packed folder"
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """A packed folder into the dense layout."""
-    from ..hf.pack import unpack
+    from ..publish.layouts import unpack
 
     return repacked(options, unpack)

@@ -32,7 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Prints what was found; what `--json` prints has all of it, with `ok` for the exit code."""
     from .. import demo
-    from ..hf.verify import verify
+    from ..publish.verify.verify import verify
 
     against = demo.PATH if options.against == "demo" else options.against
     location = {"revision": options.revision} if options.revision else {}
@@ -49,11 +49,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _certificate(options: argparse.Namespace) -> dict[str, Any]:
-    from ..hf.certificate import check
-    from ..hf.fit import plan_config
-    from ..hf.mixture import SELF
-    from ..hf.model import find_tokenizer
+    from ..calibration.mixture import SELF
+    from ..evaluation.certificate import check
+    from ..model.loading import find_tokenizer
     from ..plan import Plan
+    from ..planning.checks import plan_config
     from .loading import DEMO, auto_class, calibration, load_demo
 
     model = auto_class(options.folder).from_pretrained(options.folder)

@@ -13,10 +13,10 @@ from typing import Any
 
 from ..files import write_whole
 from ..plan import Plan
-from ..story import Story
+from ..race_record import RaceDetails
 from . import curve, intervals
 from .compare import measured, side_by_side
-from .facts import facts
+from .details import facts
 from .grid import model_name
 from .html import document, drawn, tables
 from .intervals import Interval, Scale, draw_axis, draw_interval, judgement
@@ -70,7 +70,7 @@ def draw_report(plan: Plan, file: str | os.PathLike[str]) -> Path:
 
 def page(plan: Plan) -> str:
     """The page as text."""
-    chosen, story = plan.chosen, plan.story or Story()
+    chosen, story = plan.chosen, plan.story or RaceDetails()
     if chosen is None:
         raise ValueError("the plan was not made by a race or search; only theirs have a report")
     title = f"{model_name(plan)}: {chosen['by']} of plans at {100 * plan.target:.4g} % sparsity"
@@ -229,7 +229,7 @@ def _flat(found: Mapping[str, Any]) -> dict[str, str]:
 # ---- pictures
 
 
-def _search(chosen: Mapping[str, Any], story: Story) -> str:
+def _search(chosen: Mapping[str, Any], story: RaceDetails) -> str:
     """The best so far against tokens and seconds; without a story there are no seconds."""
     if "search" not in chosen:
         return ""
@@ -283,7 +283,7 @@ def _seconds(value: float) -> str:
     return f"{value:g}"
 
 
-def _plans(plan: Plan, chosen: Mapping[str, Any], story: Story) -> str:
+def _plans(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> str:
     found = story.plans or {chosen["winner"]: {name: layer.sparsity for name, layer in plan.layers.items()}}
     titled = {}
     for name, layers in found.items():
@@ -295,7 +295,7 @@ def _plans(plan: Plan, chosen: Mapping[str, Any], story: Story) -> str:
     return _pictures(side_by_side(plan, titled), "Blocks down, projections across; percent of the weights removed.")
 
 
-def _measures(plan: Plan, story: Story) -> str:
+def _measures(plan: Plan, story: RaceDetails) -> str:
     picture = measured(plan, story.measures)
     return _pictures(picture, "Each in numbers of its own; point at a cell for more.") if picture.panels else ""
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_sparsity.algorithm import LOSS, Probe
+from hf_sparsity.algorithm import LOSS, ModelOracle
 from hf_sparsity.allocators.atp import ATP
 from hf_sparsity.core.budget import mean_sparsity
 
@@ -40,7 +40,7 @@ def test_the_slope_with_the_least_loss_is_taken():
         asked.append(slope(sparsities))
         return (slope(sparsities) - 0.0125) ** 2
 
-    found = ATP().assign(blocks, sizes_of(blocks), 0.7, probe=Probe(loss=loss))
+    found = ATP().assign(blocks, sizes_of(blocks), 0.7, probe=ModelOracle(loss=loss))
     assert asked == pytest.approx([0.002 * k for k in range(10)])  # 0.6 / 31 = 0.0194: the published 9, and uniform
     assert slope(found) == pytest.approx(0.012)
 
@@ -48,14 +48,14 @@ def test_the_slope_with_the_least_loss_is_taken():
 def test_uniform_can_win_and_wins_ties():
     blocks = blocks_of(8)
     for loss in (slope, lambda sparsities: 1.0):
-        assert set(ATP().assign(blocks, sizes_of(blocks), 0.6, probe=Probe(loss=loss)).values()) == {0.6}
+        assert set(ATP().assign(blocks, sizes_of(blocks), 0.6, probe=ModelOracle(loss=loss)).values()) == {0.6}
 
 
 @pytest.mark.parametrize("trials", [1, 4, 10])
 def test_few_blocks_have_many_slopes_and_only_so_many_are_tried(trials):
     blocks, asked = blocks_of(4), []
     loss = lambda sparsities: asked.append(slope(sparsities)) or 0.0  # noqa: E731
-    ATP(trials=trials).assign(blocks, sizes_of(blocks), 0.5, probe=Probe(loss=loss))
+    ATP(trials=trials).assign(blocks, sizes_of(blocks), 0.5, probe=ModelOracle(loss=loss))
     assert asked[0] == 0 and 2 <= len(asked) <= trials + 1
     apart = [b - a for a, b in pairwise(asked)]
     assert apart == pytest.approx([apart[0]] * len(apart)) and 1 / 3 - apart[0] < asked[-1] <= 1 / 3
@@ -67,7 +67,7 @@ def test_candidates_are_judged_as_they_will_be_made(group):
     blocks, asked = blocks_of(6), []
     sizes = sizes_of(blocks, uneven=True)
     loss = lambda sparsities: asked.append(sparsities) or 0.0  # noqa: E731
-    ATP().assign(blocks, sizes, 0.75, group=group, probe=Probe(loss=loss))
+    ATP().assign(blocks, sizes, 0.75, group=group, probe=ModelOracle(loss=loss))
     assert len(asked) > 2
     for candidate in asked:
         assert all(0 <= s < 1 for s in candidate.values())

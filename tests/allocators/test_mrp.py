@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_sparsity.algorithm import NORMS, REMEASURE, SCORES, Layer, Pattern, Probe, Pruner
+from hf_sparsity.algorithm import NORMS, REMEASURE, SCORES, Layer, ModelOracle, Pattern, Pruner
 from hf_sparsity.allocators.mrp import MRP, rank_correlation
 from hf_sparsity.core import masks
 from hf_sparsity.core.budget import mean_sparsity
@@ -276,7 +276,7 @@ class Recorder:
 def test_scores_are_refreshed_as_the_model_grows_sparser(refresh, calls):
     _, sizes, measures = standard()
     method = MRP(refresh=refresh)
-    probe = Probe(remeasure=Recorder(json.loads(json.dumps(measures))))
+    probe = ModelOracle(remeasure=Recorder(json.loads(json.dumps(measures))))
     found = method.assign(measures, sizes, 0.7, probe=probe)
     assert found == method.assign(measures, sizes, 0.7)  # the same answers change nothing
     means = [mean_sparsity(asked, sizes) for asked in probe.remeasure.asked]
@@ -290,7 +290,7 @@ def test_what_the_sparse_model_says_counts():
     _, sizes, measures = standard()
     tables = [next(iter(m.values())) for m in measures]
     turned = [dict.fromkeys(m, t) for m, t in zip(measures, tables[::-1], strict=False)]
-    found = MRP().assign(measures, sizes, 0.7, probe=Probe(remeasure=Recorder(turned)))
+    found = MRP().assign(measures, sizes, 0.7, probe=ModelOracle(remeasure=Recorder(turned)))
     assert of_blocks(found) == pytest.approx(of_blocks(MRP().assign(measures, sizes, 0.7))[::-1], abs=1e-9)
 
 

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from hf_sparsity.algorithm import Layer, Pattern, Probe, Pruner
+from hf_sparsity.algorithm import Layer, ModelOracle, Pattern, Pruner
 from hf_sparsity.allocators.msp import MSP, Genes, evolve
 from hf_sparsity.core import masks
 from hf_sparsity.core.budget import mean_sparsity, meet_groups
@@ -60,7 +60,9 @@ def kept_of(sparsities, levels=8):
 def test_the_budget_holds_for_every_candidate(target, unequal, per):
     measures, sizes = model(unequal=unequal)
     loss = Loss(measures)
-    found = MSP(per=per, generations=4, population=8).assign(measures, sizes, target, group=8, probe=Probe(loss=loss))
+    found = MSP(per=per, generations=4, population=8).assign(
+        measures, sizes, target, group=8, probe=ModelOracle(loss=loss)
+    )
     genes = [[n] for n in sizes] if per == "layer" else [list(m) for m in measures]
     assert list(found) == list(sizes)
     for sparsities in [found, *(dict(seen) for seen, _ in loss.seen)]:
@@ -75,7 +77,7 @@ def test_the_budget_holds_for_every_candidate(target, unequal, per):
 def test_equal_blocks_meet_the_target_exactly():
     measures, _ = model()
     sizes = {n: 64 for m in measures for n in m}
-    found = MSP().assign(measures, sizes, 0.75, group=8, probe=Probe(loss=Loss(measures)))
+    found = MSP().assign(measures, sizes, 0.75, group=8, probe=ModelOracle(loss=Loss(measures)))
     assert mean_sparsity(found, sizes) == 0.75
     assert len(set(found.values())) > 1
     assert meet_groups(found, sizes, 0.75, 8) == found  # nothing left for the caller to repair
@@ -84,7 +86,7 @@ def test_equal_blocks_meet_the_target_exactly():
 @pytest.mark.parametrize("target", [0.5, 0.7, 0.9])
 def test_unstructured_moves_in_sixteenths(target):
     measures, sizes = model()
-    found = MSP(generations=3).assign(measures, sizes, target, probe=Probe(loss=Loss(measures)))
+    found = MSP(generations=3).assign(measures, sizes, target, probe=ModelOracle(loss=Loss(measures)))
     kept_of(found, 16)
     smallest = min(sum(sizes[n] for n in m) for m in measures)
     assert target <= mean_sparsity(found, sizes) + 1e-9 < target + smallest / 16 / sum(sizes.values()) + 1e-8
@@ -92,19 +94,19 @@ def test_unstructured_moves_in_sixteenths(target):
 
 def test_targets_at_the_ends():
     measures, sizes = model()
-    probe = Probe(loss=Loss(measures))
+    probe = ModelOracle(loss=Loss(measures))
     assert set(MSP().assign(measures, sizes, 0.0, probe=probe).values()) == {0.0}
     assert set(MSP().assign(measures, sizes, 0.95, probe=probe).values()) == {0.95}  # below one in 16
     assert set(MSP().assign(measures, sizes, 0.95, group=8, probe=probe).values()) == {0.875}
     assert probe.loss.calls == 0
-    one, probe = measures[:1], Probe(loss=Loss(measures[:1]))
+    one, probe = measures[:1], ModelOracle(loss=Loss(measures[:1]))
     single = MSP().assign(one, dict.fromkeys(one[0], 8), 0.75, group=8, probe=probe)
     assert set(single.values()) == {0.75}
 
 
 def test_without_a_loss_it_refuses():
     measures, sizes = model()
-    for probe in (None, Probe(), Probe(remeasure=list)):
+    for probe in (None, ModelOracle(), ModelOracle(remeasure=list)):
         with pytest.raises(ValueError, match="loss"):
             MSP().assign(measures, sizes, 0.75, group=8, probe=probe)
 
@@ -195,7 +197,7 @@ def test_the_number_of_evaluations_can_be_bounded():
     measures, sizes = model()
     for most in (1, 7, 50):
         loss = Loss(measures)
-        found = MSP(evaluations=most).assign(measures, sizes, 0.75, group=8, probe=Probe(loss=loss))
+        found = MSP(evaluations=most).assign(measures, sizes, 0.75, group=8, probe=ModelOracle(loss=loss))
         assert loss.calls == most
         assert dict(min(loss.seen, key=lambda seen: seen[1])[0]) == found
         assert set(loss.seen[0][0]) == {(n, 0.75) for n in sizes}  # uniform comes first
@@ -207,7 +209,7 @@ def test_same_seed_same_run():
     for seed in (3, 3, 4):
         loss = Loss(measures)
         again = json.loads(json.dumps(measures))
-        MSP().assign(again, sizes, 0.75, group=8, probe=Probe(loss=loss, seed=seed))
+        MSP().assign(again, sizes, 0.75, group=8, probe=ModelOracle(loss=loss, seed=seed))
         runs.append(loss.seen)
     assert runs[0] == runs[1] != runs[2]
 
@@ -216,7 +218,7 @@ def test_a_loss_that_is_not_a_number_loses():
     measures, sizes = model()
     loss = Loss(measures)
     bad = lambda s: math.nan if s["0.q"] > 0.7 else loss(s)  # noqa: E731
-    assert MSP().assign(measures, sizes, 0.75, group=8, probe=Probe(loss=bad))["0.q"] <= 0.7
+    assert MSP().assign(measures, sizes, 0.75, group=8, probe=ModelOracle(loss=bad))["0.q"] <= 0.7
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -235,7 +237,7 @@ def test_within_two_percent_of_a_separable_optimum(seed):
         ]
         kept[gain.index(max(gain))] += 1
     best = math.fsum(c * (1 - n / 8) ** 2 for c, n in zip(cost, kept, strict=False))
-    found = MSP().assign(measures, sizes, 0.75, group=8, probe=Probe(loss=loss, seed=seed))
+    found = MSP().assign(measures, sizes, 0.75, group=8, probe=ModelOracle(loss=loss, seed=seed))
     uniform = loss(dict.fromkeys(sizes, 0.75))
     assert loss(found) <= 1.02 * best
     assert uniform > 1.05 * best
@@ -247,7 +249,7 @@ def test_plans_become_masks():
     measures, _ = model(blocks=6)
     layers = {n: Layer(n, torch.randn(16, 32)) for m in measures for n in m}
     sizes = {n: layer.weight.numel() for n, layer in layers.items()}
-    found = MSP().assign(measures, sizes, 0.75, group=8, probe=Probe(loss=Loss(measures)))
+    found = MSP().assign(measures, sizes, 0.75, group=8, probe=ModelOracle(loss=Loss(measures)))
     kept = kept_of(found)
     assert len(set(kept.values())) > 1
     for name, layer in layers.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sparsity.algorithm import GRAM, NORMS, Layer, Probe
+from hf_sparsity.algorithm import GRAM, NORMS, Layer, ModelOracle
 from hf_sparsity.allocators import ALLOCATORS
 from hf_sparsity.core.budget import mean_sparsity, meet
 from hf_sparsity.core.outliers import outlier_percent
@@ -41,7 +41,9 @@ def blocks_of(count=4):
 def assigned(name, blocks, per):
     allocator = ALLOCATORS[name](per=per, **OPTIONS[name])
     sizes = {n: layer.weight.numel() for block in blocks for n, layer in block.items()}
-    return allocator.assign([allocator.measure(block, WANDA) for block in blocks], sizes, 0.6, probe=Probe()), sizes
+    return allocator.assign(
+        [allocator.measure(block, WANDA) for block in blocks], sizes, 0.6, probe=ModelOracle()
+    ), sizes
 
 
 def test_every_allocator_that_has_the_option_is_here():

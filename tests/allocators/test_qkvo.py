@@ -5,8 +5,8 @@ import pytest
 from hf_sparsity import SparsityConfig
 from hf_sparsity.allocators.qkvo import QKVO, projection
 from hf_sparsity.core.budget import meet
-from hf_sparsity.hf.layers import find_layout
-from hf_sparsity.hf.sparsify import make_plan
+from hf_sparsity.model.layers import find_layers
+from hf_sparsity.planning.make_plan import make_plan
 from tests.conftest import ZOO, tiny
 
 # Sums of the levels of all 32 blocks in IST-DASLab/EvoPress, pruning_configs/<model>_<percent>.txt: q, k, v, o. A level
@@ -73,7 +73,7 @@ KNOWN = {
 @pytest.mark.parametrize("architecture", KNOWN)
 def test_projections_are_known_by_their_names(architecture):
     assert architecture in ZOO
-    for name in find_layout(tiny(architecture), ()).weights:
+    for name in find_layers(tiny(architecture), ()).weights:
         expected = next((p for end, p in KNOWN[architecture].items() if name.endswith("." + end)), None)
         assert projection(name) == expected, name
 

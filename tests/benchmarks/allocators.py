@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, prune
 from hf_sparsity.allocators import ALLOCATORS
-from hf_sparsity.hf.evaluate import windows
+from hf_sparsity.evaluation.perplexity import windows
 
 LENGTH, SEQUENCES = 512, 32
 CHOOSERS = ("race", "search")

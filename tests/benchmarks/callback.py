@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sparsity import SparsityConfig, make_plan, prune
-from hf_sparsity.hf import held
-from hf_sparsity.hf.callback import SparsityCallback
+from hf_sparsity.recovery import zero_masks
+from hf_sparsity.recovery.callback import SparsityCallback
 
 
 class Clock(TrainerCallback):
@@ -44,8 +44,8 @@ class Spent:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        held.HeldZeros.apply = self.timed(held.HeldZeros.apply)
-        held._mask_gradient = self.timed(held._mask_gradient)
+        zero_masks.ZeroMasks.apply = self.timed(zero_masks.ZeroMasks.apply)
+        zero_masks._mask_gradient = self.timed(zero_masks._mask_gradient)
 
     def timed(self, function: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:

@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparsity import SparsityConfig, calibration_batches, demo, make_plan
 from hf_sparsity.algorithm import Pattern
-from hf_sparsity.core.ranks import Grid, Point
-from hf_sparsity.hf.batches import prepare_batches
-from hf_sparsity.hf.layers import find_layout
-from hf_sparsity.hf.survey import survey
+from hf_sparsity.calibration.batches import prepare_batches
+from hf_sparsity.core.budget_grid import Grid, Point
+from hf_sparsity.model.layers import find_layers
+from hf_sparsity.planning.race.survey import survey
 from hf_sparsity.pruners import Wanda
 
 SLICES, SURVIVORS = (2048, 16384, 65536), (8, 2, 1)
@@ -43,7 +43,7 @@ class Model:
 
     def __init__(self, folder: str, scored: Tensor, target: float):
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.layout = find_layout(self.model)
+        self.layout = find_layers(self.model)
         batches = prepare_batches(self.model, scored)
         _, self.ranks = survey(self.model, self.layout, batches, allocators={}, pruner=Wanda(), pattern=Pattern())
         self.sizes = {n: r.size for n, r in self.ranks.items()}

@@ -71,7 +71,7 @@ def search(blocks: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from hf_sparsity import SparsityConfig, make_plan
-    from hf_sparsity.hf.layers import find_layout
+    from hf_sparsity.model.layers import find_layers
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -79,7 +79,7 @@ def search(blocks: int) -> None:
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     ids = torch.randint(0, 1024, (16, 128))
-    weights = sum(weight.size for weight in find_layout(model).weights.values())
+    weights = sum(weight.size for weight in find_layers(model).weights.values())
     model(ids[:1])
     peak(reset=True)
     before = peak()

@@ -35,12 +35,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_sparsity import make_plan, prune
-from hf_sparsity.core import bits, packing
-from hf_sparsity.hf.bitmask import register
-from hf_sparsity.hf.checkpoint import folder_bytes
-from hf_sparsity.hf.pack import pack, save_sparse, unpack
+from hf_sparsity.checkpoint.bitmask import bits, codec
+from hf_sparsity.checkpoint.quantizer import register
+from hf_sparsity.checkpoint.save import save_sparse
+from hf_sparsity.checkpoint.zeros import folder_bytes
+from hf_sparsity.publish.layouts import pack, unpack
 
-MATRIX = 4096  # rows and columns of the matrix that core/packing.py is timed on
+MATRIX = 4096  # rows and columns of the matrix that checkpoint/bitmask/codec.py is timed on
 
 
 def best(job, repeat, before=None):
@@ -88,14 +89,14 @@ def matrices(repeat):
             weight = weight.to(dtype)
             bits = dtype.itemsize * 8
             formula = ((0.75 if group else 1) + bits * (1 - sparsity)) / bits
-            packed = packing.pack(weight, group=group)
-            assert torch.equal(packing.unpack(packed), weight)
+            packed = codec.pack(weight, group=group)
+            assert torch.equal(codec.unpack(packed), weight)
             into = torch.empty_like(weight)
             speeds = [
                 weight.nbytes / best(job, repeat)[0] / 1e9
                 for job in (
-                    lambda: packing.pack(weight, group=group),  # noqa: B023
-                    lambda: packing.unpack(packed),  # noqa: B023
+                    lambda: codec.pack(weight, group=group),  # noqa: B023
+                    lambda: codec.unpack(packed),  # noqa: B023
                     weight.clone,
                     lambda: into.copy_(weight),  # noqa: B023
                 )
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many times counts")
     parser.add_argument("--threads", type=int, help="torch's threads; default: its own choice")
     parser.add_argument("--folder", type=Path, help="where to write, on the disk to be measured; default: temporary")
-    parser.add_argument("--torch", action="store_true", help="without the loops of core/compiled.py")
+    parser.add_argument("--torch", action="store_true", help="without the loops of checkpoint/bitmask/kernels.py")
     options = parser.parse_args()
     if options.torch:
         bits.kernels = lambda size: None

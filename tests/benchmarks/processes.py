@@ -43,7 +43,7 @@ def one(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from hf_sparsity import SparsityConfig, make_plan, prune
-    from hf_sparsity.hf.processes import Processes
+    from hf_sparsity.distributed import Processes
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder)

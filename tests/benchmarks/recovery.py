@@ -29,9 +29,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.hf.evaluate import windows
-from hf_sparsity.hf.recover import RATE, recover
-from hf_sparsity.hf.retrain import Options, make_trainer, training_arguments
+from hf_sparsity.evaluation.perplexity import windows
+from hf_sparsity.recovery.recover import RATE, recover
+from hf_sparsity.recovery.training import Options, make_trainer, training_arguments
 
 LENGTH, BATCH, SEQUENCES, RANK = 128, 8, 128, 16
 PRUNINGS = ((0.7, "wanda"), (0.8, "sparsegpt"))
@@ -71,7 +71,7 @@ class Bench:
         start, wall = time.process_time(), time.perf_counter()
         tokens = 0
         if method == "reconstruct":
-            from hf_sparsity.hf.reconstruct import BlockReconstruction
+            from hf_sparsity.pruning.reconstruction import BlockReconstruction
 
             epochs = max(1, round(self.steps * BATCH / SEQUENCES))
             tokens = epochs * SEQUENCES * LENGTH  # at most: halves stop early
@@ -109,8 +109,8 @@ class Bench:
         """The same training on the same rows, with stock peft, masked when it is merged."""
         from peft import LoraConfig, get_peft_model
 
-        from hf_sparsity.hf.lora import merge_lora
-        from hf_sparsity.hf.recover import _rows, _split
+        from hf_sparsity.recovery.lora import merge_lora
+        from hf_sparsity.recovery.recover import _rows, _split
 
         lr = RATE["lora"] / model.config.hidden_size
         values = {"hard": 1.0, "soft": 1.0, "hidden": 0.0, "temperature": 1.0, "training": {"save_strategy": "no"}}

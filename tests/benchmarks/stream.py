@@ -69,17 +69,17 @@ def make(folder: Path, blocks: int) -> None:
 def one(source: Path, output: Path, pruner: str, sequences: int, length: int) -> None:
     """Prunes, and prints one line of JSON."""
     from hf_sparsity import SparsityConfig, make_plan, prune
-    from hf_sparsity.hf.batches import prepare_batches
-    from hf_sparsity.hf.estimate import estimate_memory
-    from hf_sparsity.hf.layers import find_layout
-    from hf_sparsity.hf.source import open_streamed
+    from hf_sparsity.calibration.batches import prepare_batches
+    from hf_sparsity.checkpoint.streamed import open_streamed
+    from hf_sparsity.model.layers import find_layers
+    from hf_sparsity.streaming.memory import estimate_memory
 
     imports = _status("VmHWM")
     ids = torch.randint(0, 128256, (sequences, length), generator=torch.Generator().manual_seed(1))
     start = time.perf_counter()
     model = open_streamed(source)
     config = SparsityConfig(0.5, pruner=pruner)
-    layout = find_layout(model)
+    layout = find_layers(model)
     estimate = estimate_memory(model, layout, prepare_batches(model, ids), config.pruner.needs, journal=True)
     plan = make_plan(model, config)
     report = prune(model, plan, ids, output_dir=output)

@@ -140,7 +140,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on(capsys, tmp_path, monkeypat
 
     given = ["prune", "demo", "--sparsity", "0.5", "--pruner", "magnitude", "--output", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("hf_sparsity.hf.writing.save_file", full)
+        patch.setattr("hf_sparsity.checkpoint.atomic.save_file", full)
         shown = run(capsys, *given, code=1)
     assert "No space left" in shown.err and "start the same command again" in shown.err
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["UNFINISHED"]

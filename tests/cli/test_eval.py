@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from hf_sparsity import demo, save_sparse
 from hf_sparsity.cli.main import main
-from hf_sparsity.hf.metrics import METRICS_FILE, Metrics
-from tests.hf.test_metrics import DOCUMENTS, small, sparse
-from tests.hf.test_tasks import ROWS, TASK
+from hf_sparsity.evaluation.metrics import METRICS_FILE, Metrics
+from tests.evaluation.test_metrics import DOCUMENTS, small, sparse
+from tests.evaluation.test_tasks import ROWS, TASK
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from hf_sparsity.cli.main import main
+from tests.checkpoint.test_output import contents
 from tests.conftest import tiny
-from tests.hf.test_output import contents
 
 GIVEN = ["prune", "demo", "--sparsity", "0.7", "--pruner", "magnitude"]
 

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from hf_sparsity.cli.main import main
-from hf_sparsity.hf.journal import MARKER
-from tests.hf.test_output import contents
+from hf_sparsity.files import MARKER
+from tests.checkpoint.test_output import contents
 
 GIVEN = ["prune", "demo", "--sparsity", "0.6", "--allocator", "owl", "--sequences", "4", "--length", "64"]
 
@@ -61,13 +61,13 @@ def test_ctrl_c_says_how_to_go_on(number, tmp_path):
 
 
 def test_what_cannot_fit_is_refused_with_advice(tmp_path, capsys, monkeypatch):
-    from hf_sparsity.hf import estimate
+    from hf_sparsity.streaming import memory
 
-    monkeypatch.setattr(estimate, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**20)
     assert main([*GIVEN, "--output", str(tmp_path / "out")]) == 2
     assert "GiB are free" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
     assert main([*GIVEN, "--output", str(tmp_path / "out")]) == 2
     assert "make room" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

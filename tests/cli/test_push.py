@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.hf.hub_server import TOKEN, Hub, speaking_to
+from tests.publish.hub_server import TOKEN, Hub, speaking_to
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_sparsity.core import spectra as module
+from hf_sparsity.core.power_law import _distances, _exponents, sparsities_by_exponent, tail_exponent
 from hf_sparsity.core.spectra import sliding, spectra, whole
-from hf_sparsity.core.tails import _distances, _exponents, sparsities_by_exponent, tail_exponent
 
 GOLDENS = Path(__file__).parents[1] / "fixtures/goldens"
 LLAMA = GOLDENS / "llama-tiny"

@@ -1,0 +1,143 @@
+"""Calibration text that the model writes itself: what it believes text to be.
+
+Self-calibration: Williams, Chrysostomou and Aletras, https://arxiv.org/abs/2410.17170.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from ..distributed import Processes
+from ..model.inference import evaluating
+from ..model.offload import input_device, weight_store
+from .sequences import packed_rows
+
+TOGETHER = 8192  # tokens that are written at a time: their keys and values are held
+MOST_EMPTY = 256  # texts in a row that end at once, before we believe that the model writes none
+
+
+def self_samples(model: PreTrainedModel, tokenizer: Any, *, sequences: int, length: int, seed: int = 0) -> Tensor:
+    """Texts sampled from the model at temperature 1, packed as other documents are -> ids `[sequences, length]`, int64.
+
+    Each begins after the beginning-of-text token, or lacking one the end-of-text token. The same seed gives the same ids
+    on one machine; the global state of random numbers stays as it was.
+
+    Raises:
+        ValueError: no model, one that cannot generate, that is read from disk block by block, an encoder-decoder; one
+            without a token to begin with; one that ends every text at once.
+    """
+    _check(model)
+    ends = _ends(model, tokenizer)
+    start = _start(model, tokenizer, ends)
+    most = max(1, length - 1)  # together with what it begins or ends with it fills one sequence
+    config = GenerationConfig(
+        do_sample=False,  # the draw is ours, see `_Draw`
+        max_new_tokens=most,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else start,
+    )
+    bar = tqdm(total=sequences, desc="Sampling", unit="sequence", disable=Processes.current().hide_bars, leave=False)
+    with bar, evaluating(model), _generating(model, config), torch.no_grad():
+        documents = _documents(model, start, set(ends), max(1, min(sequences, TOGETHER // length)), seed)
+        rows = packed_rows(_counted(documents, bar, length), tokenizer, sequences, length)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _check(model: Any) -> None:
+    if model is None:
+        raise ValueError("calibration data 'self' are samples of the model: pass model=")
+    if model.config.is_encoder_decoder:
+        raise ValueError("calibration data 'self': an encoder-decoder writes nothing without being given a text")
+    if weight_store(model) is not None:
+        raise ValueError(
+            "calibration data 'self': the model is streamed from disk and would be read anew for every token; leave it out, or "
+            "give ids that calibration_batches('self', model=...) made where the model fits into memory"
+        )
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        raise ValueError(f"calibration data 'self': {type(model).__name__} cannot generate text; load it with its head")
+
+
+def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, the tokenizer's first."""
+    found: list[int] = []
+    config = model.config.get_text_config()
+    for given in (getattr(one, "eos_token_id", None) for one in (tokenizer, model.generation_config, config)):
+        found += given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    return list(dict.fromkeys(int(one) for one in found))
+
+
+def _start(model: PreTrainedModel, tokenizer: Any, ends: list[int]) -> int:
+    config = model.config.get_text_config()
+    begins = [getattr(one, "bos_token_id", None) for one in (tokenizer, model.generation_config, config)]
+    start = next((int(one) for one in [*begins, *ends[:1]] if one is not None), None)
+    if start is None:
+        raise ValueError("calibration data 'self': the model has no token that begins or ends a text to start from")
+    return start
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Inside, nothing of the model's own settings (a temperature, penalties) is mixed into the samples."""
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _documents(model: PreTrainedModel, start: int, ends: set[int], together: int, seed: int) -> Iterator[list[int]]:
+    """One text after another, without the token it began after, with the one that ended it."""
+    begin = torch.full((together, 1), start, dtype=torch.int64, device=input_device(model))
+    draw = LogitsProcessorList([_Draw(seed)])
+    empty = 0  # texts, one after the other
+    while empty < MOST_EMPTY:
+        written = model.generate(  # type: ignore[operator]
+            begin,
+            attention_mask=torch.ones_like(begin),
+            generation_config=model.generation_config,
+            logits_processor=draw,
+        )
+        for row in written[:, 1:].tolist():
+            text = _until(row, ends)
+            empty = empty + 1 if text[0] in ends else 0
+            if not empty:
+                yield text
+    raise ValueError(
+        f"calibration data 'self': the model ended {empty} texts before they began; it is no source of text"
+    )
+
+
+class _Draw(LogitsProcessor):
+    """Turns the search for the likeliest token into a draw at temperature 1, from a generator of its own.
+
+    The largest of logits plus Gumbel noise is distributed as their softmax: Maddison, Tarlow and Minka, NeurIPS 2014,
+    https://arxiv.org/abs/1411.0030. So the global random state is not touched, and the noise is the same on all devices.
+    """
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores`: logits `[texts, vocabulary]`."""
+        waiting = torch.empty(scores.shape).exponential_(generator=self._generator)
+        return scores - waiting.log().to(scores.device)
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    """Up to and with the first token that ends a text; what follows is padding."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def _counted(documents: Iterator[list[int]], bar: Any, length: int) -> Iterator[list[int]]:
+    tokens = 0
+    for document in documents:
+        yield document
+        tokens += len(document) + 1
+        bar.update(min(tokens // length, bar.total) - bar.n)

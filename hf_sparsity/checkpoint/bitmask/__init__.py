@@ -1,0 +1,1 @@
+"""The packed layout: one bit a weight and the kept values, as bytes."""

@@ -1,0 +1,136 @@
+"""Names, layouts and data types of a checkpoint -> those of the model, by transformers' own converter.
+
+The functions of transformers used here are not part of its documented interface; nothing else uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from .safetensors_index import Stored, opened
+
+
+def slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every name of every parameter -> the module that has it, and its name there."""
+    return {
+        f"{path}.{attribute}" if path else attribute: (module, attribute)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def read_parameters(
+    model: PreTrainedModel, stored: Mapping[str, Stored], keys: Iterable[str], device: torch.device
+) -> dict[str, Tensor]:
+    """The parameters that some tensors of a checkpoint make, by all their names in the model, which stays as it was."""
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    known = {id(parameter) for _, parameters, _ in before for parameter in parameters.values()}
+    try:
+        with opened(stored, keys) as tensors:
+            convert(model, tensors, device)
+        after = {name: module._parameters[attribute] for name, (module, attribute) in slots(model).items()}
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+    return {name: p.detach() for name, p in after.items() if p is not None and id(p) not in known}
+
+
+def rehearse(model: PreTrainedModel, stored: Mapping[str, Stored]) -> set[str]:
+    """Loads the whole checkpoint without its values; returns the names in the model that it does not provide.
+
+    Gives each parameter the dtype it will have, and `_weight_conversions` as loading the whole model does, so
+    that reverting them gives the names that the checkpoint has.
+    """
+    empty = {key: torch.empty(tensor.shape, device="meta") for key, tensor in stored.items()}
+    info, used = convert(model, empty, torch.device("meta"))
+    if info.mismatched_keys:
+        key, found, expected = sorted(info.mismatched_keys)[0]
+        raise ValueError(
+            f"{len(info.mismatched_keys)} tensors of the checkpoint have another shape than the config says: "
+            f"{key} is {list(found)}, not {list(expected)}"
+        )
+    if info.conversion_errors:
+        raise ValueError(f"the checkpoint cannot be converted: {some(info.conversion_errors)}")
+    model.__dict__["_weight_conversions"] = _undoing_prefix(model, stored, used)
+    return set(info.missing_keys)
+
+
+def convert(model: PreTrainedModel, tensors: dict[str, Any], device: torch.device) -> tuple[Any, list[Any]]:
+    """Runs the converter on some tensors of a checkpoint, setting parameters and buffers of the model.
+
+    Returns what the converter says, and the conversions that were used.
+    """
+    known = model.__dict__.get("_weight_conversions")
+    dtype: Any = model.config.dtype
+    conversions: Any = get_model_conversion_mapping(model)  # they carry state: new ones for each run
+    config = LoadStateDictConfig(
+        device_map={"": device}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=conversions
+    )
+    hook = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: transformers_logging.EmptyTqdm(*args, **kwargs))
+    try:
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, config, None)
+        return info, model.__dict__["_weight_conversions"]
+    finally:
+        transformers_logging.set_tqdm_hook(hook)
+        model.__dict__["_weight_conversions"] = known  # the whole checkpoint's; None: as before loading
+        if known is None:
+            del model.__dict__["_weight_conversions"]
+
+
+def targets(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name in the checkpoint -> in the model (of one that becomes several, the first), those of no use left out."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = model.state_dict()
+    found: dict[str, str] = {}
+    for key in keys:
+        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if target not in known and key in known:  # as the converter does
+            target, _ = rename_source_key(key, [], [], model.base_model_prefix, known)
+        if target in known:
+            found[key] = target
+    return found
+
+
+def _undoing_prefix(model: PreTrainedModel, keys: Mapping[str, Any], used: list[Any]) -> list[Any]:
+    """The conversions `used`, and one that undoes a prefix that the checkpoint has more or less than the model.
+
+    transformers' converter adds or removes it silently, and would save under the names of the model.
+    """
+    prefix, state = model.base_model_prefix, model.state_dict()
+
+    def agreeing(conversions: list[Any]) -> int:
+        model.__dict__["_weight_conversions"] = conversions
+        return len(keys & revert_weight_conversion(model, state).keys())
+
+    options = [used]
+    if any(key not in state and f"{prefix}.{key}" in state for key in keys):
+        options.append([*used, PrefixChange(prefix_to_add=prefix)])
+    if any(key not in state and key.removeprefix(f"{prefix}.") in state for key in keys):
+        options.append([*used, PrefixChange(prefix_to_remove=prefix)])
+    return max(options, key=agreeing) if len(options) > 1 else used
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of some names, for a message."""
+    first = sorted(names)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")

@@ -1,0 +1,59 @@
+"""Find the tensors of a checkpoint, dense or packed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils.hub import cached_file
+
+from .bitmask import codec
+from .packed_folder import METHOD, check_description, check_headers, check_tensors
+from .safetensors_index import Stored, find_files, read_headers
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[str, Any]) -> dict[str, Stored]:
+    """Name -> place of all tensors; of packed ones with the dtype and shape that they have once unpacked.
+
+    Args:
+        source: a folder or Hub id.
+        config: the model's; what says that the folder is packed is taken out of it.
+        location: `revision`, `token`, `cache_dir`, ... as in transformers.
+
+    Raises:
+        ValueError: no safetensors, a file that is missing or damaged, or weights quantized by another method.
+    """
+    found = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
+    described = next((one for one in found if one is not None), None)
+    if described is None:
+        return read_headers(find_files(source, config, location))
+    if not isinstance(described, Mapping) or described.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{str(source)!r} is quantized; its weights cannot be pruned. Prune the original, then quantize: zeros stay zero"
+        )
+    checked = check_description(described)
+    files = [Path(str(cached_file(source, name, **location))) for name in checked["files"]]
+    check_headers(files, checked)
+    packed = check_tensors(files)
+    for name in ("quantization_config", "transformers_weights"):
+        if hasattr(config, name):
+            delattr(config, name)
+    stored = read_headers(map(str, files))
+    return {name: _matrix(name, place) if packed[name] else place for name, place in stored.items()}
+
+
+def _matrix(name: str, place: Stored) -> Stored:
+    """A packed tensor as what it becomes; of its bytes only the first few are read."""
+    with safe_open(place.file, framework="pt") as file:
+        try:
+            header = codec.read_header(file.get_tensor(name))
+        except ValueError as error:
+            raise ValueError(f"{place.file}: {name}: {error}") from None
+    dtype = _NAMES.get(header.dtype, str(header.dtype).removeprefix("torch."))
+    return place._replace(dtype=dtype, shape=header.shape, packed=True)

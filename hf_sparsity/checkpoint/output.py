@@ -1,0 +1,290 @@
+"""A folder that a sparse model is written to block by block: complete, or visibly unfinished.
+
+Each block's shard is written as soon as the block is pruned, under the names of the source checkpoint.
+`config.json` comes last, so that nothing loads a folder that is not whole.
+
+Packed files are made of dense ones at the end, since until then a run may go on from these; so for a while both are on
+disk. The dense ones lie in the record of the run and go with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from ..distributed import Processes
+from ..files import MARKER
+from ..model.layers import Block, ModelLayers
+from ..model.offload import onload, weight_store
+from ..plan import LayerReport, Report, read_json, write_json
+from .atomic import disk_errors, sync_folder, write_tensors
+from .journal import Journal
+from .packed_folder import check_layout, pack_into
+from .streamed import read_blocks
+from .zeros import REPORT_FILE, check_written
+
+PACKED = "packed"  # the dense files, under the name that says that they are needed no more
+
+
+class Output:
+    """Where a model goes. `journal` says what of it is there already; `layout`: "dense" or "bitmask", see `save_sparse`.
+
+    Raises:
+        ValueError: an unknown layout; the folder is complete, or holds other files.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        processes: Processes | None = None,
+        layout: str = "dense",
+    ):
+        check_layout(layout)
+        self.path, self.layout = Path(path), layout
+        self._dense = self.path if layout == "dense" else self.path / MARKER / "dense"  # where blocks are written
+        self.processes = processes or Processes.current()
+        self._wipe = overwrite and self._is_ours()
+        if not self._wipe:
+            self._check()
+            self.journal = Journal(self.path / MARKER, self.processes)
+
+    def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
+        """Begins planning or pruning into the folder, or goes on with it; until then nothing is touched.
+
+        Raises:
+            ValueError: an unfinished run with other arguments.
+            OSError: the folder cannot be written to.
+        """
+        if self.processes.main:
+            if self._wipe:
+                (self.path / CONFIG_NAME).unlink(missing_ok=True)  # first, so that nothing loads what is left
+                for stem in ("model", "sparse"):  # dense and packed weights, and their indexes
+                    for file in self.path.glob(f"{stem}*.safetensors*"):
+                        file.unlink()
+                shutil.rmtree(self.path / MARKER, ignore_errors=True)
+            with disk_errors(self.path):
+                for folder in (self.path / MARKER, self._dense):
+                    folder.mkdir(parents=True, exist_ok=True)
+        self.processes.wait()
+        if self._wipe:
+            self._wipe, self.journal = False, Journal(self.path / MARKER, self.processes)
+        self.journal.begin(phase, arguments)
+
+    def _is_ours(self) -> bool:
+        """Whether there is a run or a sparse model that may be replaced; `ValueError` for anything else."""
+        if (self.path / MARKER).is_dir():
+            return True
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return False
+        config = self.path / CONFIG_NAME
+        if config.exists() and "sparsity_config" in read_json(config):
+            return True
+        raise ValueError(f"output {str(self.path)!r} holds files that are not a sparse model; choose another")
+
+    def _check(self) -> None:
+        marker = self.path / MARKER
+        if marker.is_dir() and (self.path / CONFIG_NAME).exists():
+            # The run was killed in its very last steps; another process may be quicker.
+            if (marker / PACKED).exists() or (self.layout == "bitmask" and not self._dense.exists()):
+                shutil.rmtree(marker, ignore_errors=True)
+            elif not any(marker.iterdir()):
+                with suppress(OSError):
+                    marker.rmdir()
+        if marker.is_dir():
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            hint = (
+                "; overwrite=True (--overwrite) replaces a sparse model" if (self.path / CONFIG_NAME).exists() else ""
+            )
+            raise ValueError(f"output {str(self.path)!r} exists and is not an empty folder; choose another{hint}")
+
+    def resume(self, model: PreTrainedModel, model_layers: ModelLayers) -> None:
+        """Puts the finished blocks into the model, in its memory or where it is read from."""
+        order = self.journal.order or []
+        if len(set(order)) < len(order):  # statistics over repeated visits are taken while all blocks are dense
+            self.journal.forget_blocks()
+        finished = {
+            block.name: dict.fromkeys(record["tensors"], record["file"])
+            for block in model_layers.blocks
+            if (record := self.journal.blocks.get(block.name)) is not None
+        }
+        if (streamed := weight_store(model)) is not None:
+            for name, files in finished.items():
+                streamed.redirect(name, self._dense, files)
+            return
+        blocks = {block.name: block for block in model_layers.blocks}
+        for name, values in read_blocks(model, self._dense, finished):
+            with onload(blocks[name].module) as onloaded:
+                for weight in blocks[name].weights.values():
+                    stored = values[weight.parameter]
+                    stored = stored if weight.expert is None else stored[weight.expert]
+                    onloaded.write(weight, stored.T if weight.transposed else stored)
+
+    def write_block(
+        self, model: PreTrainedModel, model_layers: ModelLayers, block: Block, layers: Mapping[str, LayerReport]
+    ) -> None:
+        """Writes the shard of a block whose weights are on its device; recorded with the next `journal.commit`.
+
+        Raises:
+            RuntimeError: the file has fewer zeros than the layers' reports say.
+        """
+        record: dict[str, Any] = {"layers": {name: dataclasses.asdict(layer) for name, layer in layers.items()}}
+        if self.processes.main:
+            names = _names(model, model_layers)[block.name]
+            file = self._shard(model_layers, model_layers.blocks.index(block))
+            state = {name: _tensor(model, name) for name in names}
+            tensors = self._write(model, file, state)
+            check_written([self._dense / file], layers)
+            record |= {"file": file, "tensors": tensors}
+            if (streamed := weight_store(model)) is not None:
+                streamed.redirect(block.name, self._dense, dict.fromkeys(tensors, file))
+        if weight_store(model) is not None and self.processes.count > 1:
+            record = self.processes.gather(record)[0]
+            streamed = weight_store(model)
+            assert streamed is not None
+            streamed.redirect(block.name, self._dense, dict.fromkeys(record["tensors"], record["file"]))
+        self.journal.block_done(block.name, record)
+
+    def report(self) -> dict[str, LayerReport]:
+        """What became of the layers of all finished blocks."""
+        return {
+            name: LayerReport(**layer)
+            for record in self.journal.blocks.values()
+            for name, layer in record["layers"].items()
+        }
+
+    def finish(self, model: PreTrainedModel, model_layers: ModelLayers, report: Report, tokenizer: Any = None) -> None:
+        """Writes what is not in a pruned block, the index, the config; the folder is complete then."""
+        if self.processes.main:
+            with self.finishing(report, tokenizer) as place:
+                write_json(place / SAFE_WEIGHTS_INDEX_NAME, self._write_rest(model, model_layers))
+                _save_config(model, place)
+        self.processes.wait()
+
+    @contextmanager
+    def finishing(self, report: Report, tokenizer: Any = None) -> Iterator[Path]:
+        """A folder for the dense model inside the unfinished one.
+
+        What is put there, packed if so asked, moves out, `config.json` last, and all is complete.
+        """
+        place = self.journal.folder / "final"
+        shutil.rmtree(place, ignore_errors=True)
+        with disk_errors(self.path):
+            place.mkdir()
+            if self.layout == "dense":
+                yield place
+            else:
+                yield self._dense
+                pack_into(self._dense, place)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(place)
+            report.save(place / REPORT_FILE)
+            for file in sorted(place.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+                if file.is_dir():  # a tokenizer may have folders; one is there if the run was killed here before
+                    shutil.rmtree(self.path / file.name, ignore_errors=True)
+                os.replace(file, self.path / file.name)
+            sync_folder(self.path)
+            if self.layout == "bitmask":  # at once: a run cannot go on from some of its blocks
+                os.rename(self._dense, self.journal.folder / PACKED)
+            self.journal.remove()
+
+    def _write_rest(self, model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, Any]:
+        """Shards of what no pruned block holds; returns the index of all."""
+        names = _names(model, model_layers)
+        where: dict[str, str] = {}
+        for number, block in enumerate(model_layers.blocks):
+            record = self.journal.blocks.get(block.name)
+            if record is not None:
+                where |= dict.fromkeys(record["tensors"], record["file"])
+            elif names[block.name]:
+                file = self._shard(model_layers, number)
+                with onload(block.module):
+                    tensors = self._write(model, file, {name: _tensor(model, name) for name in names[block.name]})
+                where |= dict.fromkeys(tensors, file)
+        file = self._shard(model_layers, len(model_layers.blocks))
+        outside = {name: _lent(model, name) for name in names[""]}
+        where |= dict.fromkeys(self._write(model, file, outside), file)
+        size = 0
+        for file in sorted(set(where.values())):
+            with safe_open(self._dense / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    part = opened.get_slice(name)
+                    size += torch.Size(part.get_shape()).numel() * _ITEMSIZE[part.get_dtype()]
+        return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+
+    def _write(self, model: PreTrainedModel, file: str, state: Mapping[str, Tensor]) -> list[str]:
+        """A shard under the source's names, which are returned."""
+        named = revert_weight_conversion(model, dict(state))
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        write_tensors(self._dense / file, kept, {"format": "pt"})
+        return list(kept)
+
+    def _shard(self, model_layers: ModelLayers, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{len(model_layers.blocks) + 1:05d}.safetensors"
+
+
+_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEMSIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
+
+
+def _names(model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, list[str]]:
+    """State-dict names by block ("" for the rest): each tensor once, without those tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    result: dict[str, list[str]] = {name: [] for name in ("", *(block.name for block in model_layers.blocks))}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tied or name in ignored or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        block = next((b.name for b in model_layers.blocks if name.startswith(b.name + ".")), "")
+        result[block].append(name)
+    return result
+
+
+def _tensor(model: PreTrainedModel, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), attribute)
+    return tensor.detach()
+
+
+def _lent(model: PreTrainedModel, name: str) -> Tensor:
+    """A tensor that may be offloaded."""
+    if (tensor := _tensor(model, name)).device.type != "meta":
+        return tensor
+    with onload(model.get_submodule(name.rpartition(".")[0])):
+        return _tensor(model, name).clone()
+
+
+def _save_config(model: PreTrainedModel, folder: Path) -> None:
+    """config.json, generation_config.json and code that came with the model, as `save_pretrained` writes them."""
+    if model.is_remote_code():
+        custom_object_save(model, str(folder), config=model.config)  # type: ignore[arg-type]
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        with suppress(ValueError):
+            model.generation_config.save_pretrained(folder)
+
+
+def open_output(given: str | os.PathLike[str] | Output | None, overwrite: bool, processes: Processes) -> Output | None:
+    """Returns the `Output` for a folder; what is one already, or None, stays as it is."""
+    if given is None or isinstance(given, Output):
+        return given
+    return Output(given, overwrite=overwrite, processes=processes)

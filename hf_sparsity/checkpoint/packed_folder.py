@@ -1,0 +1,306 @@
+"""Model folders on disk: dense <-> packed, file by file.
+
+A packed folder is a model folder in which
+
+* the weights stand in `sparse.safetensors`, or `sparse-00001-of-0000N.safetensors` with
+  `sparse.safetensors.index.json`. A pruned matrix has the name it always had, as the byte string of
+  `checkpoint/bitmask/codec.py`; all other tensors are as usual. Each file's metadata carry the checksums of those others;
+* `config.json` has a `quantization_config` that names the method, the layout's version, the weights file and the
+  SHA-256 of each file's header. So nothing that is read is unchecked: config -> headers (names, shapes, places,
+  checksums) -> tensors;
+* `config.json` has, as `transformers_weights`, a sentence that says what is needed to load the folder. Without
+  this package transformers takes it for a file name and raises an error that quotes it. With it, the quantizer
+  of `bitmask.py` puts the real name there.
+
+Which tensors are packed is decided by what is in them: every floating-point matrix that becomes shorter. That needs
+no table of how each architecture names its experts on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..plan import LARGEST_FILE, Plan, read_json, write_json
+from .bitmask import codec
+from .bitmask.bits import GROUPS
+
+if TYPE_CHECKING:  # importing transformers imports `bitmask.py`, which needs this file whole
+    pass
+
+logger = logging.getLogger(__name__)
+
+METHOD, LAYOUT, VERSION = "hf_sparsity", "bitmask", 1
+CHECKS = "hf_sparsity_checksums"  # in a file's metadata: {tensor: checksum}, of what is not packed
+HOW_TO_LOAD = "this folder is packed; to load it, `pip install hf_sparsity` and `import hf_sparsity` first"
+_SHARD = re.compile(r"(model|sparse)(-\d{5,6}-of-\d{5,6})?\.safetensors")
+_TENSOR = re.compile(r"[\w.:/@+-]+")  # transformers makes regular expressions of names
+_WEIGHTS = re.compile(r"(model|sparse|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+
+
+def check_layout(layout: Any) -> None:
+    """`ValueError` for the name of none."""
+    if layout not in ("dense", "bitmask"):
+        raise ValueError(f"layout {layout!r} is unknown; use 'dense' or 'bitmask'")
+
+
+def check_worth(plan: Plan, dtype: torch.dtype) -> None:
+    """`ValueError` when no layer of a plan is sparse enough for its bits to take less than its zeros did."""
+    if all(layer.sparsity * dtype.itemsize * 8 <= 1 for layer in plan.layers.values()):
+        raise ValueError(f"a sparsity of {plan.sparsity:.4f} leaves nothing worth packing: use layout='dense'")
+
+
+# ---- reading a packed folder, also for the quantizer
+
+
+def check_description(described: Any) -> dict[str, Any]:
+    """The `quantization_config` of a packed folder, checked: `ValueError` says what is wrong with it."""
+    if not isinstance(described, Mapping) or described.get("quant_method") != METHOD:
+        raise ValueError("this folder is not packed by hf_sparsity: its config.json has no such quantization_config")
+    if described.get("layout") != LAYOUT or described.get("version") != VERSION:
+        raise ValueError(
+            f"packed folder: layout {described.get('layout')!r} version {described.get('version')!r}; this release of "
+            f"hf_sparsity reads {LAYOUT!r} version {VERSION}"
+        )
+    files, single = described.get("files"), described.get("weights_file") == "sparse.safetensors"
+    if not isinstance(files, Mapping) or not files or (single and list(files) != ["sparse.safetensors"]):
+        raise ValueError("packed folder: quantization_config has no list of its files")
+    if not single and described.get("weights_file") != "sparse.safetensors.index.json":
+        raise ValueError(f"packed folder: {described.get('weights_file')!r} is not the name of packed weights")
+    for name, digest in files.items():
+        _check_name(name, "sparse")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"packed folder: quantization_config has no checksum for {name}")
+    return {key: described[key] for key in ("quant_method", "layout", "version", "weights_file", "files")}
+
+
+def check_index(folder: Path, described: Mapping[str, Any]) -> None:
+    """`ValueError` when the index of a packed folder, if there is one, is damaged or names other files than its config."""
+    index = folder / described["weights_file"]
+    if not index.name.endswith(".json") or not index.is_file():
+        return
+    weight_map = read_json(index)
+    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if named != set(described["files"]):
+        raise ValueError(f"{index}: the index names {sorted(named)[:3]}, config.json {sorted(described['files'])[:3]}")
+
+
+def check_headers(files: list[Path], described: Mapping[str, Any]) -> None:
+    """`ValueError` unless these are the files that the config was written for; `FileNotFoundError` where one is missing."""
+    if sorted(file.name for file in files) != sorted(described["files"]) or len({f.parent for f in files}) > 1:
+        raise ValueError(
+            f"packed folder: the index names {sorted(str(f) for f in files)[:3]}, config.json {sorted(described['files'])[:3]}"
+        )
+    for file in files:
+        if _header_digest(file) != described["files"][file.name]:
+            raise ValueError(f"{file}: the header is not the one that config.json was written for; it is damaged")
+
+
+def check_tensors(files: list[Path]) -> dict[str, bool]:
+    """Checks the tensors that are not packed; packed ones are when they are unpacked. {tensor: whether it is packed}.
+
+    Raises:
+        ValueError: one of them, or a name, is damaged.
+    """
+    packed: dict[str, bool] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            checks = _checks(tensors)
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                if name in packed or not _TENSOR.fullmatch(name):
+                    raise ValueError(f"{file}: {name!r} is in another file, too, or no name of a tensor")
+                packed[name] = name not in checks
+                if name in checks and codec.checksum(tensors.get_tensor(name)) != checks[name]:
+                    raise ValueError(f"{file}: {name} is damaged; its checksum is wrong")
+    return packed
+
+
+def _header_digest(file: Path) -> str:
+    """SHA-256 of the header of a safetensors file; `ValueError` when it is longer than the file or 64 MiB."""
+    with file.open("rb") as stream:
+        size = stream.read(8)
+        length = int.from_bytes(size, "little")
+        if len(size) < 8 or length > min(LARGEST_FILE, file.stat().st_size):
+            raise ValueError(f"{file} is cut short or not a safetensors file: its header claims {length} bytes")
+        return hashlib.sha256(size + stream.read(length)).hexdigest()
+
+
+def _checks(tensors: Any) -> dict[str, str]:
+    """{tensor: checksum} of what a file has unpacked; `ValueError` when its metadata are no such thing."""
+    try:
+        checks = json.loads((tensors.metadata() or {}).get(CHECKS, "{}"))
+    except RecursionError:
+        checks = None
+    if not isinstance(checks, dict):
+        raise ValueError(f"packed folder: the metadata of a weight file have no {CHECKS}")
+    return checks
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _check_name(name: Any, stem: str) -> None:
+    """Weight files have plain names, so that no index can point outside its folder."""
+    match = _SHARD.fullmatch(name) if isinstance(name, str) else None
+    if match is None or match[1] != stem:
+        raise ValueError(f"{name!r} is not the name of a weight file of this folder ({stem}*.safetensors)")
+
+
+# ---- writing
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the folder's `config.json` as a dict."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is not a JSON object")
+    return config
+
+
+def refuse_unless_prunable(config: Mapping[str, Any]) -> Plan:
+    """The plan of a config whose model can be packed; `ValueError` for all others."""
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        if method == METHOD:
+            raise ValueError("this folder is packed already; unpack() makes it dense")
+        raise ValueError(
+            f"the model is quantized by {method!r}; a checkpoint has one such format, so it cannot be packed. "
+            "Save it dense: the zeros stay, and the quantized values are stored by their own method"
+        )
+    if config.get("sparsity_config") is None:
+        raise ValueError("config.json has no sparsity plan: prune the model first (hf_sparsity.prune)")
+    return Plan.from_dict(config["sparsity_config"])
+
+
+def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
+    """`pack` into a folder that is there; `consume`: takes each dense file away once it is packed."""
+    config = read_config(folder)
+    plan = refuse_unless_prunable(config)
+    named = {layer.pattern for layer in plan.layers.values()} - {"unstructured"}
+    pairs = [tuple(int(n) for n in pattern.split(":")) for pattern in sorted(named) if pattern[0] != "*"]
+    groups = [(kept, group) for kept, group in pairs if group in GROUPS and kept < group]
+    files, total = write_shards(
+        _shards(folder), output, "sparse", lambda tensor, name, checks: _packed(tensor, groups), consume=consume
+    )
+    if not total:
+        raise ValueError(f"{folder} has no weights with enough zeros to be worth packing")
+    copy_other_files(folder, output)
+    config["transformers_weights"] = HOW_TO_LOAD
+    config["quantization_config"] = {
+        "quant_method": METHOD,
+        "layout": LAYOUT,
+        "version": VERSION,
+        "weights_file": "sparse.safetensors" + (".index.json" if len(files) > 1 else ""),
+        "files": {file.name: _header_digest(file) for file in files},
+    }
+    write_json(output / "config.json", config)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files of a dense folder, in order."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    weight_map = read_json(index)
+    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        _check_name(name, "model")
+    return [folder / name for name in names]
+
+
+def _packed(tensor: Tensor, groups: list[tuple[int, int]]) -> tuple[Tensor, bool]:
+    """(what to store, whether it is packed): the shortest of dense, bitmask and the plan's codes in both directions."""
+    if not tensor.is_floating_point() or tensor.ndim not in (2, 3) or not tensor.numel():
+        return tensor, False
+    if tensor.dtype not in codec.DTYPES or codec.packed_bytes(tensor) >= tensor.nbytes:
+        return tensor, False
+    coded = [packed for group in groups if (packed := _coded(tensor, group)) is not None]
+    return min(coded, key=len) if coded else codec.pack(tensor), True
+
+
+def _coded(tensor: Tensor, group: tuple[int, int]) -> Tensor | None:
+    """The tensor in the code of (N, M), in whichever direction it has the pattern; None where a bitmask is shorter."""
+    for swapped in (False, True):
+        if tensor.shape[-2 if swapped else -1] % group[1] == 0:
+            packed = codec.pack(tensor, group=group, swapped=swapped)
+            if codec.read_header(packed).group:
+                return packed
+    return None
+
+
+def unpack_tensor(tensor: Tensor, name: str, checks: Mapping[str, str]) -> tuple[Tensor, bool]:
+    """Returns (the dense tensor, whether it was packed). `checks`: checksums of the tensors that are stored dense."""
+    if name in checks:
+        return tensor, False
+    try:
+        return codec.unpack(tensor), True
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def write_shards(
+    sources: list[Path], output: Path, stem: str, convert: Any, *, consume: bool = False
+) -> tuple[list[Path], int]:
+    """Converts file by file; writes an index when there are several. Returns the files and how many tensors changed."""
+    files, changed, weight_map, size, count = [], 0, {}, 0, 0
+    for number, source in enumerate(sources, 1):
+        name = f"{stem}-{number:05d}-of-{len(sources):05d}.safetensors" if len(sources) > 1 else f"{stem}.safetensors"
+        stored, checks = {}, {}
+        with _opened(source) as tensors:
+            known = _checks(tensors)
+            for key in tensors.keys():  # noqa: SIM118  (not a dict)
+                if key in weight_map:
+                    raise ValueError(f"{source}: {key} is in another file, too")
+                stored[key], converted = convert(tensors.get_tensor(key), key, known)
+                changed += converted
+                if not converted:
+                    checks[key] = codec.checksum(stored[key])
+                weight_map[key] = name
+                size += stored[key].nbytes
+                count += stored[key].numel()
+            # One entry: safetensors writes several in a random order, and the same weights shall be the same bytes.
+            metadata = {CHECKS: json.dumps(checks)} if stem == "sparse" else {"format": "pt"}
+            save_file(stored, output / name, metadata=metadata)
+        if consume:
+            source.unlink()
+        files.append(output / name)
+    if len(files) > 1:
+        total = {"total_size": size} if stem == "sparse" else {"total_parameters": count, "total_size": size}
+        write_json(output / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+    return files, changed
+
+
+def copy_other_files(folder: Path, output: Path) -> None:
+    """Everything beside weights and config: tokenizer, generation config, report, card."""
+    for item in sorted(folder.iterdir()):
+        if item.name.startswith(".") or item.name == "config.json" or _WEIGHTS.fullmatch(item.name):
+            continue
+        if item.is_dir():
+            shutil.copytree(item, output / item.name)
+        else:
+            shutil.copyfile(item, output / item.name)

@@ -1,0 +1,229 @@
+"""Packed folders load through plain transformers: `AutoModelFor….from_pretrained(folder)`.
+
+transformers lets others read their own formats by a *quantizer* that it finds by `quantization_config.quant_method`.
+Ours has nothing to quantize: it unpacks, and takes itself away. What comes out is the dense model, bit for bit.
+
+A packed matrix has its ordinary name in the files, so all of transformers' renamings, merges of experts and device
+maps apply as they are. An operation put in front of each conversion turns the bytes into the matrix; where a model
+has no conversion for a name, we add one. The names to add it for are known from the files.
+
+`register` must have run before a packed folder is loaded. `import hf_sparsity` sees to that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .bitmask import codec
+from .packed_folder import METHOD, check_description, check_headers, check_index, check_tensors
+from .safetensors_index import prefetch, read_headers
+
+logger = logging.getLogger(__name__)
+_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def register() -> None:
+    """Makes packed folders loadable in this process; a second call does nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitmaskConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = BitmaskQuantizer
+
+
+class BitmaskConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed folder; see `pack.py`. `ValueError` when it is not one we can read."""
+
+    def __init__(self, **described: Any) -> None:
+        vars(self).update(check_description(described))
+
+    @property
+    def dequantize(self) -> bool:
+        """Tells transformers that the loaded model is an ordinary one; it then drops this config and the quantizer."""
+        return True
+
+
+class Unpack(ConversionOps):
+    """Packed bytes -> matrices in the model's dtype; anything else passes.
+
+    `whole`: the operation is alone in its converter, for one tensor, and names what it returns.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
+        self.dtype: torch.dtype | None = None  # set for each parameter by `BitmaskQuantizer.get_new_dtype`
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+        """`input_dict`: {pattern of names: tensor or list of tensors}, as all of transformers' operations take it."""
+        unpacked = {
+            pattern: [self._dense(t) for t in (tensors if isinstance(tensors, list) else [tensors])]
+            for pattern, tensors in input_dict.items()
+        }
+        return {full_layer_name: next(iter(unpacked.values()))[0]} if self.whole else unpacked
+
+    def _dense(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+            return tensor
+        return codec.unpack(tensor).to(self.dtype)
+
+
+class BitmaskQuantizer(HfQuantizer):
+    """What transformers calls while it loads a packed folder, in the order of the methods below."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: BitmaskConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError("this config describes a packed folder; to prune a model use hf_sparsity.prune")
+        self.packed: dict[str, bool] = {}  # {name in the files: whether it is packed}
+        self.environment: dict[str, str | None] = {}  # what to restore in it
+        self.originals: dict[int, WeightConverter | None] = {}  # id of each converter of ours -> the one it replaced
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The one hook before files are looked for: says which they are, refuses what cannot work."""
+        if getattr(config, "distributed_config", None) is not None:
+            raise ValueError(
+                "a packed folder cannot be loaded with tensor parallelism or another distributed_config: a slice of a "
+                "matrix is not a slice of its packed bytes. Make it dense first: hf_sparsity.unpack(folder, output)"
+            )
+        check_index(Path(config._name_or_path), vars(self.quantization_config))
+        config.transformers_weights = vars(self.quantization_config)["weights_file"]
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        files = [Path(os.path.normpath(file)) for file in checkpoint_files or ()]
+        check_headers(files, vars(self.quantization_config))
+        stored = read_headers(map(str, files))
+        prefetch(stored[name] for name in sorted(stored, key=dot_natural_key))  # as transformers takes them
+        self.packed = check_tensors(files)
+        # Its threads would take all tensors at once. torch looks at the first byte of each with Python's lock held, so all
+        # would wait for the disk there; and on a GPU the packed model would be in memory beside the dense one.
+        self.environment = {_ONE_BY_ONE: os.environ.get(_ONE_BY_ONE)}
+        os.environ[_ONE_BY_ONE] = "1"
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def adjust_and_check(loading_info: Any) -> None:
+            self._restore_environment()
+            adjust(loading_info)
+            _check_loaded(model, loading_info, self.packed)
+
+        # The only place that sees what transformers would fill with random numbers; undone after loading.
+        vars(model)["_adjust_missing_and_unexpected_keys"] = adjust_and_check
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Puts `Unpack` before the model's own conversions, and adds it for packed names that have none."""
+        updated = []
+        for conversion in weight_conversions:
+            if isinstance(conversion, WeightConverter):
+                ours = conversion.copy(
+                    conversion._original_source_patterns.copy(),
+                    conversion._original_target_patterns.copy(),
+                    operations=[Unpack(), *conversion.operations],
+                )
+                self.originals[id(ours)] = conversion
+                conversion = ours
+            updated.append(conversion)
+        for name in self._unconverted(updated, model):
+            ours = WeightConverter([re.escape(name)], [name], [Unpack(whole=True)])
+            self.originals[id(ours)] = None
+            updated.append(ours)
+        return updated
+
+    def _unconverted(self, conversions: list[Any], model: PreTrainedModel) -> list[str]:
+        """Patterns for the packed names that no converter of the model takes: their last two components."""
+        trial = deepcopy(conversions)  # conversions remember whether they were used
+        renamings = [c for c in trial if isinstance(c, WeightRenaming)]
+        converters = [c for c in trial if isinstance(c, WeightConverter)]
+        expected = model.state_dict()
+        patterns = set()
+        for key in (key for key, packed in self.packed.items() if packed):
+            name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+            if source is None or (name not in expected and key in expected):
+                name = name if source is None else key
+                parts = name.split(".")
+                patterns.add("." + ".".join(parts[-2:]) if len(parts) > 2 else name)
+        return sorted(patterns)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Where transformers tells the dtype a parameter shall have; packed bytes must not be cast, their matrix will."""
+        self._restore_environment()
+        operations = getattr(converter, "operations", ())
+        if operations and isinstance(operations[0], Unpack):
+            operations[0].dtype = dtype
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _restore_environment(self) -> None:
+        """As soon as transformers has read it: at the first tensor, or at the end of a load that had none."""
+        while self.environment:
+            name, value = self.environment.popitem()
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        """Leaves nothing of the loading behind, so that the model saves as any other."""
+        del model._adjust_missing_and_unexpected_keys
+        used = [self.originals.get(id(c), c) for c in vars(model)["_weight_conversions"]]
+        vars(model)["_weight_conversions"] = [c for c in used if c is not None]
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights
+
+    def is_serializable(self) -> bool:
+        """The loaded model is an ordinary one."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The loaded model is an ordinary one."""
+        return True
+
+
+def _check_loaded(model: PreTrainedModel, loading_info: Any, stored: dict[str, bool]) -> None:
+    """`ValueError` where transformers would warn and go on with random weights in place of damaged or missing ones.
+
+    A model of the class that was saved must be complete. Another class may have a new head, but a weight whose like
+    in another block is in the files cannot be new.
+    """
+    if loading_info.conversion_errors:
+        name, text = next(iter(loading_info.conversion_errors.items()))
+        count = len(loading_info.conversion_errors)
+        loading_info.conversion_errors = {}  # else transformers raises another error over this one
+        reason = next((line for line in reversed(text.splitlines()) if line.startswith("ValueError")), text[-300:])
+        raise ValueError(f"packed folder: {count} weights could not be unpacked, such as {name}: {reason}")
+    # Only where a name took another way than `_unconverted` foresaw; `ignore_mismatched_sizes` would fill it in.
+    astray = {name for name, found, wanted in loading_info.mismatched_keys if len(found) == 1 < len(wanted)}
+    missing = set(loading_info.missing_keys) | astray
+    if type(model).__name__ not in (model.config.architectures or ()):
+        kinds = {_kind(name, model) for name in stored}
+        missing = {name for name in missing if re.search(r"\d", name) and _kind(name, model) in kinds}
+    if missing:
+        raise ValueError(
+            f"packed folder: {len(missing)} weights of {type(model).__name__} are not in its files, such as "
+            f"{sorted(missing)[0]}; the config or the files are damaged"
+        )
+
+
+def _kind(name: str, model: PreTrainedModel) -> str:
+    """A parameter's name without the numbers of blocks and experts, and without the prefix of a head's model."""
+    return re.sub(r"\.\d+(?=\.)", ".#", name.removeprefix(model.base_model_prefix + "."))

@@ -1,0 +1,61 @@
+"""Save a sparse model with its plan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from ..plan import Report
+from .atomic import new_folder
+from .packed_folder import check_layout, pack_into, refuse_unless_prunable
+from .zeros import REPORT_FILE, check_written
+
+
+def save_sparse(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    layout: Literal["dense", "bitmask"] = "dense",
+    report: Report | None = None,
+    tokenizer: Any = None,
+    max_shard_size: int | str | None = None,
+) -> Path:
+    """Saves a model whole or not at all: written beside the target under a temporary name, checked, then renamed.
+
+    Args:
+        model: any transformers model.
+        path: a folder that does not exist, or is empty.
+        layout: `dense`, ordinary files with zeros in them; `bitmask`, the pruned matrices packed.
+        report: saved beside the weights; the zeros of the files are counted against it.
+        tokenizer: saved beside the weights.
+        max_shard_size: bytes, or a string as transformers takes it ("5GB"), of the dense files; a packed file holds
+            the tensors of one dense file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder holds other files; an unknown layout; `bitmask` for a model that is quantized, has no
+            plan, or no zeros worth packing.
+        RuntimeError: the files have fewer zeros than the report says.
+    """
+    check_layout(layout)
+    if layout == "bitmask":
+        refuse_unless_prunable(model.config.to_dict())
+    with new_folder(path) as temporary:
+        dense = temporary / ".dense" if layout == "bitmask" else temporary
+        options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(dense, **options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(dense)
+        if report is not None:
+            report.save(dense / REPORT_FILE)
+            check_written(dense.glob("*.safetensors"), report.layers)
+        if layout == "bitmask":
+            pack_into(dense, temporary, consume=True)
+            shutil.rmtree(dense)
+    return Path(path)

@@ -1,0 +1,1 @@
+"""Perplexity, divergence from the dense model, certificates, tasks, and their record."""

@@ -1,0 +1,159 @@
+"""The certificate: what a chosen plan gains over uniform, on text that nothing before has touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration.batches import data_fingerprint, prepare_batches
+from ..core.bootstrap import interval, paired_bootstrap, resampled_means
+from ..model.inference import Batch, evaluating
+from ..model.layers import ModelLayers, find_layers
+from ..plan import Plan, read_json
+from .divergence import HIGHEST, DenseReference, PlanScores, compared, joined
+
+RESAMPLES = 1000
+
+
+def compare(uniform: PlanScores, chosen: PlanScores, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
+    """The paired comparison of two plans on the same sequences, in JSON types.
+
+    `kl` and `perplexity` of both, and `uniform_minus_chosen` of each with its interval: above zero, the chosen one is better.
+    """
+    tokens = chosen.tokens
+    pairs = torch.stack([uniform.kl, chosen.kl], dim=1)
+    value, low, high = paired_bootstrap(pairs, tokens, RESAMPLES, confidence, seed)
+    losses = torch.stack([uniform.loss, chosen.loss], dim=1)
+    drawn = resampled_means(losses, tokens, resamples=RESAMPLES, seed=seed).clamp(max=HIGHEST).exp()
+    ends = interval(drawn[:, 0] - drawn[:, 1], confidence)
+    perplexity = {name: one.perplexity for name, one in (("uniform", uniform), ("chosen", chosen))}
+    return {
+        "kl": {
+            "uniform": uniform.mean(),
+            "chosen": chosen.mean(),
+            "uniform_minus_chosen": {"value": value, "low": low, "high": high},
+        },
+        "perplexity": {
+            **perplexity,
+            "uniform_minus_chosen": {
+                "value": perplexity["uniform"] - perplexity["chosen"],
+                "low": ends[0],
+                "high": ends[1],
+            },
+        },
+        "sequences": len(tokens),
+        "predictions": int(tokens.sum()),
+        "confidence": confidence,
+        "resamples": RESAMPLES,
+        "seed": seed,
+    }
+
+
+def certify(
+    dense: PreTrainedModel,
+    uniform: PreTrainedModel,
+    chosen: PreTrainedModel,
+    texts: Tensor | Iterable[Mapping[str, Any]],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A certificate of finished models: the dense one, it pruned uniformly, and it pruned by the plan.
+
+    Args:
+        texts: token ids or batches, see `prepare_batches`, that neither pruning nor the choice of the plan has seen.
+    """
+    batches = prepare_batches(dense, texts)
+    scores = [_against(dense, model, batches) for model in (uniform, chosen)]
+    return compare(*scores, confidence=confidence, seed=seed) | {"data": data_fingerprint(batches), "of": "models"}
+
+
+def _against(dense: PreTrainedModel, model: PreTrainedModel, batches: Sequence[Batch]) -> PlanScores:
+    """Of a second model in memory."""
+    rows = []
+    with evaluating(dense), evaluating(model), torch.no_grad():
+        for batch in joined(dense, batches):
+            mine = {key: value.to(model.device) for key, value in batch.items()}
+            logits = model(**mine, use_cache=False).logits
+            rows += compared(batch, dense(**batch, use_cache=False).logits.to(logits.device), logits)
+    return PlanScores.of(rows)
+
+
+class CertificateScore:
+    """Sees a dense model before it is pruned, and says afterwards what became of it on the certificate's text."""
+
+    def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch]):
+        self._reference, self._data = DenseReference(model, model_layers, batches), data_fingerprint(batches)
+
+    def report(self) -> dict[str, Any]:
+        """`{"kl", "perplexity", "data"}` of the model as it is now."""
+        scores = PlanScores.of(self._reference.rows())
+        return {"kl": scores.mean(), "perplexity": scores.perplexity, "data": self._data}
+
+
+def check(
+    folder: str | os.PathLike[str],
+    texts: Tensor | Iterable[Mapping[str, Any]],
+    *,
+    model: PreTrainedModel | None = None,
+    dense: PreTrainedModel | None = None,
+) -> dict[str, Any]:
+    """Scores a sparse model's certificate again.
+
+    Args:
+        folder: of the sparse model.
+        texts: what it was pruned with: the calibration ids, whose last sequences the certificate kept; or those alone.
+        model: loaded from the folder already.
+        dense: the model that was pruned; then the divergence is scored too.
+
+    Returns:
+        `{"same_text", "recorded": {"kl", "perplexity"}, "now": {"kl" or None, "perplexity"}, "holds", "certificate"}`;
+        `holds`: same text, and perplexity (and KL) are what was recorded, to 1 %.
+
+    Raises:
+        ValueError: the model has no certificate, or the texts are too few.
+    """
+    plan = Plan.load(folder)
+    stored = _recorded(Path(folder))
+    count = int((plan.chosen or {}).get("data", {}).get("certificate", 0))
+    if not count or stored is None:
+        raise ValueError(
+            f"{folder} has no certificate: it was not pruned by a plan of allocator 'race' or 'search' on the data that "
+            "the plan was made with"
+        )
+    if model is None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    batches = prepare_batches(model, texts)
+    if len(batches) < count:
+        raise ValueError(f"the certificate is of {count} sequences, and {len(batches)} were given")
+    batches = batches[-count:]
+    model_layers: ModelLayers = find_layers(model, tuple(plan.config.get("ignore", ())))
+    scores = (
+        _against(dense, model, batches)
+        if dense is not None
+        else PlanScores.of(DenseReference(model, model_layers, batches).rows())
+    )
+    now = {"kl": scores.mean() if dense is not None else None, "perplexity": scores.perplexity}
+    same = data_fingerprint(batches)["sha256"] == stored["data"]["sha256"]
+    near = all(v is None or abs(v - stored[k]) <= 0.01 * abs(stored[k]) + 1e-6 for k, v in now.items())
+    recorded = {key: stored[key] for key in now}
+    return {
+        "same_text": same,
+        "recorded": recorded,
+        "now": now,
+        "holds": same and near,
+        "certificate": dict(plan.chosen or {}).get("certificate"),
+    }
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    stored = read_json(folder / "config.json").get("sparsity_config", {}).get("pruned", {}).get("certificate")
+    return stored if isinstance(stored, dict) and {"kl", "perplexity", "data"} <= stored.keys() else None

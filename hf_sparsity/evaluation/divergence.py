@@ -1,0 +1,207 @@
+"""How far a masked model departs from the dense one: exact KL, a forward pass for each candidate.
+
+Masks are looked up in ranks of one byte a weight and live one block at a time: while a block runs, masked copies stand
+in for its weights. Of the dense model what its last block gave is kept for every batch; the model's own head makes
+logits of it again. So a candidate costs one forward pass of the text it is judged on, a second run of the head, and
+one multiplication a weight; no statistic is taken again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..model.inference import Batch, prepared
+from ..model.layers import Block, ModelLayers
+from ..model.offload import onload
+from ..streaming.forward import drive
+from ..streaming.lockstep import lockstep
+from .perplexity import LOGITS
+
+logger = logging.getLogger(__name__)
+
+TOGETHER = 2048  # tokens of one forward pass: enough to keep the products busy
+WORST = 1e4  # nats: finite, so that plans can still be told apart and written down
+HIGHEST = 700.0  # nats whose perplexity is still a number
+POSITIONS = 2**23  # numbers of the logits that are compared at a time
+
+SequenceSums = list[list[float]]  # (summed KL, summed loss, tokens) of each sequence
+
+
+@dataclass(frozen=True)
+class PlanScores:
+    """Per sequence, means over its tokens in nats: `kl` from the dense model, `loss` of the next token; and `tokens`."""
+
+    kl: Tensor
+    loss: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, rows: SequenceSums) -> PlanScores:
+        """From what `Reference.rows` gives."""
+        table = torch.tensor(rows, dtype=torch.float64)
+        return cls(table[:, 0] / table[:, 2], table[:, 1] / table[:, 2], table[:, 2])
+
+    def mean(self, metric: str = "kl") -> float:
+        """Per token."""
+        return float((getattr(self, metric) * self.tokens).sum() / self.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Finite, however bad it is."""
+        return math.exp(min(self.mean("loss"), HIGHEST))
+
+
+class DenseReference:
+    """What the dense model says about some batches, against which any change of its blocks is judged."""
+
+    def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch]):
+        """Runs the model once, dense, and keeps hidden states of all tokens: tokens x width.
+
+        `ValueError` for a model without logits.
+        """
+        self.model, self.model_layers, self.batches = model, model_layers, joined(model, batches)
+        self._last: list[Any] = [None] * len(self.batches)
+        self._replays = True
+        logits: list[Tensor] = []
+
+        def check(batch: Batch, output: Any) -> None:
+            if getattr(output, "logits", None) is None:
+                raise ValueError(f"{type(model).__name__} gives no logits; plans are judged on language models")
+            logits[:] = [output.logits]
+
+        with prepared(model), self._arrivals(check, self.batches) as arrivals:
+            for arrival in arrivals:
+                with onload(model_layers.blocks[arrival.index].module):
+                    for number in range(len(self.batches)):
+                        self._last[number] = arrival.run(number, stay=False)
+                        arrival.finish(number, self._last[number])
+        # Twice, in case the model changes in place what a block gave it.
+        self._replays = all(torch.equal(self.dense_logits(-1), logits[-1]) for _ in range(2))
+        if not self._replays:
+            logger.info("the dense model runs along: its head looks at more than the output of its last block")
+
+    @contextmanager
+    def _arrivals(self, after: Callable[[Batch, Any], None], walks: Sequence[Batch]) -> Iterator[Any]:
+        modules = [block.module for block in self.model_layers.blocks]
+        with closing(lockstep(drive(self.model, after), modules, walks)) as arrivals:
+            yield arrivals
+
+    def dense_logits(self, number: int) -> Tensor:
+        """Of a batch: from the stored output of the last block, or from a run of the model."""
+        found: list[Tensor] = []
+        with (
+            prepared(self.model),
+            self._arrivals(lambda _, o: found.append(o.logits), [self.batches[number]]) as arrivals,
+        ):
+            for arrival in arrivals:
+                if self._replays:
+                    arrival.finish(0, self._last[number])
+                    continue
+                with onload(self.model_layers.blocks[arrival.index].module):
+                    arrival.finish(0, arrival.run(0, stay=False))
+        return found[0]
+
+    def rows(self, masks: Callable[[Block], Mapping[str, Tensor]] | None = None) -> SequenceSums:
+        """Of the model as it is now, or with the `masks` (True = kept, `[out, in]`) of each block's layers.
+
+        In the order of the sequences.
+        """
+        rows: SequenceSums = []
+        seen: list[Tensor] = []
+
+        def compare(batch: Batch, output: Any) -> None:
+            seen.append(output.logits)
+            if len(seen) == 2:
+                rows.extend(compared(batch, *seen))
+                seen.clear()
+
+        walks = [batch for batch in self.batches for _ in range(2)]  # dense, masked, dense, masked, ...
+        with prepared(self.model), self._arrivals(compare, walks) as arrivals:
+            for arrival in arrivals:
+                block = self.model_layers.blocks[arrival.index]
+                with onload(block.module):
+                    dense = self._last
+                    if not self._replays:
+                        dense = [arrival.run(2 * n, stay=False) for n in range(len(self.batches))]
+                    with masked(block, masks(block) if masks else {}):
+                        for number, output in enumerate(dense):
+                            arrival.finish(2 * number, output)
+                            arrival.finish(2 * number + 1, arrival.run(2 * number + 1, stay=False))
+        return rows
+
+
+@contextmanager
+def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, masked copies of these layers' parameters stand in for them. The block is on its device."""
+    own: dict[tuple[int, str], tuple[nn.Module, nn.Parameter]] = {}
+    try:
+        for name, mask in masks.items():
+            weight = block.weights[name]
+            key = (id(weight.module), weight.attribute)
+            if key not in own:
+                own[key] = (weight.module, weight.stored)
+                copy = nn.Parameter(weight.stored.detach().clone(), requires_grad=False)
+                weight.module._parameters[weight.attribute] = copy
+            weight.read().mul_(mask.to(weight.read().device))
+        yield
+    finally:
+        for (_, attribute), (module, parameter) in own.items():
+            module._parameters[attribute] = parameter
+
+
+def joined(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Batch]:
+    """Plain text of equal lengths, several sequences at a time."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 2**17
+    most = min(TOGETHER, LOGITS // vocabulary)
+    made: list[Batch] = []
+    for batch in batches:
+        alone = set(batch) != {"input_ids"}
+        if made and not alone and set(made[-1]) == {"input_ids"}:
+            before, ids = made[-1]["input_ids"], batch["input_ids"]
+            if before.shape[1] == ids.shape[1] and before.numel() + ids.numel() <= most:
+                made[-1] = {"input_ids": torch.cat([before, ids])}
+                continue
+        made.append(batch)
+    return made
+
+
+def compared(batch: Batch, dense: Tensor, logits: Tensor) -> SequenceSums:
+    """(summed KL(dense | model), summed loss of the next token, tokens) of each sequence; see `by_token`."""
+    kl, loss, real = by_token(batch, dense, logits)
+    return [
+        row for row in torch.stack([(kl * real).sum(1), (loss * real).sum(1), real.sum(1)], dim=1).tolist() if row[2]
+    ]
+
+
+def by_token(batch: Batch, dense: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL(dense | model), loss of the next token, 1 or for padding 0) of each prediction, float64 `[sequences, tokens - 1]`.
+
+    `dense`, `logits`: `[sequences, tokens, vocabulary]`. In nats, from float32; gradients pass. A token that the model
+    knows nothing of, because it overflows or excludes what comes, counts 10,000.
+    """
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    if ids is None:
+        raise ValueError("plans are judged on text: batches with input_ids are expected")
+    targets = ids[:, 1:].to(logits.device)
+    real = torch.ones_like(targets, dtype=torch.float64)
+    if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
+        real = batch["attention_mask"][:, 1:].to(real)
+    flat = [part[:, :-1].flatten(0, 1) for part in (dense, logits)]
+    size = max(1, POSITIONS // logits.shape[-1])
+    kl, loss = [], []
+    for a, b, target in zip(*(part.split(size) for part in (*flat, targets.flatten())), strict=True):
+        a, b = (F.log_softmax(one.float(), dim=-1).clamp(min=-WORST) for one in (a, b))
+        kl.append(F.kl_div(b, a, log_target=True, reduction="none").sum(-1))
+        loss.append(F.nll_loss(b, target, reduction="none"))
+    first, second = (torch.cat(part).double().nan_to_num(WORST).reshape(real.shape) for part in (kl, loss))
+    return first, second, real

@@ -1,0 +1,79 @@
+"""Count zeros, and compare them with the plan in a model's config."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..plan import LARGEST_DEVIATION, LayerReport, Plan, Report
+from .layers import ModelLayers, find_layers
+from .offload import onload
+
+
+def mask_hash(weight: Tensor) -> str:
+    """Where the zeros of a weight `[out, in]` are, as 32 hex digits: BLAKE2b over its mask, row-major.
+
+    One bit a weight, 1 = kept, the first weight in the highest bit of the first byte, zeros after the last.
+    """
+    bits = np.packbits((weight != 0).cpu().numpy())
+    return hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()
+
+
+def measure_sparsity(model: PreTrainedModel, ignore: tuple[str, ...] | None = None, *, masks: bool = False) -> Report:
+    """Counts the zeros of every prunable layer; `planned` and `target` come from the model's plan if it has one.
+
+    `.sparsity` is the whole's, `.layers[name].sparsity` a layer's. `ignore` defaults to the plan's. `masks`: with a hash of
+    each layer's mask.
+    """
+    plan = model_plan(model)
+    model_layers = planned_layers(model) if ignore is None else find_layers(model, ignore)
+    layers = {}
+    for block in model_layers.blocks:
+        with onload(block.module):
+            for name, weight in block.weights.items():
+                values = weight.read()
+                zeros = int((values == 0).sum())
+                planned = plan.layers[name].sparsity if plan and name in plan.layers else zeros / weight.size
+                layers[name] = LayerReport(zeros, weight.size, planned, mask=mask_hash(values) if masks else None)
+    report = Report(0.0, layers, model_layers.skipped)
+    return Report(plan.target if plan else report.sparsity, layers, model_layers.skipped)
+
+
+def model_plan(model: PreTrainedModel) -> Plan | None:
+    """The plan in the model's config, or None; `ValueError` when it is malformed."""
+    stored = getattr(model.config, "sparsity_config", None)
+    return None if stored is None else Plan.from_dict(stored)
+
+
+def planned_layers(model: PreTrainedModel) -> ModelLayers:
+    """What the model's plan is about; without one, everything that can be pruned."""
+    plan = model_plan(model)
+    return find_layers(model, tuple(plan.config.get("ignore", ())) if plan is not None else ())
+
+
+def check_zeros(model: PreTrainedModel) -> None:
+    """`ValueError` unless the model has a plan and every layer at least the zeros it promises."""
+    plan = model_plan(model)
+    if plan is None:
+        raise ValueError(
+            "this checkpoint has no sparsity plan in its config.json, so it is not a sparse model of ours; "
+            "pass sparsity_config=SparsityConfig(...) to make it sparse, or load it with transformers"
+        )
+    report = measure_sparsity(model)
+    missing = set(plan.layers) ^ set(report.layers)
+    if missing:
+        raise ValueError(
+            f"the plan in config.json is for another model: {len(missing)} layers differ, such as {sorted(missing)[0]}"
+        )
+    lost = []
+    for name, layer in report.layers.items():
+        if layer.sparsity < layer.planned - LARGEST_DEVIATION - 0.01:
+            lost.append(f"{name} has {layer.sparsity:.4f} where the plan says {layer.planned:.4f}")
+    if lost:
+        raise ValueError(
+            f"the weights do not have the zeros that their plan promises; {len(lost)} layers differ: {'; '.join(lost[:3])}. "
+            "Was the model trained, merged with an adapter, or quantized since?"
+        )

@@ -1,0 +1,1 @@
+"""Decide how sparse each layer should be."""

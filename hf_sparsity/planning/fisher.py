@@ -1,0 +1,111 @@
+"""Gradient energy per layer (MSP; the empirical Fisher information of Xu et al., arXiv 2503.11164)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..distributed import Processes
+from ..model.inference import Batch
+from ..model.layers import Block, ModelLayers, Weight
+from ..streaming.gradients import BlocksNotAlone, Gradients, differentiable
+
+
+def fisher_information(
+    model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch], processes: Processes | None = None
+) -> dict[str, float]:
+    """Mean over sequences of the squared gradient norm of each prunable layer, float64.
+
+    The loss is the token-mean cross-entropy with the true next tokens. Every sequence has a backward
+    pass of its own (squaring the gradient of a batch mean would cancel). A gradient is summed and freed
+    the moment it is complete, and activations are recomputed, so memory grows by one gradient only.
+    Of a model dispatched by accelerate the weights of one block at a time are in memory.
+
+    With `processes`, each takes its share of the sequences; all must call this with the same batches.
+
+    Raises:
+        ValueError: batches without `input_ids`, a model without a language-model loss; `BlocksNotAlone` for an
+            offloaded model whose blocks cannot be computed one by one.
+    """
+    processes = processes or Processes()
+    if not all("input_ids" in batch for batch in batches):
+        raise ValueError("Fisher information needs text: batches with input_ids")
+    sequences = [(batch, row) for batch in batches for row in range(batch["input_ids"].shape[0])]
+    energy = _Energy(model_layers)
+    try:
+        with differentiable(model, model_layers, energy):
+            mine = processes.share(sequences)
+            hidden = processes.hide_bars
+            for batch, row in tqdm(mine, desc="Fisher information", unit="sequence", disable=hidden, leave=False):
+                _loss(model, batch, row).backward()
+                energy.flush()
+    except BlocksNotAlone as error:
+        raise BlocksNotAlone(f"{error}; load the model without offload for Fisher information") from None
+    sums = torch.stack([energy.sums[name] for name in model_layers.weights])
+    means = processes.sum(sums) / len(sequences)
+    return dict(zip(model_layers.weights, means.tolist(), strict=True))
+
+
+def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
+    """Of one sequence; padding does not count."""
+    one = {name: tensor[row : row + 1] for name, tensor in batch.items() if name != "decoder_input_ids"}
+    labels = one["input_ids"]
+    if "attention_mask" in one:
+        labels = labels.masked_fill(one["attention_mask"] == 0, -100)
+    loss = getattr(model(**one, labels=labels, use_cache=False), "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no loss for labels; Fisher information needs a language model"
+        )
+    return loss
+
+
+class _Energy(Gradients):
+    """Sums the squares of the gradients by layer."""
+
+    def __init__(self, model_layers: ModelLayers):
+        super().__init__()
+        self.sums = {name: torch.zeros((), dtype=torch.float64) for name in model_layers.weights}
+        self._visits: dict[str, int] = {}  # of lent blocks in this forward pass, whose gradients are yet to come
+        self._pending: dict[str, tuple[Tensor, list[Weight]]] = {}  # of a block that the model runs several times
+
+    def visit(self, block: Block, by: int) -> None:
+        """Counts the runs that are left."""
+        self._visits[block.name] = self._visits.get(block.name, 0) + by
+
+    def taker(self, block: Block, weights: list[Weight]) -> Callable[[Tensor], None]:
+        """The square is that of the sum over all visits."""
+        return partial(self._take, block, weights)
+
+    def _take(self, block: Block, weights: list[Weight], parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        name = weights[0].parameter
+        if name in self._pending:
+            gradient = self._pending.pop(name)[0] + gradient
+        if self._visits.get(block.name, 0) > 0:
+            self._pending[name] = gradient, weights
+        else:
+            self._add(gradient, weights)
+
+    def flush(self) -> None:
+        """After a backward pass: adds what waited for a visit on which the loss does not depend."""
+        for gradient, weights in self._pending.values():
+            self._add(gradient, weights)
+        self._pending.clear()
+        self._visits.clear()
+
+    def release(self) -> None:
+        """Stops watching."""
+        super().release()
+        self._pending.clear()
+
+    def _add(self, gradient: Tensor, weights: list[Weight]) -> None:
+        for weight in weights:
+            part = gradient if weight.expert is None else gradient[weight.expert]
+            self.sums[weight.name] += part.to(torch.float32).square().sum().to("cpu", torch.float64)

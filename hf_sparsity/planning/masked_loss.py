@@ -1,0 +1,92 @@
+"""The calibration loss of a model masked to given sparsities, cheaply and without writing a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..algorithm import Pattern, Pruner
+from ..checkpoint.journal import Journal, digest, remembered
+from ..core.stats import STATS
+from ..distributed import Processes
+from ..evaluation.perplexity import next_token_loss
+from ..model.inference import Batch
+from ..model.layers import ModelLayers
+from ..streaming.run import PassOptions
+from ..streaming.stream import stream_blocks
+
+
+class MaskedLoss:
+    """`loss(sparsities)`: mean cross-entropy of the next token, each layer masked to its sparsity.
+
+    Scores are taken once, on the dense model; each weight's level (one byte: at how many grid points it
+    is still kept) gives the nested masks of all grid points at once. A call is one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        model_layers: ModelLayers,
+        scored_on: Sequence[Batch],
+        judged_on: Sequence[Batch],
+        pruner: Pruner,
+        steps: int,
+        pattern: Pattern,
+        run: PassOptions | None = None,
+    ):
+        """`steps` at most 255: sparsities are judged on a grid of `1 / steps`, the group of an N:M pattern.
+
+        With several processes `scored_on` are this one's batches and `judged_on` all.
+        """
+        self._model, self._layout, self._batches, self._steps = model, model_layers, judged_on, steps
+        self._levels: dict[str, Tensor] = {}
+        needs = pruner.needs & STATS
+        for block in stream_blocks(model, model_layers, scored_on if needs else [], needs, rewrites=False, run=run):
+            for name, layer in block.layers.items():
+                level = torch.zeros(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
+                scores = pruner.scores(layer) if layer.stats is not None or not needs else layer.weight.abs().float()
+                for step in range(1, steps):
+                    layer.sparsity = step / steps
+                    layer.pattern = pattern.at(layer.sparsity)
+                    level += pruner.mask(layer, scores)
+                self._levels[name] = level
+
+    def __call__(self, sparsities: Mapping[str, float]) -> float:
+        """`sparsities` in [0, 1) by layer, rounded to the grid; returns nats per token."""
+        total, count = 0.0, 0
+
+        def judge(batch: Batch, output: Any) -> None:
+            nonlocal total, count
+            loss, tokens = next_token_loss(batch, output.logits)
+            total, count = total + loss, count + tokens
+
+        for block in stream_blocks(
+            self._model, self._layout, self._batches, frozenset(), rewrites=True, after_last=judge
+        ):
+            for name in block.layers:
+                step = round(sparsities[name] * self._steps)
+                if step:
+                    block.mask(name, self._levels[name] >= step)
+        return total / count
+
+
+class Candidates:
+    """The losses of candidates: remembered, and shared out among the processes."""
+
+    def __init__(self, loss: MaskedLoss, processes: Processes, journal: Journal | None):
+        self._loss, self._processes, self._journal = loss, processes, journal
+
+    def one(self, candidate: Mapping[str, float]) -> float:
+        """The loss of one candidate."""
+        return self([candidate])[0]
+
+    def __call__(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:
+        """In the order of the candidates."""
+        names = [digest(candidate) for candidate in candidates]
+        items = dict(zip(names, candidates, strict=True))
+        losses = remembered(self._journal, self._processes, "loss", items, self._loss)
+        return [losses[name] for name in names]

@@ -1,0 +1,107 @@
+"""Passes of `Allocator.measure` over a model, and what has to hold of a block before an algorithm sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..algorithm import FISHER, SCORES, Allocator, Pattern
+from ..checkpoint.journal import Journal, digest
+from ..config import SparsityConfig, algorithms
+from ..core.stats import STATS
+from ..distributed import share
+from ..model.inference import Batch
+from ..model.layers import ModelLayers
+from ..streaming.fallback import check_finite, fall_back
+from ..streaming.run import PassOptions, progress
+from ..streaming.stream import stream_blocks
+from .fisher import fisher_information
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Passes of `allocator.measure` in model order over `data`, which the processes share."""
+
+    model: PreTrainedModel
+    model_layers: ModelLayers
+    data: list[Batch]
+    config: SparsityConfig
+    needs: frozenset[str]
+    run: PassOptions
+    journal: Journal | None
+
+    @property
+    def batches(self) -> list[Batch]:
+        """This process's."""
+        return share(self.data, self.run.processes)
+
+    def first(self) -> list[dict[str, Any]]:
+        """Over the dense model; remembered, block by block where no inputs are needed."""
+        allocator, _ = algorithms(self.config)
+        if type(allocator).measure is Allocator.measure:
+            return [dict.fromkeys(block.weights) for block in self.model_layers.blocks if block.weights]
+        if not self.needs & (STATS | {FISHER}):
+            return self._without_inputs()
+        if self.journal is None:
+            return self._pass()
+        return list(self.journal.once("measures", "", self._pass))
+
+    def again(self, sparsities: Mapping[str, float]) -> list[dict[str, Any]]:
+        """Over the model masked to `sparsities`."""
+        if self.journal is None:
+            return self._pass(sparsities)
+        return list(self.journal.once("remeasured", digest(sparsities), lambda: self._pass(sparsities)))
+
+    def _without_inputs(self) -> list[dict[str, Any]]:
+        """The blocks are shared out among the processes."""
+        names = {index: block.name for index, block in enumerate(self.model_layers.blocks) if block.weights}
+        known = {i: self.journal.recall("measure", name) for i, name in names.items()} if self.journal else {}
+        todo = [index for index in names if known.get(index) is None]
+        mine = dict(self._blocks(None, only=self.run.processes.share(todo)))
+        if self.run.processes.count > 1:
+            mine = {int(i): value for part in self.run.processes.gather(mine) for i, value in part.items()}
+        return [known[index] if index not in mine else mine[index] for index in names]
+
+    def _pass(self, sparsities: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+        measures = dict(self._blocks(sparsities))
+        return [measures[index] for index in sorted(measures)]
+
+    def _blocks(
+        self, sparsities: Mapping[str, float] | None, only: list[int] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        allocator, pruner = algorithms(self.config)
+        pattern = Pattern.parse(self.config.pattern)
+        fisher = {}
+        if FISHER in self.needs and sparsities is None:
+            fisher = fisher_information(self.model, self.model_layers, self.data, self.run.processes)
+        stats = self.needs & STATS
+        stream = stream_blocks(
+            self.model,
+            self.model_layers,
+            self.batches if stats else [],
+            stats,
+            rewrites=sparsities is not None,
+            run=self.run,
+            only=only,
+        )
+        title = f"Measuring ({allocator.name})"
+        for block in progress(stream, self.model_layers, title, self.run, self.batches if stats else []):
+            check_finite(block)
+            fall_back(block, self.model_layers, stats)
+            for name, layer in block.layers.items():
+                layer.fisher = fisher.get(name)
+                if SCORES in allocator.needs:
+                    layer.scores = pruner.scores(layer)
+                layer.pattern = pattern
+            measure = allocator.measure(block.layers, pruner)
+            if only is not None and self.journal is not None:
+                self.journal.remember("measure", block.name, measure)
+            yield block.index, measure
+            for name, layer in block.layers.items() if sparsities is not None else ():
+                layer.sparsity = sparsities[name]  # type: ignore[index]
+                layer.pattern = pattern.at(layer.sparsity)
+                scores = pruner.scores(layer) if layer.scores is None else layer.scores
+                block.mask(name, pruner.mask(layer, scores))

@@ -1,0 +1,1 @@
+"""Let many plans compete on calibration text and keep the best."""

@@ -1,0 +1,140 @@
+"""Downhill from a plan: sparsity goes from the layers where a weight less costs most to those where it costs least.
+
+At the best plan of a budget all layers have one slope. A step follows the slopes of a piece of text, averaged with those
+before, in several lengths and shapes that keep the budget; the best of them on the next piece is taken if it is better
+than where it came from. Otherwise the next steps are shorter and look at twice the text.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...allocators.race import Race
+from ...core.budget_grid import Point
+from ...streaming.gradients import BlocksNotAlone
+from .evaluator import Evaluator
+
+logger = logging.getLogger(__name__)
+
+FIRST, LONGEST, SHORTEST = 0.08, 0.2, 0.004  # the most that a layer's sparsity changes in a step
+LENGTHS = (2.0, 1.0, 0.5)  # of the length that is due
+SHAPES = (0.5, 2.0)  # the mean change in lengths: below 1 in proportion to the slopes, above 1 rather the same for all
+MEMORY = 0.5  # how much the slopes before count
+INTERRUPTED = "interrupted"  # why it stopped; a search then goes no further, either
+
+
+@dataclass
+class Descent:
+    """Where it came to; `points` has all it stood on, the start first."""
+
+    points: list[Point]
+    steps: int = 0
+    stopped: str = ""
+    text: int = 1  # pieces that a step looks at
+    length: float = FIRST
+    slopes: list[float] = field(default_factory=list)  # of the groups, averaged over the steps
+
+    @property
+    def point(self) -> Point:
+        """The last."""
+        return self.points[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a plan records."""
+        return {"steps": self.steps, "gains": len(self.points) - 1, "stopped": self.stopped}
+
+
+def descend(race: Race, contest: Evaluator, start: Point, groups: Sequence[Sequence[str]]) -> Descent:
+    """Up to `race.descent` steps; stops early when no step is worth taking, or the budget is spent.
+
+    `groups`: the layers that move together, such as the experts of a block. A model whose blocks cannot be computed one
+    by one has no slopes: the descent ends where it starts, and the log says so.
+    """
+    found = Descent([start])
+    try:
+        while found.steps < race.descent:
+            if contest.allowance.over(f"step {found.steps}"):
+                found.stopped = "the budget is spent"
+                break
+            if not _step(race, contest, found, groups):
+                found.stopped = "no step is worth taking"
+                break
+        else:
+            found.stopped = "all steps are taken"
+    except BlocksNotAlone as error:
+        found.stopped = "the model has no slopes"
+        logger.warning("no descent: %s", error)
+    except KeyboardInterrupt:
+        if contest.allowance.processes.count > 1 or not race.searches:
+            raise
+        found.stopped = INTERRUPTED
+    return found
+
+
+def _step(race: Race, contest: Evaluator, found: Descent, groups: Sequence[Sequence[str]]) -> bool:
+    """One step, taken or not; False when there will be no other."""
+    pieces, grid = contest.ends[-1], contest.grid
+    here, there = (sorted((found.steps + i + j) % pieces for j in range(found.text)) for i in (0, 1))
+    slopes = contest.slopes(found.point, here, race.metric)
+    sizes = [sum(grid.sizes[name] for name in names) for names in groups]
+    fresh = [
+        math.fsum(slopes[name] * grid.sizes[name] for name in names) / size
+        for names, size in zip(groups, sizes, strict=True)
+    ]
+    before = found.slopes or fresh
+    found.slopes = [MEMORY * old + (1 - MEMORY) * new for old, new in zip(before, fresh, strict=True)]
+    found.steps += 1
+
+    now = grid.fractions(found.point)
+    children: dict[Point, float] = {}
+    least = max(0.6 / len(grid.zeros[name]) for name in grid.names)
+    for length in LENGTHS:
+        for shape in SHAPES:
+            changes = level(found.slopes, sizes, found.length * length, shape, least)
+            moved = dict(now)
+            for names, change in zip(groups, changes, strict=True):
+                moved |= {name: min(max(now[name] + change, 0.0), 1.0) for name in names}
+            children.setdefault(grid.nearest(moved), length)
+    children.pop(found.point, None)
+    if not children:
+        return False
+    bar, *values = [s.mean(race.metric) for s in contest.scores_on([found.point, *children], there)]
+    best = min(range(len(values)), key=values.__getitem__)
+    if values[best] < bar:
+        point = list(children)[best]
+        found.points.append(point)
+        found.length = min(found.length * children[point] * 1.1, LONGEST)
+        return True
+    worth = found.length > SHORTEST or found.text < pieces
+    found.length = max(found.length / 2, SHORTEST)
+    found.text = min(2 * found.text, pieces)
+    return worth
+
+
+def level(
+    slopes: Sequence[float], sizes: Sequence[int], length: float, shape: float, least: float = 0.0
+) -> list[float]:
+    """The change of each group's sparsity, at most `length` either way, or `least` if that is more; no weights in sum.
+
+    Against the slopes, less the one number that makes the sum nothing; `shape` times the length on average but for what
+    is cut off. `least`: what a grid of few steps still notices; shorter steps on it are steps of fewer layers.
+    """
+    total = sum(sizes)
+    mean = math.fsum(slope * size for slope, size in zip(slopes, sizes, strict=True)) / total
+    spread = math.fsum(abs(slope - mean) for slope in slopes) / len(slopes)
+    if not spread or not math.isfinite(spread):
+        return [0.0] * len(slopes)
+    rate, most = shape * length / spread, max(length, least)
+    low, high = min(slopes), max(slopes)
+    for _ in range(60):
+        middle = (low + high) / 2
+        changes = [min(max(rate * (middle - slope), -most), most) for slope in slopes]
+        if math.fsum(change * size for change, size in zip(changes, sizes, strict=True)) > 0:
+            high = middle
+        else:
+            low = middle
+    return changes

@@ -1,0 +1,146 @@
+"""The ground on which plans compete: text in slices, points judged and remembered, and what it has cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ...calibration.batches import batch_tokens
+from ...checkpoint.journal import Item, Journal, digest, remembered
+from ...core.budget_grid import Grid, Point
+from ...core.nested_masks import Ranks
+from ...distributed import Processes
+from ...evaluation.divergence import DenseReference, PlanScores, SequenceSums
+from ...model.inference import Batch
+from ...model.layers import Block
+from .sensitivity import PASSES, Sums, layer_sensitivities, window
+
+
+@dataclass
+class SearchBudget:
+    """What may be spent (`limits`, from `parse_budget`) and what is: on all processes the same."""
+
+    limits: Mapping[str, float]
+    processes: Processes
+    journal: Journal | None = None
+    spent: dict[str, int] = field(default_factory=lambda: {"evals": 0, "tokens": 0})
+    _before: float = 0.0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def over(self, moment: str) -> bool:
+        """Whether the budget is spent. `moment` names the point in the run, where an interrupted one had used time too."""
+        if "seconds" in self.limits and self.seconds(moment) >= self.limits["seconds"]:
+            return True
+        return any(self.spent[kind] >= limit for kind, limit in self.limits.items() if kind in self.spent)
+
+    def seconds(self, moment: str) -> float:
+        """Since the start, what an interrupted run had taken until that `moment` included."""
+        known = self.journal.recall("elapsed", moment) if self.journal else None
+        if known is not None:
+            self._before, self._start = float(known), time.perf_counter()
+            return self._before
+        now = float(self.processes.gather(self._before + time.perf_counter() - self._start)[0])
+        if self.journal:
+            self.journal.remember("elapsed", moment, now)
+        return now
+
+
+class Evaluator:
+    """Judges points of the grid on pieces of text; slices are the first so many of them.
+
+    What is known is not computed again, in this run or after an interruption. Points are shared out among processes;
+    each is judged by one of them, on the same batches, so that the numbers do not depend on how many there are.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[DenseReference],
+        grid: Grid,
+        ranks: Mapping[str, Ranks],
+        allowance: SearchBudget,
+        ends: Sequence[int] | None = None,
+    ):
+        """`ends`: how many pieces the first slice has, the second, and so on; by default each has one more."""
+        self.grid, self.allowance = grid, allowance
+        self._pieces, self._ranks = pieces, ranks
+        self._known: dict[tuple[int, Point], SequenceSums] = {}
+        self.ends = list(ends or range(1, len(pieces) + 1))
+        self.tokens = [sum(batch_tokens(b) for p in pieces[:end] for b in p.batches) for end in self.ends]
+
+    def scores(self, points: Sequence[Point], slice_: int) -> list[PlanScores]:
+        """Of each point, on the slice of this number."""
+        return self.scores_on(points, range(self.ends[slice_]))
+
+    def scores_on(self, points: Sequence[Point], pieces: Sequence[int]) -> list[PlanScores]:
+        """Of each point, on the pieces of these numbers."""
+        for piece in pieces:
+            self._judge([p for p in dict.fromkeys(points) if (piece, p) not in self._known], piece)
+        return [PlanScores.of([row for i in pieces for row in self._known[i, p]]) for p in points]
+
+    def _judge(self, points: Sequence[Point], piece: int) -> None:
+        reference = self._pieces[piece]
+        names = {digest([piece, list(point)]): point for point in points}
+        for name, rows in self._remembered("score", names, lambda point: self.rows(point, reference)).items():
+            self._known[piece, names[name]] = rows
+            self.allowance.spent["evals"] += 1
+            self.allowance.spent["tokens"] += sum(map(batch_tokens, reference.batches))
+
+    def _remembered(self, what: str, items: Mapping[str, Item], compute: Callable[[Item], Any]) -> dict[str, Any]:
+        return remembered(self.allowance.journal, self.allowance.processes, what, items, compute)
+
+    def slopes(self, point: Point, pieces: Sequence[int], metric: str) -> dict[str, float]:
+        """What one weight less in each layer would add to the metric at a point, on the pieces of these numbers.
+
+        Batches are shared out among processes, and their parts added in one order. `BlocksNotAlone`: see `layer_sensitivities`.
+        """
+        parts = [(piece, i) for piece in pieces for i in range(len(self._pieces[piece].batches))]
+        steps = dict(zip(self.grid.names, point, strict=True))
+
+        def compute(part: tuple[int, int]) -> Sums:
+            return layer_sensitivities(self._pieces[part[0]], part[1], self._ranks, steps, metric)
+
+        names = {digest(["slopes", metric, *part, list(point)]): part for part in parts}
+        found: list[Sums] = list(self._remembered("slopes", names, compute).values())
+        self.allowance.spent["tokens"] += PASSES * sum(batch_tokens(self._pieces[p].batches[i]) for p, i in parts)
+        predictions = sum(one[-1] for one in found)
+        slopes = {}
+        for i, (name, step) in enumerate(zip(self.grid.names, point, strict=True)):
+            first, last = window(self._ranks[name], step)
+            weights = self.grid.zeros[name][last] - self.grid.zeros[name][first]
+            slopes[name] = math.fsum(one[i] for one in found) / max(predictions * weights, 1)
+        return slopes
+
+    def rows(self, point: Point, reference: DenseReference) -> SequenceSums:
+        """What the reference says of the model masked to a point."""
+        steps = dict(zip(self.grid.names, point, strict=True))
+
+        def masks(block: Block) -> dict[str, Tensor]:
+            return {name: self._ranks[name].mask(steps[name]) for name in block.weights if steps[name]}
+
+        return reference.rows(masks)
+
+
+def cut(batches: Sequence[Batch], slices: Sequence[int]) -> tuple[list[list[Batch]], list[int]]:
+    """Batches -> (pieces of at least the first slice's tokens, how many pieces each slice has), as far as they go.
+
+    A slice has at least its tokens; the last piece of one may be shorter than the others.
+    """
+    pieces: list[list[Batch]] = []
+    ends: list[int] = []
+    taken, rest = 0, list(batches)
+    for tokens in slices:
+        while rest and taken < tokens:
+            piece: list[Batch] = []
+            before = taken
+            while rest and taken < min(before + slices[0], tokens):
+                taken += batch_tokens(rest[0])
+                piece.append(rest.pop(0))
+            pieces.append(piece)
+        if len(pieces) > (ends[-1] if ends else 0):
+            ends.append(len(pieces))
+    return pieces, ends

@@ -1,0 +1,193 @@
+"""The search: an evolution on the grid, from the best plans of a race, that may stop at any time.
+
+After EvoPress (Sieberling et al., ICML 2025, https://arxiv.org/abs/2410.14649): one parent, children by moves that keep
+the budget, judged in stages. Here a move is weighted by size, so layers of any shapes trade; it may take whole blocks,
+projections or stretches of depth; its length adapts; and a step that helped is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from ...allocators.race import Search
+from ...core.budget_grid import Grid, Point
+from .candidates import group_by, group_experts
+from .evaluator import Evaluator
+
+logger = logging.getLogger(__name__)
+
+LONGEST, SHORTEST = 0.25, 0.004  # of a move: the sparsity that the smaller side gains or loses
+SEEDS = 8  # of the race's best, towards which a child may go
+
+Vector = dict[str, float]
+
+
+@dataclass
+class Moves:
+    """Ways from a point to another of the same budget; all randomness is in `random`."""
+
+    grid: Grid
+    blocks: Sequence[Sequence[str]]  # the layers of each, in model order
+    random: Random
+    length: float = 0.05
+    single: list[list[str]] = field(init=False)
+    kinds: list[list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Layers of one name but for a number, such as experts, move together."""
+        names = [name for block in self.blocks for name in block]
+        self.single = group_experts(names)
+        self.kinds = group_by(names, lambda name: re.sub(r"\d+", "", name))
+
+    def child(self, parent: Point, towards: Sequence[Vector], step: Vector | None) -> Point:
+        """One child: a transfer or two; now and then some way towards another plan, or along the last step that helped."""
+        now = self.grid.fractions(parent)
+        chance = self.random.random()
+        if chance < 0.15 and towards:
+            other, part = self.random.choice(towards), self.random.uniform(0.1, 0.6)
+            now = {name: s + part * (other[name] - s) for name, s in now.items()}
+        elif chance < 0.35 and step:
+            part = self.random.uniform(0.5, 2.0)
+            now = {name: s + part * step[name] for name, s in now.items()}
+        else:
+            for _ in range(self.random.choice((1, 1, 2, 3))):
+                self.transfer(now)
+        return self.grid.nearest({name: min(max(s, 0.0), 1.0) for name, s in now.items()})
+
+    def transfer(self, now: Vector) -> None:
+        """Moves weights from one group of layers to another, in place."""
+        giving, taking = self.group(), self.group()
+        giving = [name for name in giving if name not in set(taking)]
+        if not giving or not taking:
+            return
+        sides = [sum(self.grid.sizes[name] for name in names) for names in (giving, taking)]
+        amount = self.length * min(1.0, 2 * self.random.random()) * min(sides)
+        for names, size, sign in zip((giving, taking), sides, (-1, 1), strict=True):
+            for name in names:
+                now[name] += sign * amount / size
+
+    def group(self) -> list[str]:
+        """One layer, mostly; or a block, a projection everywhere, a projection in a stretch of depth, or a stretch."""
+        chance = self.random.random()
+        if chance < 0.55:
+            return list(self.random.choice(self.single))
+        if chance < 0.7:
+            return list(self.random.choice(self.blocks))
+        first, last = sorted(self.random.randrange(len(self.blocks)) for _ in range(2))
+        stretch = [name for block in self.blocks[first : last + 1] for name in block]
+        if chance < 0.8:
+            return stretch
+        kind = list(self.random.choice(self.kinds))
+        return kind if chance < 0.9 else [name for name in kind if name in set(stretch)]
+
+
+def _judged(search: Search, contest: Evaluator, points: Sequence[Point], pieces: Sequence[int]) -> list[float]:
+    return [scores.mean(search.metric) for scores in contest.scores_on(points, pieces)]
+
+
+def _better(
+    search: Search, contest: Evaluator, parent: Point, points: Sequence[Point], pieces: Sequence[int]
+) -> list[Point]:
+    """The best of the points on these pieces, if it is better than the parent."""
+    if not points:
+        return []
+    bar, *values = _judged(search, contest, [parent, *points], pieces)
+    best = min(range(len(points)), key=values.__getitem__)
+    return [points[best]] if values[best] < bar else []
+
+
+@dataclass
+class SearchResult:
+    """The best point; `curve`: (tokens spent, its metric on the search's longest slice) at each gain.
+
+    `seconds` since the start at each point of the curve, and at the end; they differ from run to run.
+    """
+
+    point: Point
+    generations: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    stopped: str = ""
+    seconds: list[float] = field(default_factory=list, compare=False)
+
+
+def run_search(
+    search: Search, contest: Evaluator, seeds: Sequence[Point], blocks: Sequence[Sequence[str]], seed: int
+) -> SearchResult:
+    """Evolves the best of `seeds`, which are judged first. `seed` settles everything but how long a given time lasts.
+
+    Children are judged on one piece of the text, another in each generation, so that none is learnt by heart; those that
+    beat the parent there, at most a quarter, on as many as the second slice has; the best of them on all, where it has
+    to beat the parent, too.
+    """
+    values = _judged(search, contest, seeds, range(contest.ends[-1]))
+    best = min(range(len(seeds)), key=lambda i: (values[i], i))
+    found = SearchResult(seeds[best])
+    _note(contest, found, values[best])
+    moves = Moves(contest.grid, blocks, Random(seed))
+    towards = [contest.grid.fractions(point) for point in seeds[:SEEDS] if point != found.point]
+    try:
+        _evolve(search, contest, found, moves, towards)
+    except KeyboardInterrupt:
+        if contest.allowance.processes.count > 1:
+            raise
+        found.stopped = "interrupted"
+    found.seconds.append(contest.allowance.seconds("end of the search"))
+    first, last = found.curve[0][1], found.curve[-1][1]
+    logger.info("search: %s %.5f -> %.5f in %d generations", search.metric, first, last, found.generations)
+    return found
+
+
+def _note(contest: Evaluator, found: SearchResult, value: float) -> None:
+    """Another point of the curve."""
+    found.curve.append((contest.allowance.spent["tokens"], value))
+    found.seconds.append(contest.allowance.seconds(f"generation {found.generations}"))
+
+
+def _evolve(
+    search: Search,
+    contest: Evaluator,
+    found: SearchResult,
+    moves: Moves,
+    towards: Sequence[Vector],
+) -> None:
+    step: Vector | None = None
+    pieces = contest.ends[-1]
+    stages = [contest.ends[1], pieces] if len(contest.ends) > 2 else [pieces]
+    seen, stale = {found.point}, 0
+    while not contest.allowance.over(f"generation {found.generations}"):
+        if stale >= search.patience:
+            found.stopped = f"no gain in {stale} generations"
+            return
+        children: list[Point] = []
+        for _ in range(20 * search.offspring):
+            child = moves.child(found.point, towards, step)
+            if child not in seen:
+                seen.add(child)
+                children.append(child)
+            if len(children) == search.offspring:
+                break
+        if not children:
+            found.stopped = "no new plan within reach"
+            return
+        text = [(found.generations + i) % pieces for i in range(pieces)]
+        bar, *values = _judged(search, contest, [found.point, *children], text[:1])
+        hopeful = sorted((v, i) for i, v in enumerate(values) if v < bar)[: max(1, search.offspring // 4)]
+        points = [children[i] for _, i in hopeful]
+        for stage in stages:
+            points = _better(search, contest, found.point, points, sorted(text[:stage]))
+        found.generations += 1
+        if points:
+            point, value = points[0], _judged(search, contest, points[:1], range(pieces))[0]
+            old, new = contest.grid.fractions(found.point), contest.grid.fractions(point)
+            step = {name: new[name] - old[name] for name in new}
+            found.point, stale = point, 0
+            _note(contest, found, value)
+            moves.length = min(moves.length * 1.3, LONGEST)
+        else:
+            step, stale = None, stale + 1
+            moves.length = max(moves.length * 0.95, SHORTEST)
+    found.stopped = "the budget is spent"

@@ -1,0 +1,119 @@
+"""What one weight less in each layer would cost: the slope of the divergence, for all layers from one backward pass.
+
+Pruning the weight `w` of a masked model changes the divergence by `-g w` to first order, `g` being its gradient; giving
+back one that is masked by `+g w`, for it has a gradient, too. A layer's slope is the mean of `-g w` over the weights that
+are next to go or to come back. Masks are put on one block at a time, so a gradient is all that memory grows by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.nested_masks import Ranks
+from ...evaluation.divergence import DenseReference, by_token, masked
+from ...model.inference import Batch, prepared
+from ...model.layers import Block, Weight
+from ...model.offload import onload
+from ...streaming.forward import drive
+from ...streaming.gradients import Gradients, differentiable
+
+PASSES = 4  # what it takes, in forward passes: forward, forward again, and backward, which is two
+
+INPUTS, SHARE = 2**25, 16  # the inputs of blocks may take so many bytes, or one for so many weights if that is more
+
+Sums = list[float]  # of `-g w` for each layer in the order of the steps; and last the number of predictions
+
+
+def layer_sensitivities(
+    reference: DenseReference, number: int, ranks: Mapping[str, Ranks], steps: Mapping[str, int], metric: str
+) -> Sums:
+    """A batch's part, of the model masked to these steps of its layers' ranks, summed over the batch's predictions.
+
+    Args:
+        reference: the model, and what it says dense.
+        number: of the batch.
+        metric: "kl" or "loss".
+
+    Raises:
+        BlocksNotAlone: the model's blocks cannot be computed one by one.
+    """
+    model, gradients = reference.model, _Masked(ranks, steps)
+    parts, count = _parts(reference, number), 0.0
+
+    def backward(dense: Tensor, batch: Batch, output: Any) -> None:
+        nonlocal count
+        kl, loss, real = by_token(batch, dense, output.logits)
+        count += float(real.sum())
+        ((kl if metric == "kl" else loss) * real).sum().backward()
+
+    with prepared(model), differentiable(model, reference.model_layers, gradients):
+        for batch, dense in parts:
+            drive(model, partial(backward, dense))(**batch)
+    return [*(float(gradients.sums.get(name, 0.0)) for name in steps), count]
+
+
+def window(ranks: Ranks, step: int) -> tuple[int, int]:
+    """The steps between which a layer's slope is taken: a sixteenth of all on either side."""
+    width = max(1, len(ranks.zeros) // 16)
+    return max(0, step - width), min(len(ranks.zeros) - 1, step + width)
+
+
+def _parts(reference: DenseReference, number: int) -> list[tuple[Batch, Tensor]]:
+    """A batch and the dense model's logits, some sequences at a time: a backward pass keeps what goes into every block."""
+    model, model_layers = reference.model, reference.model_layers
+    batch, dense = reference.batches[number], reference.dense_logits(number)
+    width = getattr(model.config.get_text_config(), "hidden_size", None) or 1
+    each = len(model_layers.blocks) * dense.shape[1] * width * model.dtype.itemsize
+    limit = max(INPUTS, sum(weight.size for weight in model_layers.weights.values()) // SHARE)
+    count = max(limit // each, 1)
+    if count >= len(dense):
+        return [(batch, dense)]
+    pieces = [slice(start, start + count) for start in range(0, len(dense), count)]
+    return [({name: value[piece] for name, value in batch.items()}, dense[piece]) for piece in pieces]
+
+
+class _Masked(Gradients):
+    """Lends masked weights, and sums what their gradients say."""
+
+    def __init__(self, ranks: Mapping[str, Ranks], steps: Mapping[str, int]):
+        super().__init__()
+        self._ranks, self._steps = ranks, steps
+        self._dense: dict[str, Tensor] = {}  # parameters of the block that is lent
+        self.sums: dict[str, float] = {}
+
+    def lends(self, block: Block) -> bool:
+        """All are."""
+        return True
+
+    @contextmanager
+    def lend(self, block: Block) -> Iterator[None]:
+        """Its own weights if they are elsewhere, masked."""
+        masks = {name: self._ranks[name].mask(step) for name in block.weights if (step := self._steps[name])}
+        with onload(block.module):
+            self._dense = {w.parameter: w.stored.detach() for w in block.weights.values()}
+            with masked(block, masks):
+                yield
+            self._dense = {}
+
+    def taker(self, block: Block, weights: list[Weight]) -> Callable[[Tensor], None]:
+        """Adds up to each layer's sum; keeps the dense weights until then."""
+        return partial(self._take, weights, self._dense[weights[0].parameter])
+
+    def _take(self, weights: list[Weight], dense: Tensor, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        for weight in weights:
+            ranks = self._ranks[weight.name]
+            first, last = window(ranks, self._steps[weight.name])
+            survives = ranks.survives.to(gradient.device)
+            near = (survives >= first) & (survives < last)
+            product = weight.part(gradient).float() * weight.part(dense).float()
+            self.sums[weight.name] = self.sums.get(weight.name, 0.0) - float(
+                product.mul_(near).sum(dtype=torch.float64)
+            )

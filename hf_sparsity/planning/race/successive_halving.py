@@ -1,0 +1,128 @@
+"""The race: successive halving over plans of one budget, on growing slices of text.
+
+Jamieson and Talwalkar, AISTATS 2016, https://arxiv.org/abs/1502.07943, with paired comparisons at the end: the plan
+chosen is the simplest of those that the best cannot be told from.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...algorithm import Pattern
+from ...allocators.race import Race
+from ...core.bootstrap import paired_bootstrap
+from ...core.budget_grid import Point
+from ...evaluation.divergence import PlanScores
+from .candidates import KINDS, MIXED, Candidate, mixtures
+from .evaluator import Evaluator
+
+logger = logging.getLogger(__name__)
+
+REDUCTION = 3  # after each round one in so many goes on; and no fewer than MIXED
+
+
+@dataclass
+class ScoredCandidate:
+    """An entrant on the grid, and what each round said of it."""
+
+    entrant: Candidate
+    point: Point
+    scores: list[PlanScores] = field(default_factory=list)
+
+    @property
+    def last(self) -> PlanScores:
+        """Of the longest slice it was judged on."""
+        return self.scores[-1]
+
+
+def run_race(race: Race, contest: Evaluator, entrants: Sequence[Candidate], pattern: Pattern) -> list[ScoredCandidate]:
+    """All who ran, those who came furthest first, the better before the worse; the uniform is judged in all rounds.
+
+    The first round is always run; later ones while the budget lasts.
+    """
+    runners = distinct(contest, entrants)
+    last = len(contest.tokens) - 1
+    judge(contest, runners, 0)
+    order = ranking(race, runners)
+    made = mixtures([r.entrant for r in order], contest.grid.sizes, contest.grid.target, pattern)
+    joined = [r for r in distinct(contest, made) if r.point not in {one.point for one in runners}]
+    judge(contest, joined, 0)
+    runners += joined
+    for number in range(1, last + 1):
+        if contest.allowance.over(f"round {number}"):
+            logger.info("race: the budget is spent after slices of %d tokens", contest.tokens[number - 1])
+            break
+        order = [r for r in ranking(race, runners) if len(r.scores) == number]
+        through = order[: max(MIXED, math.ceil(len(order) / REDUCTION))]
+        judge(contest, [*through, *(r for r in order if r.entrant.kind == "uniform" and r not in through)], number)
+    return ranking(race, runners)
+
+
+def distinct(contest: Evaluator, entrants: Sequence[Candidate]) -> list[ScoredCandidate]:
+    """On the grid; of those that are the same there, the first."""
+    found: dict[Point, ScoredCandidate] = {}
+    for entrant in entrants:
+        point = contest.grid.nearest(entrant.sparsities)
+        found.setdefault(point, ScoredCandidate(entrant, point))
+    return list(found.values())
+
+
+def judge(contest: Evaluator, runners: Sequence[ScoredCandidate], slice_: int) -> None:
+    """Adds what the slice says of each."""
+    for runner, scores in zip(runners, contest.scores([r.point for r in runners], slice_), strict=True):
+        runner.scores.append(scores)
+
+
+def ranking(race: Race, runners: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:
+    """Those judged on the longest slice first, then by the metric."""
+    return sorted(runners, key=lambda r: (-len(r.scores), r.last.mean(race.metric), r.entrant.name))
+
+
+def difference(race: Race, one: PlanScores, other: PlanScores, seed: int) -> tuple[float, float, float]:
+    """(mean, low, high) of `one` minus `other` per token, on the same sequences."""
+    pairs = torch.stack([getattr(one, race.metric), getattr(other, race.metric)], dim=1)
+    return paired_bootstrap(pairs, one.tokens, confidence=race.confidence, seed=seed)
+
+
+def winner(race: Race, runners: Sequence[ScoredCandidate], seed: int) -> ScoredCandidate:
+    """The simplest of those that came furthest and that the best of them cannot be told from.
+
+    A plan that is worse than a simpler one is no choice, even if it cannot be told from the best.
+    """
+    best = ranking(race, runners)[0]
+    final = [r for r in ranking(race, runners) if len(r.scores) == len(best.scores)]
+    simpler = math.inf
+    for kind in KINDS:
+        first = next((r for r in final if r.entrant.kind == kind), None)
+        if first is None or first.last.mean(race.metric) >= simpler:
+            continue
+        if difference(race, first.last, best.last, seed)[1] <= 0:
+            return first
+        simpler = first.last.mean(race.metric)
+    return best
+
+
+def results(race: Race, contest: Evaluator, runners: Sequence[ScoredCandidate], seed: int) -> list[dict[str, Any]]:
+    """The table of a race, in JSON types: each one's metric by round, perplexity, and what uniform has more."""
+    uniform = next(r for r in runners if r.entrant.kind == "uniform")
+    return [_result(race, r, uniform, seed) for r in ranking(race, runners)]
+
+
+def _result(race: Race, runner: ScoredCandidate, uniform: ScoredCandidate, seed: int) -> dict[str, Any]:
+    rounds = len(runner.scores)
+    value, low, high = difference(race, uniform.scores[rounds - 1], runner.last, seed)
+    origin: Mapping[str, Any] = runner.entrant.origin
+    return {
+        "name": runner.entrant.name,
+        "kind": runner.entrant.kind,
+        "origin": dict(origin),
+        race.metric: [scores.mean(race.metric) for scores in runner.scores],
+        "perplexity": runner.last.perplexity,
+        "uniform_minus": {"value": value, "low": low, "high": high},
+    }

@@ -1,0 +1,79 @@
+"""One dense pass for everything that a race needs: what each allocator measures, and the ranks of all weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...algorithm import FISHER, SCORES, Allocator, Layer, Pattern, Pruner
+from ...core.nested_masks import Ranks, rank_blocks, rank_masks, rank_rows
+from ...core.stats import STATS
+from ...distributed import Processes
+from ...model.inference import Batch
+from ...model.layers import ModelLayers
+from ...pruners import PRUNERS
+from ...pruners.magnitude import Magnitude
+from ...pruners.sparsegpt import SparseGPT
+from ...streaming.fallback import check_finite, fall_back
+from ...streaming.run import PassOptions, progress
+from ...streaming.stream import stream_blocks
+from ..fisher import fisher_information
+
+Measures = list[dict[str, Any]]  # one mapping a block, in model order
+
+
+def survey(
+    model: PreTrainedModel,
+    model_layers: ModelLayers,
+    data: Sequence[Batch],
+    *,
+    allocators: Mapping[Allocator, str],
+    pruner: Pruner,
+    pattern: Pattern,
+    hidden_limit: int | None = None,
+) -> tuple[dict[Allocator, Measures], dict[str, Ranks]]:
+    """(what each of the allocators measures, each layer's ranks).
+
+    Each process of a run does it alone over all the data: shared sums differ in their last bits, and plans with them.
+    """
+    needs = pruner.needs.union(*(one.needs for one in allocators))
+    fisher = fisher_information(model, model_layers, list(data), Processes()) if FISHER in needs else {}
+    stats = needs & STATS
+    run = PassOptions(hidden_limit=hidden_limit)
+    batches = list(data) if stats else []
+    stream = stream_blocks(model, model_layers, batches, stats, rewrites=False, run=run)
+    found: dict[Allocator, dict[int, dict[str, Any]]] = {one: {} for one in allocators}
+    ranks: dict[str, Ranks] = {}
+    for block in progress(stream, model_layers, "Measuring", run, batches):
+        check_finite(block)
+        fall_back(block, model_layers, stats)
+        for name, layer in block.layers.items():
+            layer.fisher, layer.pattern = fisher.get(name), pattern
+            scores = pruner.scores(layer)
+            ranks[name] = ranked(pruner, layer, scores)
+            layer.scores = scores if SCORES in needs else None
+        for allocator in allocators:
+            found[allocator][block.index] = allocator.measure(block.layers, pruner)
+    return {one: [blocks[index] for index in sorted(blocks)] for one, blocks in found.items()}, ranks
+
+
+def ranked(pruner: Pruner, layer: Layer, scores: Tensor) -> Ranks:
+    """The pruner's masks at all sparsities; by one sort where it is known what it compares."""
+    if layer.pattern.group is not None:
+        return rank_rows(scores, layer.pattern.group)
+    if isinstance(pruner, Magnitude) and pruner.compare == "layer":
+        return rank_blocks(scores, scores.shape[1])
+    if isinstance(pruner, SparseGPT):
+        return rank_blocks(scores, pruner.block_size)
+    ours = type(pruner) in PRUNERS.values() and not getattr(pruner, "variant", False)
+    if ours or type(pruner).mask is Pruner.mask:
+        return rank_rows(scores)
+
+    def mask_at(sparsity: float) -> Tensor:
+        layer.sparsity = sparsity
+        return pruner.mask(layer, scores)
+
+    return rank_masks(mask_at, scores.shape)

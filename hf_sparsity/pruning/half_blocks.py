@@ -1,0 +1,245 @@
+"""The halves of a block: which modules they are, what the dense ones gave, what the pruned ones are called with.
+
+A half is a direct child of the block that holds prunable weights (attention, MLP). Nothing about an architecture is
+assumed: on the first batch each child is called again by itself and has to give the same; and the block's output either
+is its input plus what its halves give, or it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..model.layers import Block, Weight
+from ..streaming.observer import Enough
+from ..streaming.stream import Call, TwinWalk
+
+DENSE, HALF = "dense", "half"  # what is recorded of a batch: of the dense block; of the half that is trained
+CLOSE = 0.02  # relative difference up to which two tensors in half precision count as equal
+
+
+@dataclass(frozen=True)
+class HalfBlock:
+    """A module that is trained at once: `weights` by their name in it; `whole`: the block itself."""
+
+    name: str
+    module: nn.Module
+    weights: dict[str, list[Weight]]
+    whole: bool = False
+
+    @property
+    def zeros(self) -> int:
+        """Zeros of its weights."""
+        return sum(int((w.read() == 0).sum()) for weights in self.weights.values() for w in weights)
+
+
+@dataclass
+class DenseOutputs:
+    """What the dense block did: for each batch the residual stream before it (`None` unless `adds`) and each half's output.
+
+    `adds`: whether the block's output is its input plus the outputs of its halves.
+    """
+
+    halves: list[HalfBlock]
+    adds: bool
+    before: list[Tensor | None] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
+
+    def energy(self, index: int, number: int, real: Tensor | None) -> float:
+        """Summed squares of what half `index` is to bring about on a batch: the stream behind it, or its output."""
+        parts = (
+            [self.before[number], *self.outputs[number][: index + 1]] if self.adds else [self.outputs[number][index]]
+        )
+        total = torch.zeros((), device=self.outputs[number][index].device)
+        for part in parts:
+            assert part is not None
+            total = total + part.to(total.device, torch.float32)
+        return float(energy(total, real))
+
+
+@dataclass
+class Example:
+    """One batch at one half: how the half is called, what should come out, where it counts (None: everywhere).
+
+    Look at the first two only while they are `lent`: in between they may wait on disk.
+    """
+
+    call: Call
+    target: Tensor
+    real: Tensor | None
+    lent: Callable[[], AbstractContextManager[None]]
+
+    def error(self, half: HalfBlock, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Summed squared difference from the target, float32."""
+        output = _first(functional_call(half.module, dict(parameters), *self.call))
+        assert output is not None
+        return energy(output.to(torch.float32) - self.target.to(output.device, torch.float32), self.real)
+
+
+@torch.no_grad()
+def observe(twins: TwinWalk, block: Block) -> DenseOutputs:
+    """Runs the dense block on what the dense blocks before it gave, and lets those batches walk on."""
+    dense = _separate(twins, block)
+    for number in range(twins.count):
+        with _watching(twins, dense.halves) as seen:
+            call, output = twins.dense(number)
+        dense.before.append(_stream(call) if dense.adds else None)
+        found = [_first(output)] if dense.halves[0].whole else [seen[half.name][0][1] for half in dense.halves]
+        if any(one is None for one in found):
+            raise ValueError(f"{block.name} gives no tensor: it cannot be reconstructed")
+        dense.outputs.append([one for one in found if one is not None])
+        twins.hold(DENSE, number, [dense.before[number], dense.outputs[number]])
+    return dense
+
+
+# ---- halves
+
+
+def _separate(twins: TwinWalk, block: Block) -> DenseOutputs:
+    """The block's halves in the order in which they run, tried on the first batch; the block itself if that fails."""
+    halves = _children(block)
+    if halves is not None:
+        arguments = twins.call(0)
+        with _watching(twins, halves) as seen:
+            output = _first(twins.pruned(0))
+        if all(len(seen.get(half.name, ())) == 1 and _replays(half, seen[half.name][0]) for half in halves):
+            halves = sorted(halves, key=lambda half: list(seen).index(half.name))  # as they run
+            return DenseOutputs(halves, _adds(_stream(arguments), [seen[half.name][0][1] for half in halves], output))
+    whole = HalfBlock("block", block.module, _inside(block.module, block.weights.values()), whole=True)
+    return DenseOutputs([whole], adds=False)
+
+
+def _children(block: Block) -> list[HalfBlock] | None:
+    """Each child with weights; None when a child is itself a weight's module, or weights belong to no child."""
+    children: dict[str, nn.Module] = {}
+    for name, child in block.module.named_children():
+        many = isinstance(child, (nn.ModuleList, nn.ModuleDict))  # such a list is not called: its members are
+        children |= {f"{name}.{key}": one for key, one in child.named_children()} if many else {name: child}
+    halves = [HalfBlock(name, child, _inside(child, block.weights.values())) for name, child in children.items()]
+    halves = [half for half in halves if half.weights]
+    covered = sum(len(weights) for half in halves for weights in half.weights.values())
+    single = any("." not in name for half in halves for name in half.weights)
+    return None if single or covered != len(block.weights) else halves
+
+
+def _inside(module: nn.Module, weights: Iterable[Weight]) -> dict[str, list[Weight]]:
+    names = {id(owner): path for path, owner in module.named_modules()}
+    found: dict[str, list[Weight]] = {}
+    for weight in weights:
+        if (path := names.get(id(weight.module))) is not None:
+            found.setdefault(f"{path}.{weight.attribute}".lstrip("."), []).append(weight)
+    return found
+
+
+def _replays(half: HalfBlock, seen: tuple[Call, Tensor | None]) -> bool:
+    """Whether the half, called alone with the same arguments, gives the same again."""
+    (args, kwargs), output = seen
+    if output is None:
+        return False
+    again = _first(half.module(*args, **kwargs))
+    return again is not None and _close(again, output)
+
+
+def _adds(stream: Tensor | None, outputs: Sequence[Tensor | None], output: Tensor | None) -> bool:
+    """Whether a block adds its halves' outputs to the residual stream."""
+    if stream is None or output is None or any(one is None or one.shape != stream.shape for one in outputs):
+        return False
+    total, output = stream.to(torch.float32), output.to(stream.device)
+    for one in outputs:
+        assert one is not None
+        total = total + one.to(total.device, torch.float32)
+    change = (total - stream.to(torch.float32)).norm()
+    rounding = torch.finfo(output.dtype).eps * total.norm()  # a large stream hides what is added to it
+    return bool((output.to(torch.float32) - total).norm() <= CLOSE * change + rounding)
+
+
+# ---- what goes in and what should come out
+
+
+@torch.no_grad()
+def example(twins: TwinWalk, dense: DenseOutputs, index: int, number: int) -> Example:
+    """Runs the block up to a half and takes what it is called with, behind the pruned blocks and trained halves."""
+    half = dense.halves[index]
+    with twins.lent(DENSE, number):
+        target = twins.lasting(dense.outputs[number][index])
+        call = twins.call(number)
+        if not half.whole:
+            with _watching(twins, dense.halves[:index], stop=half) as seen, suppress(Enough):
+                twins.pruned(number)
+            if dense.adds:
+                here = [_stream(call), *(seen[one.name][0][1] for one in dense.halves[:index])]
+                there = [dense.before[number], *dense.outputs[number][:index]]
+                target = (target.to(torch.float32) + _difference(there, here)).to(target.dtype)
+            call = seen[half.name][0][0]
+    twins.hold(HALF, number, [call, target])
+    return Example(call, target, twins.real(number, target.shape), partial(twins.lent, HALF, number))
+
+
+def _difference(there: Sequence[Tensor | None], here: Sequence[Tensor | None]) -> Tensor:
+    """Between two streams, each given as what it was and all that was added to it; float32, on the device of the second."""
+    total: Any = 0
+    for one, other in zip(there, here, strict=True):
+        assert one is not None and other is not None
+        total = total + (one.to(other.device, torch.float32) - other.to(torch.float32))
+    return total
+
+
+@contextmanager
+def _watching(
+    twins: TwinWalk, halves: Sequence[HalfBlock], stop: HalfBlock | None = None
+) -> Iterator[dict[str, list[tuple[Call, Tensor | None]]]]:
+    """Records how halves are called and what they give, in order; at the call of `stop` the forward ends by `Enough`."""
+    seen: dict[str, list[tuple[Call, Tensor | None]]] = {}
+
+    def after(half: HalfBlock) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            first = _first(output)  # a copy: the block may add to it in place
+            seen.setdefault(half.name, []).append(
+                (twins.lasting((args, kwargs)), None if first is None else first.clone())
+            )
+
+        return hook
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        assert stop is not None
+        seen[stop.name] = [(twins.lasting((args, kwargs)), None)]
+        raise Enough
+
+    hooks = [half.module.register_forward_hook(after(half), with_kwargs=True) for half in halves if not half.whole]
+    if stop is not None:
+        hooks.append(stop.module.register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first(output: Any) -> Tensor | None:
+    """A module's output, or the first of several."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def _stream(call: Call) -> Tensor | None:
+    """What a block is called with first: the residual stream."""
+    args, kwargs = call
+    return next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+
+
+def energy(difference: Tensor, real: Tensor | None) -> Tensor:
+    """Sum of squares over all tokens that are not padding."""
+    return (difference if real is None else difference[real.to(difference.device)]).square().sum()
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    one, other = one.to(torch.float32), other.to(one.device, torch.float32)
+    return one.shape == other.shape and bool((one - other).norm() <= CLOSE * other.norm())

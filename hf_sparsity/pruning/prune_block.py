@@ -1,0 +1,97 @@
+"""Prune the layers of one block, on one process or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..algorithm import SCORES, Layer, Pruner, RowAllocator
+from ..distributed import Processes, owners
+from ..model.sparsity import mask_hash
+from ..plan import LARGEST_DEVIATION, LayerReport
+from ..streaming.stream import StreamedBlock
+
+
+def prune_block(
+    block: StreamedBlock,
+    pruner: Pruner,
+    rows: RowAllocator | None,
+    fallbacks: Mapping[str, str],
+    processes: Processes,
+) -> dict[str, LayerReport]:
+    """Prunes a block's layers, each group on one of the processes, and writes them on all; says what became of them."""
+    groups = list(_sharing(block.layers.values()))
+    owner = owners(groups, processes.count)
+    reports: dict[str, LayerReport] = {}
+    new: dict[str, Tensor] = {}
+    for group, rank in zip(groups, owner, strict=True):
+        block.tell(f"layer {len(reports) + 1} of {len(block.layers)}")
+        if rank == processes.rank:
+            pruned, told = _prune_group(group, pruner, rows, fallbacks)
+            reports |= told
+            if processes.count == 1:
+                for name, weight in pruned.items():
+                    block.write(name, weight)
+            else:
+                new |= pruned
+    if processes.count > 1:
+        ranks = {layer.name: rank for group, rank in zip(groups, owner, strict=True) for layer in group}
+        for name, weight in processes.exchange(new, ranks, {n: layer.weight for n, layer in block.layers.items()}):
+            block.write(name, weight)
+        said = processes.gather({name: dataclasses.asdict(report) for name, report in reports.items()})
+        reports = {name: LayerReport(**layer) for part in said for name, layer in part.items()}
+    return reports
+
+
+def _prune_group(
+    group: list[Layer], pruner: Pruner, rows: RowAllocator | None, fallbacks: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
+    """The new weights of layers that share their inputs, and what became of them."""
+    start = time.perf_counter()
+    for layer in group:
+        if rows is not None and layer.sparsity > 0 and layer.name not in fallbacks:
+            layer.scores = pruner.scores(layer) if SCORES in rows.needs else None
+            layer.rows = rows.rows(layer)
+    pruned = pruner.prune_together(group)
+    solved = (time.perf_counter() - start) / len(group)
+    weights, reports = {}, {}
+    for layer, weight in zip(group, pruned, strict=True):
+        if not torch.isfinite(weight).all():
+            raise RuntimeError(f"{layer.name}: pruning gave NaN or infinite weights; the layer was left as it was")
+        zeros, size = weight.numel() - int(torch.count_nonzero(weight)), weight.numel()
+        allowed = LARGEST_DEVIATION + 1 / weight.shape[1]
+        if zeros / size < layer.sparsity - allowed:
+            raise RuntimeError(
+                f"{layer.name}: {zeros / size:.4f} of its weights became zero where the plan wants {layer.sparsity:.4f}"
+            )
+        note = fallbacks.get(layer.name, "")
+        if not note and zeros / size > layer.sparsity + 0.02:
+            note = f"sparser than planned ({zeros / size:.3f}, not {layer.sparsity:.3f}): equal weights, or some were zero before"
+        error = _output_error(layer, weight)
+        tokens = layer.stats.tokens if layer.stats is not None else None
+        layer.scores = layer.rows = None
+        weights[layer.name] = weight
+        mask = mask_hash(weight)
+        reports[layer.name] = LayerReport(zeros, size, layer.sparsity, error, tokens, round(solved, 6), note, mask)
+    return weights, reports
+
+
+def _output_error(layer: Layer, weight: Tensor) -> float | None:
+    """‖(W − W′)X‖² / ‖WX‖², from the Gram matrix or else the column norms; None without data."""
+    if layer.stats is None:
+        return None
+    before = layer.weight.to(torch.float32)
+    whole = layer.stats.energy(before)
+    return max(0.0, layer.stats.energy(before - weight.to(torch.float32)) / whole) if whole > 0 else 0.0
+
+
+def _sharing(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+    """Groups layers that share one `stats`, in order."""
+    groups: dict[int, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(id(layer.stats) if layer.stats is not None else id(layer), []).append(layer)
+    yield from groups.values()

@@ -1,0 +1,1 @@
+"""Cards, verification, the Hub, and the two layouts of a finished folder."""

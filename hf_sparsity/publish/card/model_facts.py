@@ -1,0 +1,218 @@
+"""What a model card is made of: the files of a sparse model's folder, read and checked. No weights are loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ...checkpoint.bitmask.bits import GROUPS
+from ...checkpoint.bitmask.codec import Header
+from ...checkpoint.zeros import REPORT_FILE
+from ...evaluation.metrics import METRICS_FILE, Metrics, TaskRecord, TextRecord
+from ...files import check_finished
+from ...plan import LayerPlan, Plan, Report, read_json
+from .markdown import line, number, slug
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of all weights in both layouts; the one in `stored` is what the files hold, the other is computed."""
+
+    dense: int
+    bitmask: int
+    stored: Literal["dense", "bitmask"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that is known of a sparse model without its weights.
+
+    `stored` is `sparsity_config`: the plan, and what was done with it.
+    """
+
+    plan: Plan
+    stored: Mapping[str, Any]
+    config: Mapping[str, Any]
+    report: Report | None
+    metrics: Metrics
+    sizes: Sizes | None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the folder's files are in the bitmask layout."""
+        return isinstance(self.config.get("quantization_config"), Mapping)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The dense model on the Hub, if that is where it came from."""
+        given = str(self.plan.model.get("name") or "")
+        return given if is_hub_id(given) else None
+
+    @property
+    def base(self) -> str:
+        """What to call the dense model: a Hub id, or the last part of a path, which is nobody else's business."""
+        given = str(self.plan.model.get("name") or "").rstrip("/\\")
+        return self.hub_id or re.split(r"[/\\]", given)[-1] or str(self.plan.model.get("type") or "model")
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the dense model is the one inside the package."""
+        given = str(self.plan.model.get("name") or "")
+        return given == DEMO or Path(given).parts[-2:] == ("hf_sparsity", DEMO)
+
+    @property
+    def name(self) -> str:
+        """A name from what was done: `Llama-3.1-8B-sparse60-owl-wanda`."""
+        pattern = str(self.plan.config.get("pattern", "unstructured"))
+        fixed = re.fullmatch(r"(\d+):(\d+)", pattern)
+        sparse = f"{fixed[1]}of{fixed[2]}" if fixed else f"{100 * self.plan.target:g}"
+        names = [name for role, name in self.algorithms if not (role == "allocator" and name == "uniform")]
+        done = "-recovered" if self.recoveries else ""
+        return slug(f"{self.base.rsplit('/', 1)[-1]}-sparse{sparse}-{'-'.join(names)}") + done
+
+    @property
+    def algorithms(self) -> list[tuple[str, str]]:
+        """(role, name) of what planned and pruned."""
+        roles = ((role, self.plan.config.get(role)) for role in ("allocator", "row_allocator", "pruner"))
+        return [(role, str(one["name"])) for role, one in roles if isinstance(one, Mapping) and "name" in one]
+
+    @property
+    def recoveries(self) -> list[Mapping[str, Any]]:
+        """What `recover` did, the first run first."""
+        found: list[Mapping[str, Any]] = []
+        done = self.stored.get("recovered")
+        while isinstance(done, Mapping) and len(found) < 100:
+            found.append(done)
+            done = done.get("previous")
+        return found[::-1]
+
+    @property
+    def zeros(self) -> int:
+        """Zero weights: counted, or what is planned where nobody counted."""
+        if self.report is not None:
+            return sum(layer.zeros for layer in self.report.layers.values())
+        return round(sum(layer.sparsity * layer.size for layer in self.plan.layers.values()))
+
+    @property
+    def weights(self) -> int:
+        """Weights of all planned layers."""
+        return sum(layer.size for layer in self.plan.layers.values())
+
+
+def read_facts(folder: str | os.PathLike[str]) -> Facts:
+    """Reads a sparse model's folder; the weights may be missing.
+
+    Raises:
+        FileNotFoundError: no `config.json`.
+        ValueError: an unfinished run; a config without a plan; a file that is damaged or none of its kind; evaluations of
+            other weights than each other's, or of the weights before they were trained again.
+    """
+    folder = Path(folder)
+    check_finished(folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, Mapping) or not isinstance(config.get("sparsity_config"), Mapping):
+        raise ValueError(f"{folder / 'config.json'} has no sparsity plan: prune the model first (hf_sparsity.prune)")
+    stored, plan = config["sparsity_config"], Plan.load(folder)
+    report = Report.load(folder / REPORT_FILE) if (folder / REPORT_FILE).exists() else None
+    if report is not None and {n: x.size for n, x in report.layers.items()} != {
+        n: x.size for n, x in plan.layers.items()
+    }:
+        raise ValueError(f"{folder / REPORT_FILE} is about other layers than the plan in config.json")
+    facts = Facts(plan, stored, config, report, Metrics.load(folder), None)
+    _check_weights(facts, folder / METRICS_FILE)
+    return replace(facts, sizes=_sizes(facts, folder))
+
+
+def field(entry: Any, *path: str) -> Any:
+    """A value deep in nested objects, or None where there is no such thing."""
+    for key in path:
+        entry = entry.get(key) if isinstance(entry, Mapping) else None
+    return entry
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a name is `owner/model` and no folder here."""
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not Path(text).exists()
+
+
+def _check_weights(facts: Facts, file: Path) -> None:
+    """Refuses evaluations that cannot all be of the weights beside them."""
+    seen: dict[str, str] = {}
+    records: list[TextRecord | TaskRecord] = [*facts.metrics.texts, *facts.metrics.tasks]
+    for record in records:
+        if isinstance(record.weights, str):
+            seen.setdefault(record.weights, line(record.name, 60))
+    if len(seen) > 1:
+        first, second = list(seen.values())[:2]
+        raise ValueError(
+            f"{file}: the evaluations on {first!r} and {second!r} are of different weights; evaluate again on both, or "
+            "remove the file"
+        )
+    if any(done.get("model") in seen for done in facts.recoveries):
+        raise ValueError(f"{file}: the model was evaluated before it was trained again; evaluate it again")
+
+
+# ---- bytes
+
+
+def _sizes(facts: Facts, folder: Path) -> Sizes | None:
+    """Both layouts: the one in the files as they say, the other by the formula of `checkpoint/bitmask/codec.py`."""
+    dtype = _dtype(facts.config)
+    stem: Literal["sparse", "model"] = "sparse" if facts.packed else "model"
+    stored = _tensor_bytes(folder, stem)
+    if stored is None or dtype is None:
+        return None
+    layers = [_layer_bytes(layer, zeros, dtype) for layer, zeros in _counted(facts)]
+    dense, bitmask = sum(d for d, _ in layers), sum(b for _, b in layers)
+    others = stored - (bitmask if facts.packed else dense)
+    if others < 0:  # fewer bytes than the plan's matrices take: the files have another dtype, or are damaged
+        return None
+    return Sizes(others + dense, others + bitmask, "bitmask" if facts.packed else "dense")
+
+
+def _counted(facts: Facts) -> Iterator[tuple[LayerPlan, int]]:
+    for name, layer in facts.plan.layers.items():
+        reported = facts.report.layers[name].zeros if facts.report is not None else round(layer.sparsity * layer.size)
+        yield layer, reported
+
+
+def _layer_bytes(layer: LayerPlan, zeros: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(dense, packed): the shortest of dense, bitmask and, where the pattern has one, N:M code."""
+    dense = layer.size * dtype.itemsize
+    packed = [dense, Header((1, layer.size), dtype, None, False, layer.size - zeros).total_bytes]
+    match = re.fullmatch(r"(\d+):(\d+)", layer.pattern)
+    if match and int(match[2]) in GROUPS and 0 < int(match[1]) < int(match[2]) and layer.size % int(match[2]) == 0:
+        kept, group = int(match[1]), int(match[2])
+        packed.append(Header((1, layer.size), dtype, (kept, group), False, layer.size // group * kept).total_bytes)
+    return dense, min(packed)
+
+
+def _tensor_bytes(folder: Path, stem: str) -> int | None:
+    """Bytes of the tensors in a folder's weight files, or what its index says of them; None without either."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        total = field(read_json(index), "metadata", "total_size")
+        return int(number(total, f"{index}: total_size"))
+    file = folder / f"{stem}.safetensors"
+    if not file.exists():
+        return None
+    with file.open("rb") as stream:
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    for part in (config, config.get("text_config")):
+        name = (part.get("dtype") or part.get("torch_dtype")) if isinstance(part, Mapping) else None
+        found = getattr(torch, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(found, torch.dtype) and found.is_floating_point:
+            return found
+    return None

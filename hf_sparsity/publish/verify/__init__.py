@@ -1,0 +1,1 @@
+"""Check a sparse folder against its own claims."""

@@ -1,0 +1,226 @@
+"""The checks of `verify`, one function each: from what was read to findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ...checkpoint.zeros import REPORT_FILE
+from ...evaluation.metrics import METRICS_FILE, Metrics
+from ...model.fingerprint import shapes_hash
+from ...model.layers import ModelLayers
+from ...plan import LARGEST_DEVIATION, LayerReport, Plan, Report
+from ...planning.checks import check_plan
+from ...pruners import PRUNERS
+from .explain import explain, gained, moved
+from .walk import Measured
+
+OK, FAILED, NOTE, NOT_APPLICABLE = "ok", "failed", "note", "not applicable"
+FILES, PLAN, FINGERPRINTS, REPORT = "files", "plan", "fingerprints", "report"
+ZEROS, PATTERN, MASKS, FINITE, TIED = "zeros", "pattern", "masks", "finite", "tied"
+EVALUATION, SURVIVORS, EXPLANATION = "evaluation", "survivors", "explanation"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of one check: `status` is ok, failed, note (worth knowing, not wrong) or not applicable.
+
+    `where`: the layer, parameter, block or file it is about; "" for the whole folder.
+    """
+
+    check: str
+    status: str
+    where: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the checks look at: the plan, the layers of the model, their reports by layer, and what was measured.
+
+    `compared`: in which dtype weights were compared with the dense model's, "" if they were not; `excuse`: why those that
+    are left may differ from them, "" if they may not.
+    """
+
+    plan: Plan
+    model_layers: ModelLayers
+    reports: Mapping[str, LayerReport]
+    seen: Measured
+    compared: str = ""
+    excuse: str = ""
+
+
+def _failures(check: str, wrong: Mapping[str, str], right: str) -> list[Finding]:
+    """One finding for each place where something is wrong, or one that says all is right."""
+    if not wrong:
+        return [Finding(check, OK, "", right)]
+    return [Finding(check, FAILED, where, message) for where, message in wrong.items()]
+
+
+def files(known: Known) -> list[Finding]:
+    """The files are whole: their headers, and of packed ones every checksum."""
+    return _failures(FILES, known.seen.damaged, "every tensor could be read")
+
+
+def plan(known: Known, model: PreTrainedModel) -> list[Finding]:
+    """The plan is about this model's layers, which it names with their sizes, and meets its own target."""
+    try:
+        check_plan(Plan(known.plan.config, known.plan.layers), model, known.model_layers)
+    except ValueError as error:
+        return [Finding(PLAN, FAILED, "", str(error))]
+    return [Finding(PLAN, OK, "", f"it fits the {len(known.model_layers.weights)} layers and meets its target")]
+
+
+def fingerprints(known: Known, kind: str) -> list[Finding]:
+    """What config.json says of the model, the data and the versions is there and fits."""
+    made, wrong, absent = known.plan.model, {}, []
+    if made.get("type") not in (None, kind):
+        wrong["type"] = f"the plan was made for a model of type {made['type']!r}, this is {kind!r}"
+    if made.get("layers") not in (None, shapes_hash(known.model_layers)):
+        wrong["layers"] = "the plan was made for layers of other names or shapes"
+    absent += [f"the model's {key}" for key in ("type", "layers", "weights") if made.get(key) is None]
+    data = known.plan.data
+    if data is not None and not all(data.get(key) for key in ("sequences", "tokens", "sha256")):
+        wrong["data"] = f"the fingerprint of the calibration data is incomplete: {dict(data)}"
+    absent += [f"the version of {name}" for name in ("hf_sparsity", "torch") if not known.plan.versions.get(name)]
+    found = _failures(FINGERPRINTS, wrong, "those of the model's type, its layers and the data fit")
+    return found + ([Finding(FINGERPRINTS, NOTE, "", f"not recorded: {', '.join(absent)}")] if absent else [])
+
+
+def report(told: Report, plan: Plan) -> list[Finding]:
+    """The report is about the layers of the plan, in the sizes and with the sparsities it wanted."""
+    names = [name for name in {**plan.layers, **told.layers} if (name in plan.layers) != (name in told.layers)]
+    wrong = {n: f"it is in {'the plan' if n in plan.layers else 'the report'} alone" for n in names}
+    if abs(told.target - plan.target) > 1e-6:
+        wrong[REPORT_FILE] = f"its target is {told.target}, the plan's {plan.target}"
+    for name in plan.layers.keys() & told.layers.keys():
+        layer, entry = plan.layers[name], told.layers[name]
+        if entry.size != layer.size or abs(entry.planned - layer.sparsity) > 1e-6:
+            wrong[name] = (
+                f"the report says {entry.size} weights and a planned sparsity of {entry.planned:.6f}, "
+                f"the plan {layer.size} and {layer.sparsity:.6f}"
+            )
+    return _failures(REPORT, wrong, f"it is about the {len(plan.layers)} layers of the plan")
+
+
+def zeros(known: Known) -> list[Finding]:
+    """Each layer has the zeros of its report; and those of the plan, but for what pruning may deviate."""
+    if not known.seen.facts:
+        return [Finding(ZEROS, NOT_APPLICABLE, "", "no planned layer could be read")]
+    wrong, sparser = {}, {}
+    for name, fact in known.seen.facts.items():
+        wanted, told = known.plan.layers[name], known.reports.get(name)
+        least = wanted.sparsity - LARGEST_DEVIATION - 1 / fact.width
+        if told is not None and fact.zeros != told.zeros:
+            more = "more" if fact.zeros > told.zeros else "fewer"
+            wrong[name] = f"{fact.zeros} zeros, {abs(fact.zeros - told.zeros)} {more} than the report's {told.zeros}"
+        elif fact.sparsity < least:
+            wrong[name] = f"a sparsity of {fact.sparsity:.4f} where the plan says {wanted.sparsity:.4f}"
+        elif told is None and gained(wanted, fact, None):
+            sparser[name] = f"a sparsity of {fact.sparsity:.4f}, more than the plan's {wanted.sparsity:.4f}"
+    source = "plan and report" if known.reports else "the plan"
+    found = _failures(ZEROS, wrong, f"those of all {len(known.seen.facts)} layers are as {source} say")
+    return found + [Finding(ZEROS, NOTE, name, message) for name, message in sparser.items()]
+
+
+def pattern(known: Known) -> list[Finding]:
+    """In a layer with a pattern N:M no group of M consecutive inputs keeps more than N."""
+    named = {n: x.pattern for n, x in known.plan.layers.items() if ":" in x.pattern and n in known.seen.facts}
+    if not named:
+        return [Finding(PATTERN, NOT_APPLICABLE, "", "no layer has a pattern N:M")]
+    wrong = {}
+    for name, text in named.items():
+        fact = known.seen.facts[name]
+        if not fact.groups:
+            wrong[name] = f"the pattern {text} does not fit its width {fact.width}"
+        elif fact.crowded:
+            wrong[name] = f"{fact.crowded} of {fact.groups} groups keep more than {text} allows"
+    groups = sum(known.seen.facts[name].groups for name in named)
+    return _failures(PATTERN, wrong, f"all {groups} groups of {len(named)} layers are valid")
+
+
+def masks(known: Known) -> list[Finding]:
+    """The zeros are where the report says, by a hash of each layer's mask."""
+    stored = {n: told.mask for n, told in known.reports.items() if told.mask is not None and n in known.seen.facts}
+    if not stored:
+        return [Finding(MASKS, NOT_APPLICABLE, "", "the report has no hashes of masks")]
+    text = "as many zeros as reported, in other places"
+    wrong = {n: text for n in stored if moved(known.seen.facts[n], known.reports[n])}
+    wrong |= {n: "another mask" for n in stored if n not in wrong and known.seen.facts[n].mask != stored[n]}
+    return _failures(MASKS, wrong, f"the zeros of {len(stored)} layers are where they were put")
+
+
+def finite(known: Known) -> list[Finding]:
+    """No NaN or infinity in any parameter."""
+    wrong = dict.fromkeys(known.seen.not_finite, "NaN or infinite values")
+    return _failures(FINITE, wrong, f"all {len(known.seen.samples)} parameters are finite")
+
+
+def tied(model: PreTrainedModel, plan: Plan) -> list[Finding]:
+    """Weights that the config ties are one, and not planned."""
+    mapping = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if not mapping:
+        return [Finding(TIED, NOT_APPLICABLE, "", "the config ties no weights")]
+    wrong = {
+        target: f"the config ties it to {source}, but the files have two different weights"
+        for target, source in mapping.items()
+        if model.get_parameter_or_buffer(target) is not model.get_parameter_or_buffer(source)
+    }
+    names = {name.removesuffix(".weight") for pair in mapping.items() for name in pair}
+    wrong |= dict.fromkeys(sorted(names & plan.layers.keys()), "it is tied to another weight and yet planned")
+    return _failures(TIED, wrong, f"{len(mapping)} weights are tied, none is planned")
+
+
+def evaluation(folder: Path, weights: list[str]) -> list[Finding]:
+    """The recorded evaluations are of these weights, of which `weights` are the possible fingerprints."""
+    try:
+        metrics = Metrics.load(folder)
+    except ValueError as error:
+        return [Finding(EVALUATION, FAILED, METRICS_FILE, str(error))]
+    entries = [(text.name, text.weights) for text in metrics.texts]
+    entries += [(task.name, task.weights) for task in metrics.tasks]
+    known = [(name, value) for name, value in entries if value is not None]
+    if not known or not weights:
+        reason = "the weights cannot be read" if known else f"{len(entries)} are recorded, without a fingerprint"
+        return [Finding(EVALUATION, NOT_APPLICABLE, "", reason if entries else "none is recorded")]
+    old = [name for name, value in known if value not in weights]
+    wrong = dict.fromkeys(old, "evaluated before the weights were last changed: evaluate again")
+    return _failures(EVALUATION, wrong, f"all {len(known)} are of these weights")
+
+
+def survivors(known: Known) -> list[Finding]:
+    """Against the dense model: what pruning left is unchanged, where nothing was meant to change it."""
+    if not known.compared:
+        return [Finding(SURVIVORS, NOT_APPLICABLE, "", "no dense model to compare with was given")]
+    kept = {name: fact.size - fact.zeros for name, fact in known.seen.facts.items()}
+    changed = {name: count for name, count in known.seen.changed.items() if count}
+    others = known.seen.others
+    if known.excuse:
+        total = f"{sum(changed.values())} of {sum(kept.values())} weights that are left"
+        total += f" and {len(others)} parameters that are not planned" if others else ""
+        return [
+            Finding(SURVIVORS, NOTE, "", f"{total} differ from the dense, {known.compared}; expected: {known.excuse}")
+        ]
+    wrong = {n: f"{count} of {kept[n]} weights that are left differ from the dense" for n, count in changed.items()}
+    wrong |= dict.fromkeys(others, "it is not planned, and differs from the dense model's")
+    return _failures(SURVIVORS, wrong, f"all {sum(kept.values())} weights left are the dense ones, {known.compared}")
+
+
+def updating(plan: Plan) -> str:
+    """Why pruning itself may have changed the weights that stay; "" when it may not."""
+    given = plan.config.get("pruner")
+    name = given.get("name") if isinstance(given, Mapping) else given
+    if not isinstance(name, str) or name not in PRUNERS:
+        return f"nothing is known of the pruner {name!r}"
+    return f"{name} updates the weights that stay" if PRUNERS[name].updates else ""
+
+
+def explained(known: Known) -> list[Finding]:
+    """What a later step seems to have done."""
+    facts = {n: x for n, x in known.seen.facts.items() if known.plan.layers[n].size == x.size}
+    changed = {} if known.excuse else known.seen.changed
+    told = explain(known.plan.layers, facts, known.reports, changed)
+    return [Finding(EXPLANATION, NOTE, "", text) for text in told]

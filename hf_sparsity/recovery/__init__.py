@@ -1,0 +1,1 @@
+"""Train what is left while the zeros stay zero."""

@@ -1,0 +1,1 @@
+"""The model block by block with its real inputs."""

@@ -1,0 +1,164 @@
+"""What pruning will touch, and the memory and disk it will take, before it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.stats import GRAM, SAMPLES
+from ..model.inference import Batch
+from ..model.layers import Block, ModelLayers
+from ..model.offload import weight_store
+
+GROUPS = Path("/sys/fs/cgroup")  # limits of a container
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of memory: `model` of weights that stay (all of them, or what is outside the blocks and one block when
+    streamed or offloaded), `hidden` of the calibration batches' hidden states, `block` of one block's statistics,
+    scores and the largest matrix' working copies. `disk`: of the output."""
+
+    model: int
+    hidden: int
+    block: int
+    disk: int
+    resident: int = 0  # of `model`, what is in memory already
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory in all."""
+        return self.model + self.hidden + self.block
+
+    def check(self, output: str | os.PathLike[str] | None = None, *, memory: int | None = None) -> None:
+        """Raises `ValueError` with advice when memory (by default what is free) or the output's disk cannot hold it."""
+        free = available_memory() if memory is None else memory
+        if (need := self.peak - self.resident) > free:
+            advice = (
+                "keep fewer hidden states in memory (hidden_limit, --hidden-limit)" if self.hidden > need / 2 else ""
+            )
+            advice = (
+                advice or "stream the model from disk (offload='stream', --stream), or use fewer or shorter sequences"
+            )
+            raise ValueError(
+                f"about {need / 2**30:.2f} GiB more memory are needed and {free / 2**30:.2f} GiB are free: {advice}"
+            )
+        if output is not None:
+            folder = next(p for p in [Path(output).absolute(), *Path(output).absolute().parents] if p.exists())
+            room = shutil.disk_usage(folder).free
+            if self.disk > room:
+                raise ValueError(
+                    f"the output takes about {self.disk / 2**30:.2f} GiB and {folder} has {room / 2**30:.2f} GiB free: "
+                    "choose another output, or make room"
+                )
+
+
+def estimate_memory(
+    model: PreTrainedModel,
+    model_layers: ModelLayers,
+    batches: Sequence[Batch],
+    needs: frozenset[str],
+    *,
+    hidden_limit: int | None = None,
+    journal: bool = False,
+) -> Estimate:
+    """What `prune` will hold at once, from shapes alone; activations inside one block call come on top.
+
+    `needs`: facts of the inputs. `hidden_limit`: see `prune`. `journal`: whether the run is written to a folder, which
+    also keeps the hidden states on disk.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    whole = _bytes(model.parameters())
+    resident = _bytes(p for p in model.parameters() if p.device.type != "meta")
+    inside = [_bytes(block.module.parameters()) for block in model_layers.blocks]
+    away = any(p.device.type == "meta" for p in model.parameters())
+    weights = resident + max(inside) if away else whole
+    itemsize = next(model.parameters()).element_size()
+    longest, tokens = 0, 0
+    for batch in batches:
+        count = batch.get("input_ids", next(iter(batch.values()))).numel()
+        longest, tokens = max(longest, count), tokens + count
+    hidden = tokens * (getattr(config, "hidden_size", 0) or 0) * itemsize if needs else 0
+    kept = hidden if hidden_limit is None else min(hidden, hidden_limit + 2 * hidden * longest // max(tokens, 1))
+    spilled = hidden if kept < hidden else 0
+    return Estimate(
+        weights,
+        kept,
+        max(_block_bytes(block, needs, len(batches)) for block in model_layers.blocks),
+        (whole if journal else 0) + (2 * hidden if journal else 0) + spilled,
+        resident if weight_store(model) is None else 0,
+    )
+
+
+def check_room(
+    model: PreTrainedModel,
+    model_layers: ModelLayers,
+    batches: Sequence[Batch],
+    needs: frozenset[str],
+    *,
+    hidden_limit: int | None,
+    output: Path | None,
+) -> None:
+    """`ValueError` with advice, before anything starts, when memory or disk cannot hold the run.
+
+    Memory is not looked at when the model is on an accelerator, whose own errors are plain.
+    """
+    estimate = estimate_memory(
+        model, model_layers, batches, needs, hidden_limit=hidden_limit, journal=output is not None
+    )
+    on_host = all(p.device.type in ("cpu", "meta") for p in model.parameters())
+    estimate.check(output, memory=None if on_host else estimate.peak)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the system has free, within the container's limit if there is one."""
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):
+        limit = (GROUPS / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((GROUPS / "memory.current").read_text()))
+    return free
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _block_bytes(block: Block, needs: frozenset[str], sequences: int) -> int:
+    """Layers fed by the same tensor share a Gram matrix; before the model has run, layers of one width and one parent count as such."""
+    if not block.weights:
+        return 0
+    total = 0
+    grams = set()
+    for weight in block.weights.values():
+        width = weight.shape[1]
+        grams.add((weight.name.rpartition(".")[0], weight.expert, width))
+        total += 4 * width if needs else 0
+        total += 4 * width * sequences if SAMPLES in needs else 0
+    if GRAM in needs:
+        total += sum(4 * width**2 for _, _, width in grams)
+    largest = max(weight.size for weight in block.weights.values())
+    widest = max(weight.shape[1] for weight in block.weights.values())
+    return total + 4 * largest * 3 + (4 * widest * widest * 2 if GRAM in needs else 0)
+
+
+def describe(model_layers: ModelLayers, model: PreTrainedModel) -> dict[str, Any]:
+    """`{"layers", "weights", "share", "dense": {reason: number of matrices}}` of what will be pruned and what not."""
+    weights = sum(weight.size for weight in model_layers.weights.values())
+    return {
+        "layers": len(model_layers.weights),
+        "blocks": len(model_layers.blocks),
+        "weights": weights,
+        "share": weights / sum(p.numel() for p in model.parameters()),
+        "dense": dict(Counter(model_layers.skipped.values())),
+    }

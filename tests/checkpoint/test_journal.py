@@ -1,0 +1,49 @@
+"""Work that is remembered: what is known is not done again, and the rest is shared."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_sparsity.checkpoint.journal import Journal, remembered
+from hf_sparsity.distributed import Processes
+from tests.test_distributed import several
+
+ITEMS = {"a": 1, "b": 2, "c": 3, "d": 4}
+
+
+def squares(folder, processes, items):
+    """The squares of the items, and which of them were computed here."""
+    folder.mkdir(exist_ok=True)
+    done: list[int] = []
+
+    def square(item: int) -> int:
+        done.append(item)
+        return item**2
+
+    return remembered(Journal(folder, processes), processes, "square", items, square), done
+
+
+def in_part(processes, folder, items):
+    return squares(folder, processes, items)
+
+
+def test_each_is_kept_as_soon_as_it_is_there(tmp_path):
+    def square(item):
+        if item == 3:
+            raise KeyboardInterrupt
+        return item**2
+
+    with pytest.raises(KeyboardInterrupt):
+        remembered(Journal(tmp_path, Processes()), Processes(), "square", ITEMS, square)
+    assert squares(tmp_path, Processes(), ITEMS) == ({"a": 1, "b": 4, "c": 9, "d": 16}, [3, 4])
+    assert squares(tmp_path, Processes(), {"c": 3, "a": 1}) == ({"c": 9, "a": 1}, [])
+    assert remembered(None, Processes(), "square", ITEMS, lambda item: -item) == {"a": -1, "b": -2, "c": -3, "d": -4}
+
+
+def test_two_processes_take_their_parts_and_know_all(tmp_path):
+    squares(tmp_path, Processes(), {"b": 2})
+    with several(2) as two:
+        first, second = two(in_part, tmp_path, ITEMS)
+        assert first == ({"a": 1, "b": 4, "c": 9, "d": 16}, [1])
+        assert second == (first[0], [3, 4])
+        assert [found[1] for found in two(in_part, tmp_path, ITEMS)] == [[], []]

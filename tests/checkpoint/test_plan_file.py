@@ -1,0 +1,97 @@
+"""A plan's file: whole, or with the record of the run beside it, from which the same plan comes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from hf_sparsity import Plan, SparsityConfig, make_plan
+from hf_sparsity.checkpoint.plan_file import PlanFile
+from hf_sparsity.cli.main import main
+from hf_sparsity.planning.race.evaluator import Evaluator
+from tests.conftest import tiny
+
+IDS = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(4))
+SEARCH = SparsityConfig(
+    0.6, allocator={"name": "search", "budget": "60 evals", "candidates": ("owl", "qkvo"), "slices": [64, 192]}
+)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [3, 9, 30, 55])
+def test_an_interrupted_search_ends_with_the_same_plan_and_judges_nothing_twice(after, tmp_path, monkeypatch):
+    whole = make_plan(tiny("llama"), SEARCH, IDS)
+    judged: list[tuple] = []
+    rows = Evaluator.rows
+
+    def counted(self, *given):
+        if len(judged) == after:
+            raise Killed
+        judged.append(given)
+        return rows(self, *given)
+
+    file = tmp_path / "plan.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "rows", counted)
+        with pytest.raises(Killed):
+            make_plan(tiny("llama"), SEARCH, IDS, output_dir=PlanFile(file))
+    assert (tmp_path / "plan.json.UNFINISHED" / "journal.jsonl").exists() and not file.exists()
+
+    counts = []
+    for output in (PlanFile(file), None):
+        made: list[tuple] = []
+        monkeypatch.setattr(Evaluator, "rows", lambda self, *given, made=made: made.append(given) or rows(self, *given))
+        plan = make_plan(tiny("llama"), SEARCH, IDS, output_dir=output)
+        assert plan.to_dict() == whole.to_dict()
+        if output:
+            output.save(plan)
+        counts.append(len(made))
+    assert counts[0] == counts[1] - after  # what was judged before the interruption was not judged again
+    assert Plan.load(file).to_dict() == whole.to_dict()
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_other_arguments_are_an_error_until_it_may_be_overwritten(tmp_path, monkeypatch):
+    file = tmp_path / "plan.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "rows", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            make_plan(tiny("llama"), SEARCH, IDS, output_dir=PlanFile(file))
+    other = SparsityConfig(0.5)
+    with pytest.raises(ValueError, match="other arguments: config was"):
+        make_plan(tiny("llama"), other, output_dir=PlanFile(file))
+    output = PlanFile(file, overwrite=True)
+    assert (tmp_path / "plan.json.UNFINISHED").exists()  # nothing is touched before planning begins
+    made = make_plan(tiny("llama"), other, output_dir=output)
+    output.save(made)
+    with pytest.raises(ValueError, match="exists; choose another"):
+        PlanFile(file)
+    with pytest.raises(ValueError, match="is a folder"):
+        PlanFile(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_the_command_goes_on_where_it_was_killed(tmp_path, capsys):
+    arguments = ["race", "demo", "--sparsity", "0.7", "--candidates", "owl", "qkvo", "--sequences", "8"]
+    arguments += ["--length", "64", "--search", "--budget", "40 evals", "--output"]
+    assert main([*arguments, str(tmp_path / "whole.json")]) == 0
+    file = tmp_path / "plan.json"
+    journal = tmp_path / "plan.json.UNFINISHED" / "journal.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "hf_sparsity", *arguments, str(file)])
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count('"score"') >= 5) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert journal.exists() and not file.exists()
+    assert main([*arguments, str(file)]) == 0
+    assert file.read_text() == (tmp_path / "whole.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "whole.json"]

@@ -1,0 +1,442 @@
+"""Slopes against a whole model's gradient and against differences; the descent on a fitness that is known, and in a race."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers as hf
+
+from hf_sparsity import SparsityConfig, make_plan
+from hf_sparsity.algorithm import Pattern
+from hf_sparsity.allocators.race import Race
+from hf_sparsity.calibration.batches import prepare_batches
+from hf_sparsity.checkpoint.streamed import open_streamed
+from hf_sparsity.core.budget_grid import Grid
+from hf_sparsity.core.nested_masks import Ranks
+from hf_sparsity.distributed import Processes
+from hf_sparsity.evaluation.divergence import DenseReference, PlanScores, by_token
+from hf_sparsity.model.layers import find_layers
+from hf_sparsity.planning.race.candidates import group_experts
+from hf_sparsity.planning.race.descent import LONGEST, descend, level
+from hf_sparsity.planning.race.evaluator import Evaluator, SearchBudget
+from hf_sparsity.planning.race.sensitivity import layer_sensitivities, window
+from hf_sparsity.planning.race.survey import survey
+from hf_sparsity.pruners import Wanda
+from hf_sparsity.streaming.gradients import BlocksNotAlone
+from tests.conftest import gemma3n, tiny, tiny_batch
+from tests.planning.race.test_evolution import Quadratic, config, grid, texts
+from tests.planning.test_fisher import offloaded, surroundings
+from tests.test_distributed import several
+
+
+def prepared(name, model=None, sequences=4):
+    model = model or tiny(name)
+    layout = find_layers(model)
+    data = prepare_batches(model, [tiny_batch(name, sequences=sequences)])
+    _, ranks = survey(tiny(name), find_layers(tiny(name)), data, allocators={}, pruner=Wanda(), pattern=Pattern())
+    steps = {n: len(r.zeros) * (4 + i % 3) // 8 for i, (n, r) in enumerate(ranks.items())}
+    steps |= dict(zip(steps, (0, 1), strict=False))  # of one layer nothing was taken, of another hardly anything
+    return model, layout, ranks, steps, DenseReference(model, layout, data)
+
+
+def slopes(name, model=None, metric="kl"):
+    *_, ranks, steps, reference = prepared(name, model)
+    return layer_sensitivities(reference, 0, ranks, steps, metric)
+
+
+@pytest.mark.parametrize("metric", ["kl", "loss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "mamba", "qwen3_next"])
+def test_they_are_the_gradient_of_the_masked_model(name, metric):
+    model, layout, ranks, steps, reference = prepared(name)
+    batch, dense = reference.batches[0], reference.dense_logits(0)
+    *found, count = layer_sensitivities(reference, 0, ranks, steps, metric)
+    sparse = copy.deepcopy(model)
+    weights = find_layers(sparse).weights
+    for n, weight in weights.items():
+        weight.read().mul_(ranks[n].mask(steps[n]))
+    if hasattr(sparse, "set_experts_implementation"):
+        sparse.set_experts_implementation("eager")
+    kl, loss, real = by_token(batch, dense, sparse.eval()(**batch, use_cache=False).logits)
+    (kl if metric == "kl" else loss).sum().backward()
+    assert count == real.sum() == real.numel()
+    for (n, weight), value in zip(weights.items(), found, strict=True):
+        gradient = weight.part(weight.stored.grad)
+        first, last = window(ranks[n], steps[n])
+        near = (ranks[n].survives >= first) & (ranks[n].survives < last)
+        expected = -float((gradient * layout.weights[n].read())[near].double().sum())
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert len(set(found)) > len(found) / 2
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "mixed"])
+def test_offloaded_they_are_the_same_to_the_last_bit(where, tmp_path):
+    expected = slopes("mixtral")
+    model = offloaded(tiny("mixtral"), where, tmp_path)
+    before = surroundings(model)
+    assert slopes("mixtral", model) == expected
+    assert surroundings(model) == before
+
+
+def test_padding_has_no_slope():
+    model, layout, ranks, steps, _ = prepared("llama")
+    ids = texts(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+
+    def sums(batch):
+        return layer_sensitivities(DenseReference(model, layout, [batch]), 0, ranks, steps, "kl")
+
+    group_experts = sums({"input_ids": ids, "attention_mask": mask})
+    alone = zip(sums({"input_ids": ids[:1, :7]}), sums({"input_ids": ids[1:]}), strict=True)
+    assert group_experts[-1] == 6 + 11 and group_experts == pytest.approx(
+        [sum(pair) for pair in alone], rel=1e-3, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "whisper", "t5"])
+def test_a_batch_in_parts_has_the_same_slopes(name, monkeypatch):
+    """One sequence keeps 3 blocks x 24 tokens x 64 float32, 18 KiB; 48 KiB hold two of four."""
+    whole, counts = slopes(name), []
+    monkeypatch.setattr("hf_sparsity.planning.race.sensitivity.SHARE", 10**9)
+    for limit in (48 * 2**10, 1):
+        monkeypatch.setattr("hf_sparsity.planning.race.sensitivity.INPUTS", limit)
+        model = tiny(name)
+        counts.append([])
+        model.register_forward_hook(
+            lambda _, args, output: counts[-1].append(len(output.logits)) if output.logits.requires_grad else None
+        )
+        assert slopes(name, model) == pytest.approx(whole, rel=1e-3, abs=1e-6)
+        assert len(set(counts[-1])) == 1 and sum(counts[-1]) == 4
+    if name == "llama":
+        assert counts == [[2, 2], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "step", "expected"), [(256, 100, (84, 116)), (256, 3, (0, 19)), (8, 4, (3, 5)), (8, 7, (6, 7))]
+)
+def test_a_slope_is_taken_over_a_few_steps(steps, step, expected):
+    ranks = Ranks(torch.zeros(1, 1, dtype=torch.uint8), tuple(range(steps)), 1)
+    assert window(ranks, step) == expected
+
+
+def test_the_model_is_as_it_was():
+    model = tiny("llama").train()
+    model.lm_head.weight.requires_grad_(False)
+    before, weights = surroundings(model), copy.deepcopy(model.state_dict())
+    slopes("llama", model)
+    assert surroundings(model) == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def contest(tokens: int = 24, count: int = 4, processes: Processes | None = None, journal=None) -> Evaluator:
+    model = tiny("llama")
+    layout, data = find_layers(model), prepare_batches(model, texts(count, tokens))
+    _, ranks = survey(model, layout, data, allocators={}, pruner=Wanda(), pattern=Pattern())
+    sizes = {n: r.size for n, r in ranks.items()}
+    made = Grid({n: r.zeros for n, r in ranks.items()}, sizes, {n: r.cells for n, r in ranks.items()}, 0.6)
+    pieces = [DenseReference(model, layout, part) for part in (data[: count // 2], data[count // 2 :])]
+    return Evaluator(pieces, made, ranks, SearchBudget({}, processes or Processes(), journal))
+
+
+def test_they_foretell_what_a_few_weights_more_or_less_do():
+    one = contest(count=8)
+    point = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    found = one.slopes(point, [0, 1], "kl")
+    foretold, measured = [], []
+    for i, name in enumerate(one.grid.names):
+        zeros, more, less = one.grid.zeros[name], list(point), list(point)
+        more[i], less[i] = point[i] + 2, point[i] - 2
+        high, low = (s.mean() for s in one.scores_on([tuple(more), tuple(less)], [0, 1]))
+        foretold.append(found[name] * (zeros[more[i]] - zeros[less[i]]))
+        measured.append(high - low)
+    assert torch.corrcoef(torch.tensor([foretold, measured]))[0, 1] > 0.7
+    assert sum(map(abs, foretold)) == pytest.approx(sum(map(abs, measured)), rel=0.5)
+
+
+def test_pieces_add_up_and_cost_four_passes():
+    one = contest()
+    point = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    first, second, both = (one.slopes(point, pieces, "kl") for pieces in ([0], [1], [0, 1]))
+    assert {n: pytest.approx((first[n] + second[n]) / 2, rel=1e-9) for n in both} == both and first != second
+    assert one.allowance.spent == {"evals": 0, "tokens": 4 * 24 * (2 + 2 + 4)}
+
+
+def shared(processes: Processes) -> dict[str, float]:
+    one = contest(processes=processes)
+    return one.slopes(one.grid.nearest(dict.fromkeys(one.grid.names, 0.6)), [0, 1], "kl")
+
+
+def test_two_processes_have_the_same_slopes():
+    with several(2) as call:
+        assert call(shared) == [shared(Processes())] * 2
+
+
+# ---- steps
+
+
+def test_a_step_keeps_the_weights_and_goes_against_the_slopes():
+    slopes, sizes = [5.0, -1.0, 2.0, 2.1, 0.0], [100, 10, 300, 50, 40]
+    for shape in (0.1, 0.5, 2.0, 50.0):
+        found = level(slopes, sizes, 0.1, shape)
+        assert math.fsum(c * s for c, s in zip(found, sizes, strict=True)) == pytest.approx(0, abs=1e-9)
+        assert max(map(abs, found)) <= 0.1 + 1e-12
+        order = sorted(range(5), key=slopes.__getitem__)
+        assert all(found[a] >= found[b] for a, b in pairwise(order))
+        assert found[1] > 0 > found[0]
+    gentle, rough = (sum(map(abs, level(slopes, sizes, 0.1, shape))) for shape in (0.5, 2.0))
+    assert gentle < rough
+    assert level([1.0, 1.0], sizes[:2], 0.1, 1.0) == [0.0, 0.0] == level([math.nan, 1.0], sizes[:2], 0.1, 1.0)
+
+
+class Slope(Quadratic):
+    """The fitness of `Quadratic`, whose slopes are known."""
+
+    def __init__(self, one: Grid, limit: float = math.inf):
+        super().__init__(one, limit)
+        self.looked: list[list[int]] = []
+
+    def slopes(self, point, pieces, metric):
+        self.looked.append(list(pieces))
+        now = self.grid.fractions(point)
+        return {n: 2 * (now[n] - self.ideal[n]) for n in now}
+
+
+def downhill(one: Evaluator, **options):
+    start = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    found = descend(Race(**options), one, start, group_experts(one.grid.names))
+    first, last = (s.mean() for s in one.scores_on([start, found.point], [0]))
+    return start, found, last / first
+
+
+def test_it_comes_down():
+    torch.manual_seed(0)
+    one = Slope(grid())
+    start, found, rest = downhill(one)
+    assert rest < 0.01 and found.points[0] == start and found.stopped == "no step is worth taking"
+    assert all(0 <= one.grid.taken(p) - one.grid.mass < 16 for p in found.points)
+    fractions = [one.grid.fractions(point) for point in found.points]
+    steps = [max(abs(b[n] - a[n]) for n in a) for a, b in pairwise(fractions)]
+    assert max(steps) < LONGEST * 2 + 0.05
+    assert found.to_dict() == {"steps": found.steps, "gains": len(found.points) - 1, "stopped": found.stopped}
+
+
+def test_steps_look_at_other_text_each_time_and_at_more_when_they_fail():
+    torch.manual_seed(0)
+    one = Slope(grid())
+    downhill(one)
+    asked = [pieces for n, pieces in one.asked[:-1]]
+    assert one.looked[0] == [0] and asked[0] == [1] and one.looked[1] == [1] and asked[1] == [2]
+    lengths = list(map(len, one.looked))
+    assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] == 5 and set(lengths) <= {1, 2, 4, 5}
+    assert all(set(a) != set(b) for a, b in zip(one.looked, asked, strict=False) if len(a) == 1), "judged on other text"
+
+
+def test_it_ends_with_its_steps_its_budget_and_where_all_is_level():
+    torch.manual_seed(0)
+    assert downhill(Slope(grid()), descent=1)[1].to_dict() == {"steps": 1, "gains": 1, "stopped": "all steps are taken"}
+    found = downhill(Slope(grid(), limit=10))[1]
+    assert found.stopped == "the budget is spent" and found.steps == 2
+    level = Slope(grid())
+    level.slopes = lambda point, pieces, metric: dict.fromkeys(level.grid.names, 1.0)
+    assert downhill(level)[1].to_dict() == {"steps": 1, "gains": 0, "stopped": "no step is worth taking"}
+
+
+WORSE = PlanScores(*(torch.tensor([9.0], dtype=torch.float64),) * 2, torch.ones(1))
+
+
+def test_on_a_grid_of_few_steps_it_moves_fewer_layers_instead_of_none():
+    names = [f"layers.{i}.{p}" for i in range(4) for p in "abcdefgh"]
+    coarse = Grid(
+        {n: tuple(range(0, 512, 64)) for n in names}, dict.fromkeys(names, 512), dict.fromkeys(names, 1), 0.5, 8
+    )
+
+    class Late(Slope):
+        """Nothing is better until steps are short."""
+
+        def scores_on(self, points, pieces):
+            found = super().scores_on(points, pieces)
+            return found if len(self.asked) > 3 else [found[0], *[WORSE] * (len(points) - 1)]
+
+    one = Late(coarse)
+    one.ideal = {n: (4 + {"a": 1, "h": -1}.get(n[-1], 0)) / 8 for n in names}
+    start = coarse.nearest(dict.fromkeys(names, 0.5))
+    found = descend(Race(), one, start, group_experts(names))
+    assert found.length < 0.0625 and coarse.fractions(found.point) == one.ideal
+    assert {coarse.taken(p) for p in found.points} == {coarse.mass}
+    assert level([4.0, 1.0, -1.0, -4.0], [1] * 4, 0.01, 0.5, 0.1)[0] == pytest.approx(-0.008)
+    assert max(level([4.0, 1.0, -1.0, -4.0], [1] * 4, 0.1, 50.0, 0.3)) == pytest.approx(0.3)
+
+
+def test_layers_that_move_together_have_their_weights_mean_slope():
+    torch.manual_seed(0)
+    one = Slope(grid())
+    names = one.grid.names
+    groups = [names[:3], names[3:4], names[4:]]
+    start = one.grid.nearest(dict.fromkeys(names, 0.6))
+    found = descend(Race(descent=1), one, start, groups)
+    slopes, sizes = one.slopes(start, [0], "kl"), one.grid.sizes
+    for group, slope in zip(groups, found.slopes, strict=True):
+        assert slope == pytest.approx(sum(slopes[n] * sizes[n] for n in group) / sum(sizes[n] for n in group))
+    old, new = (one.grid.fractions(point) for point in found.points)
+    for group in groups:
+        assert torch.tensor([new[n] - old[n] for n in group]).std(correction=0) < 0.05, "no layer goes its own way"
+
+
+def test_steps_do_not_grow_for_ever():
+    class Endless(Slope):
+        """The longest step is always the best."""
+
+        def scores_on(self, points, pieces):
+            values = [100.0, *range(len(points) - 1)]
+            return [PlanScores(*(torch.tensor([float(v)], dtype=torch.float64),) * 2, torch.ones(1)) for v in values]
+
+        def slopes(self, point, pieces, metric):
+            return {name: 1.0 if ".0." in name or ".1." in name else -1.0 for name in self.grid.names}
+
+    torch.manual_seed(0)
+    one = Endless(grid())
+    start = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+    found = descend(Race(descent=3), one, start, group_experts(one.grid.names))
+    assert len(found.points) >= 3 and found.length == LONGEST
+
+
+def test_ctrl_c_keeps_what_a_search_has():
+    from hf_sparsity.allocators.race import Search
+
+    torch.manual_seed(0)
+    one = Slope(grid())
+    known, start = one.slopes, one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
+
+    def pressed(*given):
+        if len(one.looked) == 2:
+            raise KeyboardInterrupt
+        return known(*given)
+
+    one.slopes = pressed
+    found = descend(Search(), one, start, group_experts(one.grid.names))
+    assert found.stopped == "interrupted" and len(found.points) == 2
+    with pytest.raises(KeyboardInterrupt):
+        descend(Race(), one, start, group_experts(one.grid.names))
+
+
+def test_experts_of_a_kind_have_one_slope():
+    assert group_experts(["a.up[0]", "a.up[1]", "a.q", "b.up[0]"]) == [["a.up[0]", "a.up[1]"], ["a.q"], ["b.up[0]"]]
+
+
+# ---- in a race
+
+
+def test_a_race_ends_below_its_best():
+    plan = make_plan(tiny("llama"), SparsityConfig(0.6, allocator=_race(12)), texts(24))
+    rows = {row["name"]: row for row in plan.chosen["candidates"]}
+    record = plan.chosen["descent"]
+    assert record["gains"] > 2 and rows["descent"]["origin"] == {"descent": record} and record["from"] in rows
+    assert rows["descent"]["kl"][-1] < rows[record["from"]]["kl"][-1]
+    assert [row["name"] for row in plan.chosen["candidates"][:2]] == ["descent", record["from"]]
+    plan.check_target()
+    without = make_plan(tiny("llama"), SparsityConfig(0.6, allocator=_race(0)), texts(24))
+    assert "descent" not in without.chosen and without.chosen["spent"]["tokens"] < plan.chosen["spent"]["tokens"]
+    with pytest.raises(ValueError, match="descent=-1"):
+        SparsityConfig(0.6, allocator=_race(-1))
+
+
+def _race(descent: int) -> dict:
+    return {"name": "race", "candidates": ("owl",), "slices": (48, 96, 192), "descent": descent}
+
+
+def test_a_descent_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    config = SparsityConfig(0.6, allocator=_race(6))
+    whole = make_plan(tiny("llama"), config, texts(24)).to_dict()
+    calls = []
+
+    def dying(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        return layer_sensitivities(*given)
+
+    monkeypatch.setattr("hf_sparsity.planning.race.evaluator.layer_sensitivities", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out")
+    resumed = make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out").to_dict()
+    assert json.dumps(resumed) == json.dumps(whole)
+    asked = len(calls)
+    calls.clear()
+    monkeypatch.setattr(
+        "hf_sparsity.planning.race.evaluator.layer_sensitivities",
+        lambda *given: calls.append(1) or layer_sensitivities(*given),
+    )
+    make_plan(tiny("llama"), config, texts(24))
+    assert asked == len(calls) + 1, "what was known before the interruption is not computed again"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pruner", "architecture"),
+    [("*:8", "wanda", "llama"), ("unstructured", "sparsegpt", "gpt_oss"), ("unstructured", "magnitude", "t5")],
+)
+def test_other_patterns_pruners_and_architectures(pattern, pruner, architecture):
+    batch = tiny_batch(architecture, sequences=12)
+    data = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(12)]
+    plan = make_plan(tiny(architecture), SparsityConfig(0.6, pattern, _race(3), pruner=pruner), data)
+    plan.check_target()
+    assert plan.chosen["descent"]["steps"] >= 1
+
+
+def test_a_model_without_slopes_races_on(caplog, monkeypatch):
+    with caplog.at_level(logging.WARNING):
+        plan = make_plan(gemma3n(), SparsityConfig(0.6, allocator=_race(5)), texts(12))
+    assert plan.chosen["descent"] == {
+        "from": plan.chosen["descent"]["from"],
+        "steps": 0,
+        "gains": 0,
+        "stopped": "the model has no slopes",
+    }
+    assert "no descent: " in caplog.text and "changes its arguments" in caplog.text
+    assert "Fisher" not in caplog.text
+    assert issubclass(BlocksNotAlone, ValueError)
+
+
+def test_a_search_begins_where_the_descent_ends():
+    plan = make_plan(tiny("llama"), config("400 evals", slices=(48, 96, 192), patience=5, descent=12), texts(24))
+    rows = {row["name"]: row for row in plan.chosen["candidates"]}
+    assert plan.chosen["search"]["curve"][0][1] == pytest.approx(
+        min(r["kl"][-1] for n, r in rows.items() if n != "search" and len(r["kl"]) == 3)
+    )
+    assert rows["descent"]["origin"] == {"descent": plan.chosen["descent"]}
+
+
+def test_ctrl_c_on_the_way_down_is_the_end_of_a_search(monkeypatch):
+    rows, calls = Evaluator.slopes, []
+
+    def pressed(self, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return rows(self, *given)
+
+    monkeypatch.setattr(Evaluator, "slopes", pressed)
+    plan = make_plan(tiny("llama"), config("10m", slices=(48, 96, 192), descent=12), texts(24))
+    plan.check_target()
+    assert plan.chosen["descent"]["stopped"] == "interrupted" and plan.chosen["descent"]["gains"] > 0
+    assert "search" not in plan.chosen and plan.chosen["winner"] == "descent"
+
+
+def test_a_streamed_model_comes_to_the_same_plan(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    config = SparsityConfig(0.6, allocator=_race(4))
+    streamed, resident = (
+        make_plan(model, config, texts(12))
+        for model in (
+            open_streamed(tmp_path / "dense"),
+            hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense"),
+        )
+    )
+    assert streamed.layers == resident.layers and streamed.chosen["descent"] == resident.chosen["descent"]
+    assert streamed.chosen["descent"]["gains"] > 0
