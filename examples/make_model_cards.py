@@ -18,11 +18,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparsity import SparsityConfig, calibration_batches, demo, make_plan, prune, recover, save_sparse
+from hf_sparsity import SparsityConfig, Text, calibration_batches, demo, make_plan, prune, recover, save_sparse
 from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.evaluation.evaluate import evaluate
 from hf_sparsity.evaluation.metrics import METRICS_FILE
-from hf_sparsity.evaluation.texts import Text
 from hf_sparsity.plan import Report
 from hf_sparsity.publish.card.make_card import CARD, PLOT, make_card
 

@@ -22,9 +22,17 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.evaluation.perplexity import windows
-from hf_sparsity.pruning.reconstruction import BlockReconstruction
+from hf_sparsity import (
+    BlockReconstruction,
+    SparsityConfig,
+    calibration_batches,
+    demo,
+    evaluate_text,
+    make_plan,
+    measure_sparsity,
+    prune,
+    text_windows,
+)
 
 
 def main() -> None:
@@ -43,7 +51,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
     texts = [text for _, text in demo.texts("calibration")]
     batches = calibration_batches(texts, tokenizer, sequences=args.sequences, length=args.length)
-    heldout = windows("\n\n".join(text for _, text in demo.texts("heldout")), tokenizer, args.length)[:: args.every]
+    heldout = text_windows("\n\n".join(text for _, text in demo.texts("heldout")), tokenizer, args.length)[
+        :: args.every
+    ]
     config = SparsityConfig(args.sparsity, pruner=args.pruner)
 
     report("dense", load(), heldout)

@@ -25,8 +25,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.evaluation.perplexity import windows
+from hf_sparsity import (
+    SparsityConfig,
+    calibration_batches,
+    demo,
+    evaluate_text,
+    make_plan,
+    measure_sparsity,
+    prune,
+    text_windows,
+)
 from hf_sparsity.recovery.lora import merge_lora, sparse_lora
 
 LENGTH = 128
@@ -41,9 +49,9 @@ def main() -> None:
     start = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
     model = AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)
-    heldout = windows("".join(text for _, text in demo.texts("heldout")), tokenizer, LENGTH)[: args.heldout]
+    heldout = text_windows("".join(text for _, text in demo.texts("heldout")), tokenizer, LENGTH)[: args.heldout]
     texts = [text for _, text in demo.texts("calibration")]
-    train = windows("".join(texts), tokenizer, LENGTH)
+    train = text_windows("".join(texts), tokenizer, LENGTH)
     print(f"dense                    perplexity {evaluate_text(model, heldout).perplexity:.2f}", flush=True)
     batches = calibration_batches(texts, tokenizer, sequences=128, length=LENGTH)
     prune(model, make_plan(model, SparsityConfig(0.7, pruner="wanda"), batches), batches)

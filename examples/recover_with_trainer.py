@@ -22,9 +22,17 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.evaluation.perplexity import windows
-from hf_sparsity.recovery.callback import SparsityCallback
+from hf_sparsity import (
+    SparsityCallback,
+    SparsityConfig,
+    calibration_batches,
+    demo,
+    evaluate_text,
+    make_plan,
+    measure_sparsity,
+    prune,
+    text_windows,
+)
 
 LENGTH = 128
 
@@ -40,8 +48,8 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
     model = AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)
-    heldout = windows("".join(text for _, text in demo.texts("heldout")), tokenizer, LENGTH)[: args.heldout]
-    train = windows("".join(text for _, text in demo.texts("calibration")), tokenizer, LENGTH)
+    heldout = text_windows("".join(text for _, text in demo.texts("heldout")), tokenizer, LENGTH)[: args.heldout]
+    train = text_windows("".join(text for _, text in demo.texts("calibration")), tokenizer, LENGTH)
     report("dense", model, heldout)
 
     config = SparsityConfig(0.7, pruner="wanda")

@@ -22,11 +22,15 @@ _HOME = {
     "make_plan": "planning.make_plan",
     "prune": "pruning.prune",
     "SparseModel": "sparse_model",
+    "open_streamed": "checkpoint.streamed",
+    "Output": "checkpoint.output",
     "calibration_batches": "calibration.calibration",
     "Source": "calibration.mixture",
     "measure_sparsity": "model.sparsity",
     "evaluate": "evaluation.evaluate",
     "evaluate_text": "evaluation.perplexity",
+    "text_windows": "evaluation.perplexity",
+    "Text": "evaluation.texts",
     "verify": "publish.verify.verify",
     "certify": "evaluation.certificate",
     "make_card": "publish.card.make_card",
@@ -52,6 +56,7 @@ __all__ = [
     "BlockReconstruction",
     "DistillationTrainer",
     "Layer",
+    "Output",
     "Plan",
     "PlanFile",
     "Pruner",
@@ -61,6 +66,7 @@ __all__ = [
     "SparseModel",
     "SparsityCallback",
     "SparsityConfig",
+    "Text",
     "__version__",
     "calibration_batches",
     "certify",
@@ -71,12 +77,14 @@ __all__ = [
     "make_plan",
     "measure_sparsity",
     "merge_lora",
+    "open_streamed",
     "pack",
     "prune",
     "push_sparse",
     "recover",
     "save_sparse",
     "sparse_lora",
+    "text_windows",
     "unpack",
     "verify",
 ]
@@ -85,12 +93,15 @@ if TYPE_CHECKING:
     from .algorithm import Allocator, Layer, Pruner, RowAllocator
     from .calibration.calibration import calibration_batches
     from .calibration.mixture import Source
+    from .checkpoint.output import Output
     from .checkpoint.plan_file import PlanFile
     from .checkpoint.save import save_sparse
+    from .checkpoint.streamed import open_streamed
     from .config import SparsityConfig
     from .evaluation.certificate import certify
     from .evaluation.evaluate import evaluate
-    from .evaluation.perplexity import evaluate_text
+    from .evaluation.perplexity import evaluate_text, text_windows
+    from .evaluation.texts import Text
     from .model.sparsity import measure_sparsity
     from .plan import Plan, Report
     from .planning.make_plan import make_plan

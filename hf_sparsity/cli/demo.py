@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..checkpoint.atomic import check_output
     from ..checkpoint.save import save_sparse
     from ..config import SparsityConfig
-    from ..evaluation.perplexity import evaluate_text, windows
+    from ..evaluation.perplexity import evaluate_text, text_windows
     from ..pictures.png import check_matplotlib, draw_plans
     from ..planning.make_plan import make_plan
     from ..pruning.prune import prune
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         seed=0,
     )
     calibration, selection = calibration[:SEQUENCES], calibration[SEQUENCES:]
-    heldout = windows(heldout_text(), tokenizer, DEMO_LENGTH)
+    heldout = text_windows(heldout_text(), tokenizer, DEMO_LENGTH)
     before = evaluate_text(dense, heldout).perplexity
     rows: list[dict[str, Any]] = []
     plans = {}

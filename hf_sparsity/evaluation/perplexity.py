@@ -41,7 +41,7 @@ def evaluate_text(model: PreTrainedModel, ids: Tensor, reference: PreTrainedMode
 
     Args:
         ids: `[windows, tokens]`, each window scored by itself on its `tokens - 1` predictions: the papers'
-            protocol when the windows are cut from joined text (see `windows`).
+            protocol when the windows are cut from joined text (see `text_windows`).
         reference: the dense model, of the same vocabulary.
     """
     scores = score_windows(model, ids, reference)
@@ -131,8 +131,12 @@ def _sequence_divergences(reference: Tensor, logits: Tensor) -> tuple[Tensor, Te
     return kl.cpu().double(), same.cpu().double()
 
 
-def windows(text: str, tokenizer: Any, length: int) -> Tensor:
-    """Joined text -> non-overlapping windows `[n, length]`, the rest dropped; `ValueError` when there is not one."""
+def text_windows(text: str, tokenizer: Any, length: int) -> Tensor:
+    """Returns the tokens of a text in windows `[n, length]` that do not overlap; what is left at the end is dropped.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // length
     if count == 0:

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, prune
+from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, prune, text_windows
 from hf_sparsity.allocators import ALLOCATORS
-from hf_sparsity.evaluation.perplexity import windows
 
 LENGTH, SEQUENCES = 512, 32
 CHOOSERS = ("race", "search")
@@ -124,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     part, parts = map(int, options.part.split("/"))
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
-    heldout = windows("\n\n".join(text for _, text in demo.texts("heldout")), tokenizer, LENGTH)[::2]
+    heldout = text_windows("\n\n".join(text for _, text in demo.texts("heldout")), tokenizer, LENGTH)[::2]
     done = json.loads(options.output.read_text()) if options.output.exists() else []
     finished = {tuple(r[k] for k in KEYS) for r in done}
     dense = remembering(load())

@@ -28,8 +28,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, measure_sparsity, prune
-from hf_sparsity.evaluation.perplexity import windows
+from hf_sparsity import (
+    SparsityConfig,
+    calibration_batches,
+    demo,
+    evaluate_text,
+    make_plan,
+    measure_sparsity,
+    prune,
+    text_windows,
+)
 from hf_sparsity.recovery.recover import RATE, recover
 from hf_sparsity.recovery.training import Options, make_trainer, training_arguments
 
@@ -56,7 +64,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
         self.texts = [text for _, text in demo.texts("calibration")]
         heldout = "\n\n".join(text for _, text in demo.texts("heldout"))
-        self.heldout = windows(heldout, self.tokenizer, LENGTH)[::2]
+        self.heldout = text_windows(heldout, self.tokenizer, LENGTH)[::2]
 
     def dense(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)

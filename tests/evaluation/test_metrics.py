@@ -16,7 +16,7 @@ from hf_sparsity import SparsityConfig, demo, evaluate_text, make_plan, prune, s
 from hf_sparsity.core import bootstrap
 from hf_sparsity.evaluation.evaluate import evaluate
 from hf_sparsity.evaluation.metrics import METRICS_FILE, Interval, Metrics, interval, resample
-from hf_sparsity.evaluation.perplexity import divergence, next_token_loss, score_windows, windows
+from hf_sparsity.evaluation.perplexity import divergence, next_token_loss, score_windows, text_windows
 from hf_sparsity.evaluation.texts import Text, cut, read_text
 
 
@@ -104,7 +104,7 @@ def test_windows_that_begin_in_one_document_are_one_unit(tokenizer):
     joiner = " # and now for something else\n" * 3
     found = cut(Text("mine", DOCUMENTS, joiner=joiner), tokenizer, 16)
     joined = joiner.join(DOCUMENTS)
-    assert torch.equal(found.ids, windows(joined, tokenizer, 16)) and found.unit == "document"
+    assert torch.equal(found.ids, text_windows(joined, tokenizer, 16)) and found.unit == "document"
     starts = [len(tokenizer.decode(found.ids[:i].flatten())) for i in range(len(found.ids))]
     boundaries = [joined.index(f"class Thing{i}:") for i in range(10)]
     owners = [max(i for i, boundary in enumerate(boundaries) if boundary <= start) for start in starts]
@@ -168,7 +168,7 @@ def test_local_files_keep_their_documents(tmp_path):
 
 def test_window_sums_are_the_definitions(tokenizer):
     model, dense = sparse(), small()
-    ids = windows("\n\n".join(DOCUMENTS), tokenizer, 32)[:3]
+    ids = text_windows("\n\n".join(DOCUMENTS), tokenizer, 32)[:3]
     scores = score_windows(model, ids, dense)
     with torch.no_grad():
         p, q = (m(ids).logits[:, :-1].double().log_softmax(-1) for m in (dense, model))

@@ -9,9 +9,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, prune
+from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, prune, text_windows
 from hf_sparsity.checkpoint.streamed import open_streamed
-from hf_sparsity.evaluation.perplexity import windows
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.pruning.reconstruction import BlockReconstruction, Reconstruction
 from tests.checkpoint.test_output import Stop, auto, contents, source, stop_after  # noqa: F401  (a fixture)
@@ -140,7 +139,7 @@ def test_a_real_model_becomes_better():
 
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
     ids = calibration_batches([text for _, text in demo.texts("calibration")], tokenizer, sequences=8, length=128)
-    heldout = windows("".join(text for _, text in demo.texts("heldout")), tokenizer, 128)[::100]
+    heldout = text_windows("".join(text for _, text in demo.texts("heldout")), tokenizer, 128)[::100]
     found = []
     for options in (None, BlockReconstruction(epochs=3, lr=0.05)):  # few steps: larger ones
         model = AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)
