@@ -32,7 +32,7 @@ from hf_sparsity.publish.card.model_facts import read_facts
 from hf_sparsity.recovery.recover import METHODS
 from tests.conftest import tiny, tiny_batch
 
-CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*/README.md"))
+CARDS = sorted((Path(__file__).parents[3] / "model_cards").glob("*/README.md"))
 
 
 @pytest.fixture

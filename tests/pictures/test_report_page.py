@@ -17,7 +17,7 @@ from hf_sparsity.pictures.intervals import WIDTH, Scale, draw_axis, draw_interva
 from hf_sparsity.pictures.panels import Dots, Heat, brief, round_ticks
 from hf_sparsity.plan import LayerPlan, Plan
 from hf_sparsity.race_record import RaceDetails
-from tests.test_pictures import Page
+from tests.pictures.test_pictures import Page
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
 
