@@ -247,7 +247,12 @@ def test_functions_have_few_parameters():
     for path in FILES:
         for name, node in functions(path):
             given = node.args
-            parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+            parameters = [
+                *given.posonlyargs,
+                *given.args,
+                *given.kwonlyargs,
+                *filter(None, (given.vararg, given.kwarg)),
+            ]
             number = len(parameters) - (bool(given.args) and given.args[0].arg in ("self", "cls"))
             assert number <= 8 or name in MANY_PARAMETERS, f"{name} has {number} parameters"
 
