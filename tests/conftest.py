@@ -34,6 +34,23 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+class Stopped(Exception):
+    """The run of a test was stopped on purpose."""
+
+
+def stop_after(records: int, what: str | None = "block", error: type[BaseException] = Stopped):
+    """For `Output(..., after_record=...)`: raises once so many records of a kind, or of any (None), are on disk."""
+    left = [records]
+
+    def after_record(record):
+        left[0] -= what is None or record["what"] == what
+        if left[0] == 0:
+            left[0] = -1
+            raise error
+
+    return after_record
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """Values computed by the authors' own code."""

@@ -29,10 +29,16 @@ class Journal:
     """The record of a run, and what is needed to go on with it.
 
     With several processes each stores the inputs of its own batches, and the main one writes the record.
+
+    `after_record` is called with each record once it is safely on disk, and with `{"what": "complete"}` before the
+    whole journal is removed; an error that it raises stops the run at that moment, as a crash would.
     """
 
-    def __init__(self, folder: Path, processes: Processes):
+    def __init__(
+        self, folder: Path, processes: Processes, *, after_record: Callable[[Mapping[str, Any]], None] | None = None
+    ):
         self.folder = folder
+        self._after_record = after_record or (lambda record: None)
         self._file = self.folder / "journal.jsonl"
         self._processes = processes
         self.blocks: dict[str, dict[str, Any]] = {}
@@ -110,7 +116,8 @@ class Journal:
             shutil.rmtree(self._hidden(visit - 1), ignore_errors=True)
 
     def remove(self) -> None:
-        """The output is complete. The record goes last, so that until then the run can go on."""
+        """Removes the journal of a complete output; the record goes last, so that until then the run can go on."""
+        self._after_record({"what": "complete"})
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -122,12 +129,13 @@ class Journal:
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
         for record in records:
             self._take(record)
-        if not self._processes.main or not records:
-            return
-        with uninterrupted(), disk_errors(self.folder), open(self._file, "ab") as file:
-            file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
-            file.flush()
-            os.fsync(file.fileno())
+        if self._processes.main and records:
+            with uninterrupted(), disk_errors(self.folder), open(self._file, "ab") as file:
+                file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+        for record in records:
+            self._after_record(record)
 
     # ---- the inputs of the next block
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ PACKED = "packed"  # the dense files, under the name that says that they are nee
 class Output:
     """Where a model goes. `journal` says what of it is there already; `layout`: "dense" or "bitmask", see `save_sparse`.
 
+    `after_record`: see `Journal`.
+
     Raises:
         ValueError: an unknown layout; the folder is complete, or holds other files.
     """
@@ -53,15 +55,17 @@ class Output:
         overwrite: bool = False,
         processes: Processes | None = None,
         layout: str = "dense",
+        after_record: Callable[[Mapping[str, Any]], None] | None = None,
     ):
         check_layout(layout)
         self.path, self.layout = Path(path), layout
         self._dense = self.path if layout == "dense" else self.path / MARKER / "dense"  # where blocks are written
         self.processes = processes or Processes.current()
         self._wipe = overwrite and self._is_ours()
+        self._after_record = after_record
         if not self._wipe:
             self._check()
-            self.journal = Journal(self.path / MARKER, self.processes)
+            self.journal = self._new_journal()
 
     def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
         """Begins planning or pruning into the folder, or goes on with it; until then nothing is touched.
@@ -82,8 +86,11 @@ class Output:
                     folder.mkdir(parents=True, exist_ok=True)
         self.processes.wait()
         if self._wipe:
-            self._wipe, self.journal = False, Journal(self.path / MARKER, self.processes)
+            self._wipe, self.journal = False, self._new_journal()
         self.journal.begin(phase, arguments)
+
+    def _new_journal(self) -> Journal:
+        return Journal(self.path / MARKER, self.processes, after_record=self._after_record)
 
     def _is_ours(self) -> bool:
         """Whether there is a run or a sparse model that may be replaced; `ValueError` for anything else."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from hf_sparsity.checkpoint.journal import Journal, remembered
@@ -47,3 +49,21 @@ def test_two_processes_take_their_parts_and_know_all(tmp_path):
         assert first == ({"a": 1, "b": 4, "c": 9, "d": 16}, [1])
         assert second == (first[0], [3, 4])
         assert [found[1] for found in two(in_part, tmp_path, ITEMS)] == [[], []]
+
+
+def test_each_record_is_told_once_it_is_on_disk(tmp_path):
+    """The seam by which tests stop a run at a chosen moment."""
+    seen = []
+
+    def after_record(record):
+        on_disk = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+        assert record["what"] == "complete" or record in on_disk
+        seen.append(record["what"])
+
+    journal = Journal(tmp_path, Processes(), after_record=after_record)
+    journal.begin("prune", {"seed": 0})
+    journal.block_done("a", {"file": "x"})
+    assert seen == ["begin"]
+    journal.commit(None)
+    journal.remove()
+    assert seen == ["begin", "block", "complete"] and not tmp_path.exists()

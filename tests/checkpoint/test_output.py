@@ -12,10 +12,11 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from hf_sparsity import Plan, Report, SparseModel, SparsityConfig, make_plan, measure_sparsity, prune
+from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.files import MARKER
 from hf_sparsity.model.layers import find_layers
-from tests.conftest import ZOO, tiny, tiny_batch
+from tests.conftest import ZOO, Stopped, stop_after, tiny, tiny_batch
 
 KINDS = ["llama", "gemma3", "qwen2_window", "bloom", "mixtral", "gpt_oss", "gpt2", "deepseek_v3", "mamba", "t5"]
 
@@ -100,25 +101,6 @@ def test_a_folder_from_memory_equals_save_pretrained(name, source, tmp_path):
     assert total == sum(value.numel() * value.element_size() for value in expected.values())
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_after(monkeypatch, commits):
-    """Lets a run end with an error once so many blocks are recorded."""
-    from hf_sparsity.checkpoint.journal import Journal
-
-    commit, left = Journal.commit, [commits]
-
-    def limited(self, visit):
-        if not left[0]:
-            raise Stop
-        left[0] -= 1
-        commit(self, visit)
-
-    monkeypatch.setattr(Journal, "commit", limited)
-
-
 @pytest.mark.parametrize(
     "name, stream, done",
     [("llama", False, 1), ("llama", True, 2), ("mixtral", False, 2), ("mixtral", True, 1), ("gpt2", False, 1)]
@@ -135,9 +117,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source,
         return prune(model, plan, batches(name), output_dir=folder)
 
     run(tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, done)
-        run(tmp_path / "out")
+    with pytest.raises(Stopped):
+        run(Output(tmp_path / "out", after_record=stop_after(done)))
     assert (tmp_path / "out" / MARKER).is_dir() and not (tmp_path / "out" / "config.json").exists()
     with pytest.raises(ValueError, match="unfinished"):
         SparseModel.from_pretrained(tmp_path / "out")
@@ -161,14 +142,14 @@ def test_stored_inputs_are_used_where_the_architecture_allows_it(source, tmp_pat
     for name in ("llama", "t5"):
         model = auto(name).from_pretrained(source(name))
         plan = make_plan(model, SparsityConfig(0.5))
-        with monkeypatch.context() as patch, pytest.raises(Stop):
-            stop_after(patch, len(find_layers(model).blocks) - 1)
-            prune(model, plan, batches(name), output_dir=tmp_path / name)
+        output = Output(tmp_path / name, after_record=stop_after(len(find_layers(model).blocks) - 1))
+        with pytest.raises(Stopped):
+            prune(model, plan, batches(name), output_dir=output)
         prune(auto(name).from_pretrained(source(name)), plan, batches(name), output_dir=tmp_path / name)
     assert starts == [0, 2, 0, 0]
 
 
-def test_other_arguments_are_refused_and_named(source, tmp_path, monkeypatch):
+def test_other_arguments_are_refused_and_named(source, tmp_path):
     model = auto("llama").from_pretrained(source("llama"))
     out = tmp_path / "out"
     config = SparsityConfig(0.5, allocator="owl")
@@ -178,9 +159,8 @@ def test_other_arguments_are_refused_and_named(source, tmp_path, monkeypatch):
         plan = make_plan(loaded, config, data, output_dir=folder, **options)
         return prune(loaded, plan, data, output_dir=folder)
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, 1)
-        run(config, batches("llama"))
+    with pytest.raises(Stopped):
+        run(config, batches("llama"), Output(out, after_record=stop_after(1)))
     before = contents(out)
     with pytest.raises(ValueError, match="data was"):
         run(config, batches("llama", 2))
@@ -232,68 +212,58 @@ def test_from_pretrained_streams(source, tmp_path):
 
 
 @pytest.mark.parametrize("allocator", ["msp", "mrp", "alphapruning"])
-def test_an_interrupted_planning_goes_on_to_the_same_plan(allocator, source, tmp_path, monkeypatch):
+def test_an_interrupted_planning_goes_on_to_the_same_plan(allocator, source, tmp_path):
     """Each evaluated candidate, each repeated measurement and each block's spectrum is remembered."""
-    from hf_sparsity.checkpoint.journal import Journal
-
     given = {"name": "msp", "generations": 2, "population": 4, "parents": 2} if allocator == "msp" else allocator
     config = SparsityConfig(0.5, allocator=given)
 
-    def plan(folder):
+    def plan(output):
         model = auto("llama").from_pretrained(source("llama"))
-        return make_plan(model, config, batches("llama"), output_dir=folder)
+        return make_plan(model, config, batches("llama"), output_dir=output)
 
     whole = plan(tmp_path / "whole")
-    remember, count, made = Journal.remember, [0], []
+    made = []
 
-    def limited(self, what, name, value):
-        remember(self, what, name, value)
-        count[0] += 1
-        made.append((what, name))
-        if count[0] in (2, 4, 6):
-            raise Stop
+    def limited(record):
+        made.append((record["what"], record["name"]))
+        if len(made) in (2, 4, 6):
+            raise Stopped
 
-    monkeypatch.setattr(Journal, "remember", limited)
     stops = 0
     while True:
         try:
-            found = plan(tmp_path / "out")
+            found = plan(Output(tmp_path / "out", after_record=limited))
             break
-        except Stop:
+        except Stopped:
             stops += 1
     assert stops >= 1
     assert found.to_dict() == whole.to_dict()
     assert len(made) == len(set(made))  # nothing was computed twice
 
 
-def test_a_record_cut_short_counts_as_not_written(source, tmp_path, monkeypatch):
+def test_a_record_cut_short_counts_as_not_written(source, tmp_path):
     model = auto("llama").from_pretrained(source("llama"))
     plan = make_plan(model, SparsityConfig(0.5))
     prune(model, plan, batches("llama"), output_dir=tmp_path / "whole")
     model = auto("llama").from_pretrained(source("llama"))
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, 2)
-        prune(model, plan, batches("llama"), output_dir=tmp_path / "out")
+    with pytest.raises(Stopped):
+        output = Output(tmp_path / "out", after_record=stop_after(2))
+        prune(model, plan, batches("llama"), output_dir=output)
     journal = tmp_path / "out" / MARKER / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_run_killed_while_it_takes_the_marker_away(source, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_takes_the_marker_away(source, tmp_path):
     """What it leaves is complete; an output whose record is still there is finished again."""
-    from hf_sparsity.checkpoint.journal import Journal
-
     model = auto("llama").from_pretrained(source("llama"))
     plan = make_plan(model, SparsityConfig(0.5))
     prune(model, plan, batches("llama"), output_dir=tmp_path / "whole")
 
-    def stop(self):
-        raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Journal, "remove", stop)
-        prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
+    output = Output(tmp_path / "out", after_record=stop_after(1, "complete"))
+    with pytest.raises(Stopped):
+        prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=output)
     assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / MARKER).exists()
     prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -377,18 +347,17 @@ def test_what_safetensors_leaves_when_killed_goes(tmp_path, monkeypatch):
 
 
 def test_a_run_with_nothing_left_computes_nothing(source, tmp_path, monkeypatch):
-    from hf_sparsity.checkpoint.output import Output
     from hf_sparsity.streaming.stream import _Pass
 
     model = auto("llama").from_pretrained(source("llama"))
     plan = make_plan(model, SparsityConfig(0.5))
 
     def stop(*_, **__):
-        raise Stop
+        raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Output, "finish", stop)
-        prune(model, plan, batches("llama"), output_dir=tmp_path / "out")
+    with pytest.raises(Stopped):
+        output = Output(tmp_path / "out", after_record=stop_after(len(find_layers(model).blocks)))
+        prune(model, plan, batches("llama"), output_dir=output)
     monkeypatch.setattr(_Pass, "arrivals", stop)
     prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
     assert not (tmp_path / "out" / MARKER).exists()

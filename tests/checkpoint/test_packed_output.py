@@ -10,13 +10,12 @@ import pytest
 import transformers as hf
 
 from hf_sparsity import SparseModel, make_plan, prune
-from hf_sparsity.checkpoint.journal import Journal
 from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.files import MARKER
 from hf_sparsity.publish.layouts import pack
-from tests.checkpoint.test_output import Stop, contents, stop_after
-from tests.conftest import tiny
+from tests.checkpoint.test_output import contents
+from tests.conftest import Stopped, stop_after, tiny
 
 CONFIG = {"sparsity": 0.6, "pruner": "magnitude"}
 
@@ -37,11 +36,10 @@ def into(source, output, stream=False):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(folders, stream, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_bytes(folders, stream, tmp_path):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, 2)
-        into(folders / "source", Output(out, layout="bitmask"), stream)
+    with pytest.raises(Stopped):
+        into(folders / "source", Output(out, layout="bitmask", after_record=stop_after(2)), stream)
     assert not list(out.glob("*.safetensors")) and not (out / "config.json").exists()
     with pytest.raises(ValueError, match='layout was "bitmask"'):
         into(folders / "source", Output(out), stream)
@@ -59,17 +57,19 @@ def test_a_run_killed_in_its_last_steps(folders, last, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def stop(*given):
-        raise Stop
+        raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        if last == "remove":
-            patch.setattr(Journal, "remove", stop)
-        elif last == "rmtree":
-            patch.setattr(Journal, "remove", lambda self: (shutil.rmtree(self.folder / "packed"), stop()))
-        else:
+    def at_the_end(record):
+        if record["what"] == "complete":
+            if last == "rmtree":
+                shutil.rmtree(out / MARKER / "packed")
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if last == "rename":
             rename = os.rename
             patch.setattr(os, "rename", lambda a, b: stop() if str(b).endswith("packed") else rename(a, b))
-        into(folders / "source", Output(out, layout="bitmask"))
+        into(folders / "source", Output(out, layout="bitmask", after_record=at_the_end))
     assert (out / "config.json").exists() and (out / MARKER).is_dir()
     if last == "rename":
         into(folders / "source", Output(out, layout="bitmask"))
@@ -86,10 +86,10 @@ def test_the_config_comes_when_all_else_is_there(folders, layout, tmp_path, monk
 
     def stop_before_config(source, target):
         if Path(target) == out / "config.json":
-            raise Stop
+            raise Stopped
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(os, "replace", stop_before_config)
         into(folders / "source", Output(out, layout=layout))
     expected = contents(folders / ("packed" if layout == "bitmask" else "dense"))

@@ -10,11 +10,12 @@ import torch
 from accelerate import cpu_offload
 
 from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text, make_plan, prune, text_windows
+from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.pruning.reconstruction import BlockReconstruction, Reconstruction
-from tests.checkpoint.test_output import Stop, auto, contents, source, stop_after  # noqa: F401  (a fixture)
-from tests.conftest import tiny, tiny_batch
+from tests.checkpoint.test_output import auto, contents, source  # noqa: F401  (a fixture)
+from tests.conftest import Stopped, stop_after, tiny, tiny_batch
 
 QUICK = BlockReconstruction(epochs=2, lr=0.02)
 HALVES = {
@@ -229,7 +230,7 @@ def test_streamed_equals_in_memory(name, source, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "name, stream, done", [("llama", False, 1), ("llama", True, 2), ("mixtral", True, 1), ("gpt2", False, 2)]
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path, monkeypatch, records):  # noqa: F811
+def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path, records):  # noqa: F811
     def run(folder, options=QUICK):
         model = (
             open_streamed(source(name), auto_class=auto(name)) if stream else auto(name).from_pretrained(source(name))
@@ -237,9 +238,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source,
         pruned(name, options, pruner="wanda", model=model, output_dir=folder)
 
     run(tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, done)
-        run(tmp_path / "out")
+    with pytest.raises(Stopped):
+        run(Output(tmp_path / "out", after_record=stop_after(done)))
     for options in (None, BlockReconstruction(epochs=3)):
         with pytest.raises(ValueError, match="reconstruct was"):
             run(tmp_path / "out", options)
@@ -249,13 +249,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source,
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_no_other_bits_where_stored_inputs_are_of_no_use(source, tmp_path, monkeypatch):  # noqa: F811
-    def run(**options):
-        pruned("t5", model=auto("t5").from_pretrained(source("t5")), output_dir=tmp_path / "out", **options)
+def test_no_other_bits_where_stored_inputs_are_of_no_use(source, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, len(find_layers(tiny("t5")).blocks) - 1)
-        run()
+    def run(output_dir=out, **options):
+        pruned("t5", model=auto("t5").from_pretrained(source("t5")), output_dir=output_dir, **options)
+
+    with pytest.raises(Stopped):
+        run(output_dir=Output(out, after_record=stop_after(len(find_layers(tiny("t5")).blocks) - 1)))
     with pytest.raises(RuntimeError, match="overwrite=True"):
         run()
     run(overwrite=True)
