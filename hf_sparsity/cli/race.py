@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..records import Comparison, Interval
 from .arguments import add_calibration, add_config, add_model, add_plan_file
 
 HELP = (
@@ -131,21 +132,15 @@ def by_source(sources: Mapping[str, Any]) -> str:
 
 
 def certificate(made: Mapping[str, Any]) -> str:
-    """In two lines: the gain over uniform on untouched text."""
-    lines = [f"certificate, on {made['predictions']} predictions of text that nothing before has seen:"]
-    for name in ("kl", "perplexity"):
-        one, gain = made[name], made[name]["uniform_minus_chosen"]
-        lines.append(
-            f"  {name}: uniform {one['uniform']:.4f}, chosen {one['chosen']:.4f}, difference {gain['value']:.4f} "
-            f"[{gain['low']:.4f}, {gain['high']:.4f}]"
-        )
-    return "\n".join(lines)
+    """Returns what the plan gains over uniform on text that took no part in choosing it, in words."""
+    compared = Comparison.from_dict(made)
+    head = f"certificate, on {compared.predictions} predictions of text that nothing before has seen:"
+    return "\n  ".join([head, *compared.lines()])
 
 
 def _row(row: Mapping[str, Any], metric: str, rounds: int) -> Sequence[str]:
     values = [f"{value:.4f}" for value in row[metric]]
-    gain = row["uniform_minus"]
-    interval = "" if row["kind"] == "uniform" else f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"
+    interval = "" if row["kind"] == "uniform" else str(Interval.from_dict(row["uniform_minus"]))
     return [
         row["name"],
         row["kind"],

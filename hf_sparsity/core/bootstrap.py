@@ -1,4 +1,4 @@
-"""Paired bootstrap over sequences: how sure is a mean, or the difference of two, that was measured on some text?
+"""The paired bootstrap over sequences: confidence intervals of means, and of differences of means, measured on text.
 
 Sequences are drawn with replacement, tokens of one sequence stay together (they depend on each other), and
 what is compared is compared on the same sequences. Percentile intervals (Efron and Tibshirani, 1993, chapter 13).
@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DRAWN = 2**22  # indices drawn at a time: 32 MiB
+from ..records import Interval
+
+DRAWN = 2**22  # indices drawn at a time, 32 MiB
 
 
 def resampled_sums(sums: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """Sums over units drawn with replacement: `[units, columns]` -> float64 `[resamples, columns]`.
+    """Returns sums over units drawn with replacement: `[units, columns]` -> float64 `[resamples, columns]`.
 
     All columns of a unit are drawn together, so that statistics of several columns are paired.
     """
@@ -34,7 +36,7 @@ def resampled_sums(sums: Tensor, *, resamples: int = 1000, seed: int = 0) -> Ten
 
 
 def resampled_means(values: Tensor, weights: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """The weighted mean of each column over sequences drawn with replacement, the same for all columns.
+    """Returns the weighted mean of each column over sequences drawn with replacement, the same draws for all columns.
 
     Args:
         values: `[sequences]` or `[sequences, columns]`, each the mean over a sequence's tokens.
@@ -52,13 +54,18 @@ def resampled_means(values: Tensor, weights: Tensor, *, resamples: int = 1000, s
     return (total[:, :-1] / total[:, -1:]).reshape(resamples, *values.shape[1:])
 
 
-def interval(samples: Tensor, confidence: float = 0.95) -> tuple[float, float]:
-    """The central part of `samples` `[resamples]` that holds this share of them."""
+def interval(value: float, samples: Tensor | None, confidence: float = 0.95) -> Interval:
+    """Returns `value` with its percentile interval: the central part of `samples` `[resamples]` that holds this share of them.
+
+    Without samples there is no interval. `ValueError` for a confidence outside (0, 1).
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: a number between 0 and 1 is expected, such as 0.95")
+    if samples is None:
+        return Interval(value)
     tail = (1 - confidence) / 2
     low, high = torch.quantile(samples.to(torch.float64), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    return Interval(value, low, high)
 
 
 def paired_bootstrap(
@@ -67,16 +74,16 @@ def paired_bootstrap(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> tuple[float, float, float]:
-    """(mean, low, high) of a weighted mean over sequences.
+) -> Interval:
+    """Returns a weighted mean over sequences with its interval.
 
     Args:
         differences: `[sequences]`, what one model has more than the other in the mean over a sequence's tokens; or any
             quantity of one model. Or pairs `[sequences, 2]`: the first minus the second.
         weights: `[sequences]`, the tokens of each; None: all alike.
 
-    An interval of a function that only rises, such as exp, is that function of the ends. Of one sequence nothing
-    can be said: low and high are its own value.
+    The interval of a function that only rises, such as exp, is that function of the two ends. One sequence says nothing
+    about how sequences differ: low and high are then the value itself.
     """
     values = torch.as_tensor(differences, dtype=torch.float64)
     if values.ndim == 2 and values.shape[1] == 2:
@@ -84,5 +91,5 @@ def paired_bootstrap(
     if values.ndim != 1:
         raise ValueError(f"differences must be [sequences] or [sequences, 2], not {list(values.shape)}")
     shares = torch.ones_like(values) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    low, high = interval(resampled_means(values, shares, resamples=resamples, seed=seed), confidence)
-    return float((values * shares).sum() / shares.sum()), low, high
+    means = resampled_means(values, shares, resamples=resamples, seed=seed)
+    return interval(float((values * shares).sum() / shares.sum()), means, confidence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,28 @@ from ..core.bootstrap import interval, paired_bootstrap, resampled_means
 from ..model.inference import Batch, evaluating
 from ..model.layers import ModelLayers, find_layers
 from ..plan import Plan, read_json
+from ..records import Comparison, PlanPair
 from .divergence import HIGHEST, DenseReference, PlanScores, compared, joined
 
 RESAMPLES = 1000
 
 
-def compare(uniform: PlanScores, chosen: PlanScores, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """The paired comparison of two plans on the same sequences, in JSON types.
-
-    `kl` and `perplexity` of both, and `uniform_minus_chosen` of each with its interval: above zero, the chosen one is better.
-    """
+def compare(uniform: PlanScores, chosen: PlanScores, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
+    """Returns the paired comparison of two plans that were scored on the same sequences."""
     tokens = chosen.tokens
-    pairs = torch.stack([uniform.kl, chosen.kl], dim=1)
-    value, low, high = paired_bootstrap(pairs, tokens, RESAMPLES, confidence, seed)
+    kl = paired_bootstrap(torch.stack([uniform.kl, chosen.kl], dim=1), tokens, RESAMPLES, confidence, seed)
     losses = torch.stack([uniform.loss, chosen.loss], dim=1)
     drawn = resampled_means(losses, tokens, resamples=RESAMPLES, seed=seed).clamp(max=HIGHEST).exp()
-    ends = interval(drawn[:, 0] - drawn[:, 1], confidence)
-    perplexity = {name: one.perplexity for name, one in (("uniform", uniform), ("chosen", chosen))}
-    return {
-        "kl": {
-            "uniform": uniform.mean(),
-            "chosen": chosen.mean(),
-            "uniform_minus_chosen": {"value": value, "low": low, "high": high},
-        },
-        "perplexity": {
-            **perplexity,
-            "uniform_minus_chosen": {
-                "value": perplexity["uniform"] - perplexity["chosen"],
-                "low": ends[0],
-                "high": ends[1],
-            },
-        },
-        "sequences": len(tokens),
-        "predictions": int(tokens.sum()),
-        "confidence": confidence,
-        "resamples": RESAMPLES,
-        "seed": seed,
-    }
+    perplexity = interval(uniform.perplexity - chosen.perplexity, drawn[:, 0] - drawn[:, 1], confidence)
+    return Comparison(
+        kl=PlanPair(uniform.mean(), chosen.mean(), kl),
+        perplexity=PlanPair(uniform.perplexity, chosen.perplexity, perplexity),
+        predictions=int(tokens.sum()),
+        sequences=len(tokens),
+        confidence=confidence,
+        resamples=RESAMPLES,
+        seed=seed,
+    )
 
 
 def certify(
@@ -64,14 +50,18 @@ def certify(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A certificate of finished models: the dense one, it pruned uniformly, and it pruned by the plan.
+    """Compares two finished models, pruned uniformly and by a plan, each against the dense one.
 
     Args:
         texts: token ids or batches, see `prepare_batches`, that neither pruning nor the choice of the plan has seen.
+
+    Returns:
+        `Comparison.to_dict()`: kl and perplexity of both, the differences with their intervals, and what they rest on.
     """
     batches = prepare_batches(dense, texts)
     scores = [_against(dense, model, batches) for model in (uniform, chosen)]
-    return compare(*scores, confidence=confidence, seed=seed) | {"data": data_fingerprint(batches), "of": "models"}
+    compared = compare(*scores, confidence=confidence, seed=seed)
+    return replace(compared, of="models", data=data_fingerprint(batches)).to_dict()
 
 
 def _against(dense: PreTrainedModel, model: PreTrainedModel, batches: Sequence[Batch]) -> PlanScores:

@@ -17,8 +17,9 @@ from ..files import check_finished
 from ..model.fingerprint import versions, weights_fingerprint
 from ..model.loading import LOCATION, find_tokenizer
 from ..plan import read_json
-from .metrics import CONFIDENCE, RESAMPLES, Metrics, TextAgainst, TextRecord, interval, resample
+from .metrics import Metrics, TextAgainst, TextRecord
 from .perplexity import score_windows
+from .resampling import CONFIDENCE, RESAMPLES, Resampling
 from .tasks import BATCH, Tasks, find_tasks, score_tasks
 from .texts import Text, Windows, cut, read_text
 
@@ -134,16 +135,16 @@ def _measure(
         )
     sums = np.zeros((int(units.max()) + 1, each.shape[1]))
     np.add.at(sums, units, each)
-    drawn = resample(sums, resamples, seed) if len(sums) > 1 else None
+    statistics = Resampling(sums, resamples, seed)
     against = None
     if reference is not None:
         against = TextAgainst(
             reference[0],
             weights_fingerprint(reference[1]),
-            perplexity=interval(lambda s: np.exp(s[..., 2] / s[..., 0]), sums, drawn),
-            ratio=interval(lambda s: np.exp((s[..., 1] - s[..., 2]) / s[..., 0]), sums, drawn),
-            kl=interval(lambda s: s[..., 3] / s[..., 0], sums, drawn),
-            top1=interval(lambda s: s[..., 4] / s[..., 0], sums, drawn),
+            perplexity=statistics.interval(lambda s: np.exp(s[..., 2] / s[..., 0])),
+            ratio=statistics.interval(lambda s: np.exp((s[..., 1] - s[..., 2]) / s[..., 0])),
+            kl=statistics.interval(lambda s: s[..., 3] / s[..., 0]),
+            top1=statistics.interval(lambda s: s[..., 4] / s[..., 0]),
         )
     return TextRecord(
         name=text.name,
@@ -155,7 +156,7 @@ def _measure(
         documents=len(sums),
         predictions=int(scores.predictions.sum()),
         weights=weights_fingerprint(model),
-        perplexity=interval(lambda s: np.exp(s[..., 1] / s[..., 0]), sums, drawn),
+        perplexity=statistics.interval(lambda s: np.exp(s[..., 1] / s[..., 0])),
         against=against,
         confidence=CONFIDENCE,
         resamples=resamples,

@@ -1,4 +1,4 @@
-"""Recorded evaluations: `sparsity_metrics.json` in a sparse model's folder, and the bootstrap behind its intervals.
+"""Recorded evaluations: `sparsity_metrics.json` in a sparse model's folder.
 
     {"version": 1,
      "texts": [{"name", "split", "data": {"sequences", "tokens", "sha256"}, "length", "windows", "unit", "documents",
@@ -11,46 +11,24 @@
                 "confidence", "resamples", "seed", "harness", "versions"}]}
 
 INTERVAL is {"value", "low", "high"}, the last two null where there was only one unit to draw from; SCORE is {"value",
-"stderr"}, null where the harness gives none. `weights` fingerprints the scored weights (`held.fingerprint`), so that a
+"stderr"}, null where the harness gives none. `weights` fingerprints the scored weights (`model/fingerprint.py`), so that a
 reader sees whether they are still the folder's. `unit` is what was resampled, `documents` how many of them there were.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..core.bootstrap import resampled_sums
 from ..plan import read_json, write_json
+from ..records import Interval as Interval
+from ..records import check_finite
 
 METRICS_FILE = "sparsity_metrics.json"
 VERSION = 1
-CONFIDENCE = 0.95
-RESAMPLES = 1000
-
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A measured `value` and the confidence interval around it; no interval where only one unit was measured."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "value", "low", "high")
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f}" + ("" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]")
 
 
 @dataclass(frozen=True)
@@ -61,7 +39,7 @@ class Score:
     stderr: float | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "value", "stderr")
+        check_finite(self, "value", "stderr")
 
 
 @dataclass(frozen=True)
@@ -191,41 +169,8 @@ class Metrics:
             raise ValueError(f"{path}: {error}") from None
 
 
-def resample(sums: Array, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Bootstrap sums `[resamples, k]` of units `[units, k]`, each resample as many units drawn with replacement.
-
-    A column is a quantity, and all columns of a unit are drawn together: statistics of several columns are paired.
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
-    """
-    return resampled_sums(torch.from_numpy(sums), resamples=resamples, seed=seed).numpy()
-
-
-def interval(
-    statistic: Callable[[Array], Array], sums: Array, drawn: Array | None, confidence: float = CONFIDENCE
-) -> Interval:
-    """A statistic of sums `[..., k]` over all units, and its percentile interval over `resample`'s.
-
-    `drawn` is None where there is nothing to draw from: then there is no interval.
-    """
-    value = float(statistic(sums.sum(axis=0)))
-    if drawn is None:
-        return Interval(value)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(statistic(drawn), [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
-
-
 def _updated(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple({record.key: record for record in (*old, *new)}.values())
-
-
-def _check_numbers(record: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if value is None and name != "value":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} of a measurement is {value!r}; a finite number is expected")
 
 
 def _text(data: Mapping[str, Any]) -> TextRecord:

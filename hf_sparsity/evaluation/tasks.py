@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 
 from ..model.fingerprint import versions, weights_fingerprint
 from ..model.inference import evaluating
-from .metrics import CONFIDENCE, RESAMPLES, Interval, Score, TaskAgainst, TaskRecord, interval, resample
+from .metrics import Interval, Score, TaskAgainst, TaskRecord
+from .resampling import CONFIDENCE, RESAMPLES, Resampling
 
 BATCH = 8  # requests run at a time
 _CODE = re.compile(r"!function|^\s*class\s*:", re.MULTILINE)
@@ -282,8 +283,7 @@ def _differences(
         pairs = np.array([[ours[d][metric], theirs[d][metric], 1.0] for d in both]).reshape(-1, 3)
         means = pairs.mean(axis=0) if both else ()
         if both and np.allclose(means[:2], [scores[metric].value, others[metric].value], rtol=1e-9, atol=1e-12):
-            drawn = resample(pairs, resamples, seed) if len(both) > 1 else None
-            found[metric] = interval(lambda s: (s[..., 0] - s[..., 1]) / s[..., 2], pairs, drawn)
+            found[metric] = Resampling(pairs, resamples, seed).interval(lambda s: (s[..., 0] - s[..., 1]) / s[..., 2])
     return dict(sorted(found.items()))
 
 

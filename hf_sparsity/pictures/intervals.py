@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ..records import Interval
 from .panels import brief, round_ticks
 
 WIDTH, HEIGHT, EDGE = 150, 18, 9  # pixels; what the ends of the scale keep from the edges
-
-Interval = tuple[float, float, float]  # value, low, high
 
 STYLE = """
 svg.interval { display: block; min-width: 150px }
@@ -32,7 +31,8 @@ class Scale:
     @classmethod
     def of(cls, intervals: Sequence[Interval]) -> Scale:
         """Wide enough for all of these and zero, with at least a third as much room on its other side."""
-        low, high = min([0.0, *(one[1] for one in intervals)]), max([0.0, *(one[2] for one in intervals)])
+        ends = [end for one in intervals for end in (one.low, one.high) if end is not None]
+        low, high = min([0.0, *ends]), max([0.0, *ends])
         return cls(min(low, -high / 3), max(high, -low / 3)) if low < high else cls(-1.0, 1.0)
 
     def place(self, value: float) -> float:
@@ -43,12 +43,13 @@ class Scale:
 
 def judgement(interval: Interval) -> str:
     """`better` or `worse` than zero, where above is better; `even` where zero is within."""
-    return "better" if interval[1] > 0 else "worse" if interval[2] < 0 else "even"
+    return {True: "better", False: "worse", None: "even"}[interval.is_above_zero]
 
 
 def draw_interval(interval: Interval, scale: Scale, words: str) -> str:
     """The value as a dot on a bar from low to high; `words` say the same."""
-    value, low, high = interval
+    value = interval.value
+    low, high = (value if end is None else end for end in (interval.low, interval.high))
     left, middle, right = (scale.place(x) for x in (low, value, high))
     arrows = _arrow(left, -1) * (low < scale.low) + _arrow(right, 1) * (high > scale.high)
     dot = f'<circle class="value" cx="{middle:.1f}" cy="9" r="4"/>' if scale.low <= value <= scale.high else ""

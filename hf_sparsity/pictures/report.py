@@ -14,12 +14,13 @@ from typing import Any
 from ..files import write_whole
 from ..plan import Plan
 from ..race_record import RaceDetails
+from ..records import Comparison, Interval
 from . import curve, intervals
 from .compare import measured, side_by_side
 from .details import facts
 from .grid import model_name
 from .html import document, drawn, tables
-from .intervals import Interval, Scale, draw_axis, draw_interval, judgement
+from .intervals import Scale, draw_axis, draw_interval, judgement
 from .panels import Picture
 
 METRICS = {"kl": "KL from the dense model, nats a token", "loss": "loss of the next token, nats"}
@@ -106,8 +107,8 @@ def _verdict(chosen: Mapping[str, Any]) -> str:
         tokens = chosen["slices"][len(winner[metric]) - 1]
         other = uniform[metric][len(winner[metric]) - 1]
         said += f": {_short(metric)} {winner[metric][-1]:.4f} where uniform has {other:.4f}, on {tokens:,} tokens."
-        gain = chosen["certificate"]["kl"]["uniform_minus_chosen"]
-        said += f" On text that nothing before has seen it is {JUDGED[judgement(_interval(gain))]} (KL {_words(gain)} lower)."
+        gain = Comparison.from_dict(chosen["certificate"]).kl.uniform_minus_chosen
+        said += f" On text that nothing before has seen it is {JUDGED[judgement(gain)]} (KL {gain} lower)."
     return f"<p>{said}</p>"
 
 
@@ -117,14 +118,6 @@ def _short(metric: str) -> str:
 
 def _row(chosen: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return next(row for row in chosen["candidates"] if row["name"] == name)
-
-
-def _interval(gain: Mapping[str, float]) -> Interval:
-    return gain["value"], gain["low"], gain["high"]
-
-
-def _words(gain: Mapping[str, float]) -> str:
-    return f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"
 
 
 # ---- tables
@@ -146,7 +139,7 @@ def _numbers(values: Sequence[str]) -> str:
 def _candidates(chosen: Mapping[str, Any]) -> str:
     metric, rows = chosen["metric"], chosen["candidates"]
     others = [row for row in rows if row["kind"] != "uniform"]
-    scale = Scale.of([_interval(row["uniform_minus"]) for row in others[:SCALED]])
+    scale = Scale.of([Interval.from_dict(row["uniform_minus"]) for row in others[:SCALED]])
     axis = draw_axis(scale, "scale; right of zero is better than uniform")
     head = ["plan", f"better than uniform →<br>{axis}"]
     head += [f"uniform − plan, {_short(metric)}<br>{100 * chosen['confidence']:g} % interval"]
@@ -169,8 +162,8 @@ def _candidate(row: Mapping[str, Any], chosen: Mapping[str, Any], scale: Scale) 
     values += ["–"] * (len(chosen["slices"]) - len(values))
     gain, picture = "", ""
     if row["kind"] != "uniform":
-        gain = _words(row["uniform_minus"])
-        interval = _interval(row["uniform_minus"])
+        interval = Interval.from_dict(row["uniform_minus"])
+        gain = str(interval)
         picture = draw_interval(interval, scale, f"{row['name']}: {gain}, {JUDGED[judgement(interval)]}")
     won = row["name"] == chosen["winner"]
     name = f"{_breaking(row['name'])}{' <strong>★ winner</strong>' * won}"
@@ -185,19 +178,18 @@ def _breaking(name: str) -> str:
 
 
 def _certificate(made: Mapping[str, Any]) -> str:
-    """Uniform against the chosen plan on text of its own."""
-    body = []
-    for key, name in (("kl", "KL"), ("perplexity", "perplexity")):
-        gain = made[key]["uniform_minus_chosen"]
-        interval, words = _interval(gain), _words(gain)
-        picture = draw_interval(interval, Scale.of([interval]), f"{name}: {words}")
-        numbers = _numbers([words, f"{made[key]['uniform']:.4f}", f"{made[key]['chosen']:.4f}"])
+    """Returns a table of uniform against the chosen plan on text that took no part in choosing it."""
+    compared, body = Comparison.from_dict(made), []
+    for name, pair in (("KL", compared.kl), ("perplexity", compared.perplexity)):
+        gain = pair.uniform_minus_chosen
+        picture = draw_interval(gain, Scale.of([gain]), f"{name}: {gain}")
+        numbers = _numbers([str(gain), f"{pair.uniform:.4f}", f"{pair.chosen:.4f}"])
         body.append(f'<tr><th scope="row">{name}</th><td>{picture}</td>{numbers}</tr>')
-    between = f"uniform − chosen, {100 * made['confidence']:g} % interval"
+    between = f"uniform − chosen, {100 * (compared.confidence or 0):g} % interval"
     head = ["on untouched text", "better than uniform →", between, "uniform", "chosen"]
     note = (
-        f"On {made['predictions']:,} predictions in {made['sequences']} sequences that took no part in statistics or choice. "
-        f"{made['resamples']} paired resamples of the sequences, seed {made['seed']}. Of the masks on the dense weights; pruning "
+        f"On {compared.predictions:,} predictions in {compared.sequences} sequences that took no part in statistics or choice. "
+        f"{compared.resamples} paired resamples of the sequences, seed {compared.seed}. Of the masks on the dense weights; pruning "
         "adds what the pruner makes of them."
     )
     return f'{_table("Certificate", head, body)}\n<p class="quiet">{escape(note)}</p>'

@@ -27,6 +27,7 @@ from ..evaluation.divergence import DenseReference, PlanScores
 from ..model.inference import Batch
 from ..model.layers import Block, ModelLayers
 from ..plan import LayerPlan, Plan
+from ..records import Comparison
 from ..streaming.fallback import fall_back
 from ..streaming.run import PassOptions, progress
 from ..streaming.stream import stream_blocks
@@ -81,26 +82,28 @@ def revalidate(
     with tempfile.TemporaryDirectory(prefix="masks_", dir=folder) as place:
         _write_masks(model, model_layers, (uniform, plan.layers), pruner, scoring, Path(place))
         scores = [PlanScores.of(reference.rows(_masks(model_layers, Path(place), side))) for side in range(2)]
-    made = compare(*scores, seed=int(plan.config.get("seed", 0)))
-    gain = made["kl"]["uniform_minus_chosen"]
-    pays = True if gain["low"] > 0 else False if gain["high"] < 0 else None
-    made |= {"pays": pays, "made_on": str(plan.model.get("name") or ""), "data": data_fingerprint(judging)}
+    compared = compare(*scores, seed=int(plan.config.get("seed", 0)))
+    pays = compared.pays
+    made = compared.to_dict() | {
+        "pays": pays,
+        "made_on": str(plan.model.get("name") or ""),
+        "data": data_fingerprint(judging),
+    }
     logger.log(logging.INFO if pays else logging.WARNING, "%s", verdict(made))
     return made
 
 
 def verdict(made: Mapping[str, Any]) -> str:
     """What `revalidate` found, in one sentence."""
-    kl, gain = made["kl"], made["kl"]["uniform_minus_chosen"]
+    compared = Comparison.from_dict(made)
     says = {
         True: "it still pays",
         False: "it does harm here: plan anew, or prune uniformly",
         None: "it cannot be told from uniform here: plan anew, or prune uniformly",
     }
     return (
-        f"the plan was made on other weights ({made['made_on'] or 'unnamed'}); on {made['predictions']} predictions of "
-        f"calibration text its KL is {kl['chosen']:.4f}, that of uniform {kl['uniform']:.4f}, difference "
-        f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]: {says[made['pays']]}"
+        f"the plan was made on other weights ({made['made_on'] or 'unnamed'}); on {compared.predictions} predictions of "
+        f"calibration text {compared.lines()[0]}: {says[made['pays']]}"
     )
 
 

@@ -12,6 +12,7 @@ from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.evaluation.certificate import certify, check, compare
 from hf_sparsity.evaluation.divergence import PlanScores
 from hf_sparsity.planning.race import choose as choosing
+from hf_sparsity.records import Interval, PlanPair
 from tests.conftest import tiny
 
 CERTAIN = 125  # a token that only the certificate's text has
@@ -43,14 +44,13 @@ def scores(kl, loss, tokens) -> PlanScores:
 def test_it_compares_pairs_weighted_by_tokens():
     uniform, chosen = scores([1.0, 3.0], [2.0, 4.0], [10.0, 30.0]), scores([0.5, 1.0], [1.0, 3.0], [10.0, 30.0])
     made = compare(uniform, chosen)
-    assert made["kl"]["uniform"] == 2.5 and made["kl"]["chosen"] == 0.875
-    assert made["kl"]["uniform_minus_chosen"] == {"value": 1.625, "low": 0.5, "high": 2.0}
+    assert made.kl == PlanPair(2.5, 0.875, Interval(1.625, 0.5, 2.0)) and made.pays is True
     e = torch.e
-    assert made["perplexity"]["uniform"] == pytest.approx(e**3.5)
-    gain = made["perplexity"]["uniform_minus_chosen"]
-    assert (gain["value"], gain["low"], gain["high"]) == pytest.approx((e**3.5 - e**2.5, e**2 - e, e**4 - e**3))
+    assert made.perplexity.uniform == pytest.approx(e**3.5)
+    gain = made.perplexity.uniform_minus_chosen
+    assert (gain.value, gain.low, gain.high) == pytest.approx((e**3.5 - e**2.5, e**2 - e, e**4 - e**3))
     nothing = compare(chosen, chosen)
-    assert nothing["kl"]["uniform_minus_chosen"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert nothing.kl.uniform_minus_chosen == Interval(0.0, 0.0, 0.0) and nothing.pays is None
 
 
 def test_its_text_is_touched_by_nothing_before(monkeypatch):

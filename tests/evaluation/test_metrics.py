@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from hf_sparsity import SparsityConfig, demo, evaluate_text, make_plan, prune, save_sparse
 from hf_sparsity.core import bootstrap
 from hf_sparsity.evaluation.evaluate import evaluate
-from hf_sparsity.evaluation.metrics import METRICS_FILE, Interval, Metrics, interval, resample
+from hf_sparsity.evaluation.metrics import METRICS_FILE, Interval, Metrics
 from hf_sparsity.evaluation.perplexity import divergence, next_token_loss, score_windows, text_windows
+from hf_sparsity.evaluation.resampling import Resampling
 from hf_sparsity.evaluation.texts import Text, cut, read_text
 
 
@@ -53,6 +54,10 @@ def perplexity(sums):
     return np.exp(sums[..., 1] / sums[..., 0])
 
 
+def resample(sums, resamples, seed):
+    return bootstrap.resampled_sums(torch.from_numpy(sums), resamples=resamples, seed=seed).numpy()
+
+
 def documents(rng, count=60):
     """(predictions, loss) of documents of unequal length, some harder than others; the true perplexity is e²."""
     predictions = rng.integers(50, 150, count)
@@ -64,7 +69,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     hits = 0
     for repetition in range(300):
         sums = documents(rng)
-        found = interval(perplexity, sums, resample(sums, 300, seed=repetition))
+        found = Resampling(sums, 300, seed=repetition).interval(perplexity)
         hits += found.low <= math.exp(2) <= found.high
     assert 0.90 <= hits / 300 <= 0.99
 
@@ -74,7 +79,7 @@ def test_pairing_makes_the_comparison_sharper():
     rng = np.random.default_rng(0)
     sums = documents(rng)
     sums = np.column_stack([sums, sums[:, 1] + sums[:, 0] * rng.normal(0.3, 0.05, len(sums))])
-    paired = interval(lambda s: np.exp((s[..., 2] - s[..., 1]) / s[..., 0]), sums, resample(sums, 1000, 0))
+    paired = Resampling(sums, 1000, 0).interval(lambda s: np.exp((s[..., 2] - s[..., 1]) / s[..., 0]))
     one, other = perplexity(resample(sums[:, :2], 1000, 1)), perplexity(resample(sums[:, [0, 2]], 1000, 2))
     low, high = np.quantile(other / one, [0.025, 0.975])
     assert paired.low < math.exp(0.3) < paired.high
@@ -94,7 +99,7 @@ def test_a_resample_is_as_many_units_drawn_together(monkeypatch):
 
 
 def test_one_unit_has_no_interval():
-    assert interval(perplexity, np.array([[2.0, 2.0]]), None) == Interval(math.e, None, None)
+    assert Resampling(np.array([[2.0, 2.0]])).interval(perplexity) == Interval(math.e, None, None)
 
 
 # ---- texts

@@ -17,6 +17,7 @@ from hf_sparsity.pictures.intervals import WIDTH, Scale, draw_axis, draw_interva
 from hf_sparsity.pictures.panels import Dots, Heat, brief, round_ticks
 from hf_sparsity.plan import LayerPlan, Plan
 from hf_sparsity.race_record import RaceDetails
+from hf_sparsity.records import Interval
 from tests.pictures.test_pictures import Page
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
@@ -228,9 +229,9 @@ def test_marks_have_contrast_in_light_and_dark():
 
 
 def test_an_interval_stands_where_its_numbers_are():
-    scale = Scale.of([(0.1, 0.05, 0.3), (0.02, -0.1, 0.1)])
+    scale = Scale.of([Interval(0.1, 0.05, 0.3), Interval(0.02, -0.1, 0.1)])
     assert (scale.low, scale.high) == (-0.1, 0.3)
-    svg = draw_interval((0.1, 0.0, 0.2), scale, "words & <more>")
+    svg = draw_interval(Interval(0.1, 0.0, 0.2), scale, "words & <more>")
     ends = [float(x) for x in re.search(r'class="bar" x1="([\d.]+)" x2="([\d.]+)"', svg).groups()]
     (middle,) = re.findall(r'cx="([\d.]+)"', svg)
     zero = re.search(r'class="zero" x1="([\d.]+)"', svg)[1]
@@ -240,18 +241,18 @@ def test_an_interval_stands_where_its_numbers_are():
 
 
 def test_what_is_off_the_scale_is_an_arrow():
-    scale = Scale.of([(0.2, 0.1, 0.3)])
+    scale = Scale.of([Interval(0.2, 0.1, 0.3)])
     assert scale.low == pytest.approx(-0.1), "there is room for what is a little worse"
-    far = draw_interval((-4, -5, -3), scale, "far")
+    far = draw_interval(Interval(-4, -5, -3), scale, "far")
     assert far.count("<path") == 1 and "<circle" not in far and 'class="worse"' in far
-    wide = draw_interval((0.1, -4, 0.2), scale, "wide")
+    wide = draw_interval(Interval(0.1, -4, 0.2), scale, "wide")
     assert wide.count("<path") == 1 and float(re.search(r'class="bar" x1="([\d.-]+)"', wide)[1]) >= 0
-    assert Scale.of([]) == Scale.of([(0, 0, 0)]) == Scale(-1.0, 1.0)
-    assert Scale.of([(-2, -3, -1)]).high == 1.0
+    assert Scale.of([]) == Scale.of([Interval(0, 0, 0)]) == Scale(-1.0, 1.0)
+    assert Scale.of([Interval(-2, -3, -1)]).high == 1.0
 
 
 def test_judgements():
-    assert [judgement((0, *ends)) for ends in ((0.1, 1), (-1, -0.1), (-1, 1), (0, 1))] == [
+    assert [judgement(Interval(0, *ends)) for ends in ((0.1, 1), (-1, -0.1), (-1, 1), (0, 1))] == [
         "better",
         "worse",
         "even",

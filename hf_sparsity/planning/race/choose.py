@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -112,6 +112,7 @@ def choose(
     judged = _judged(contest, DenseReference(model, model_layers, split.certificate), uniform, best)
     if sources:
         extra["sources"] = compare_by_source(sources[-len(split.certificate) :], *judged)
+    certificate = compare(*judged, confidence=race.confidence, seed=config.seed)
     record = {
         "by": race.name,
         "metric": race.metric,
@@ -124,8 +125,7 @@ def choose(
         "spent": dict(allowance.spent),
         **extra,
         "data": split.to_dict(data),
-        "certificate": compare(*judged, confidence=race.confidence, seed=config.seed)
-        | {"of": "masks", "data": data_fingerprint(split.certificate)},
+        "certificate": replace(certificate, of="masks", data=data_fingerprint(split.certificate)).to_dict(),
     }
     logger.info("%s: %s wins, %s %.5f", race.name, best.entrant.name, race.metric, best.last.mean(race.metric))
     story = RaceDetails(

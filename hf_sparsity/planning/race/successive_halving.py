@@ -19,6 +19,7 @@ from ...allocators.race import Race
 from ...core.bootstrap import paired_bootstrap
 from ...core.budget_grid import Point
 from ...evaluation.divergence import PlanScores
+from ...records import Interval
 from .candidates import KINDS, MIXED, Candidate, mixtures
 from .evaluator import Evaluator
 
@@ -84,8 +85,8 @@ def ranking(race: Race, runners: Sequence[ScoredCandidate]) -> list[ScoredCandid
     return sorted(runners, key=lambda r: (-len(r.scores), r.last.mean(race.metric), r.entrant.name))
 
 
-def difference(race: Race, one: PlanScores, other: PlanScores, seed: int) -> tuple[float, float, float]:
-    """(mean, low, high) of `one` minus `other` per token, on the same sequences."""
+def difference(race: Race, one: PlanScores, other: PlanScores, seed: int) -> Interval:
+    """Returns the mean per token of `one` minus `other`, on the same sequences, with its interval."""
     pairs = torch.stack([getattr(one, race.metric), getattr(other, race.metric)], dim=1)
     return paired_bootstrap(pairs, one.tokens, confidence=race.confidence, seed=seed)
 
@@ -102,7 +103,7 @@ def winner(race: Race, runners: Sequence[ScoredCandidate], seed: int) -> ScoredC
         first = next((r for r in final if r.entrant.kind == kind), None)
         if first is None or first.last.mean(race.metric) >= simpler:
             continue
-        if difference(race, first.last, best.last, seed)[1] <= 0:
+        if not difference(race, first.last, best.last, seed).is_above_zero:
             return first
         simpler = first.last.mean(race.metric)
     return best
@@ -116,7 +117,6 @@ def results(race: Race, contest: Evaluator, runners: Sequence[ScoredCandidate], 
 
 def _result(race: Race, runner: ScoredCandidate, uniform: ScoredCandidate, seed: int) -> dict[str, Any]:
     rounds = len(runner.scores)
-    value, low, high = difference(race, uniform.scores[rounds - 1], runner.last, seed)
     origin: Mapping[str, Any] = runner.entrant.origin
     return {
         "name": runner.entrant.name,
@@ -124,5 +124,5 @@ def _result(race: Race, runner: ScoredCandidate, uniform: ScoredCandidate, seed:
         "origin": dict(origin),
         race.metric: [scores.mean(race.metric) for scores in runner.scores],
         "perplexity": runner.last.perplexity,
-        "uniform_minus": {"value": value, "low": low, "high": high},
+        "uniform_minus": difference(race, uniform.scores[rounds - 1], runner.last, seed).to_dict(),
     }

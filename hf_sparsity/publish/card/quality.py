@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...evaluation.metrics import Interval, Score, TaskRecord, TextRecord
+from ...evaluation.metrics import Score, TaskRecord, TextRecord
+from ...records import Interval
 from .markdown import code, decimals, number, percent, slug, table
 from .model_facts import Facts, field
 
@@ -50,15 +51,15 @@ def _text(text: TextRecord) -> str:
     against = text.against
     if against is None:
         lines += [
-            table(["", "this model"], [["perplexity", _interval(text.perplexity)]]),
+            table(["", "this model"], [["perplexity", interval(text.perplexity)]]),
             "The dense model was not measured.",
         ]
     else:
         rows = [
-            ["perplexity (lower is better)", _interval(against.perplexity), _interval(text.perplexity)],
-            ["its ratio to the dense model's", "1", _interval(against.ratio)],
-            ["divergence from the dense model (KL, nats a token)", "0", _interval(against.kl)],
-            ["same most likely next token as the dense model", "100 %", _interval(against.top1, share=True)],
+            ["perplexity (lower is better)", interval(against.perplexity), interval(text.perplexity)],
+            ["its ratio to the dense model's", "1", interval(against.ratio)],
+            ["divergence from the dense model (KL, nats a token)", "0", interval(against.kl)],
+            ["same most likely next token as the dense model", "100 %", interval(against.top1, share=True)],
         ]
         lines.append(table(["", "dense", "this model"], rows))
     if text.perplexity.low is not None:
@@ -89,7 +90,7 @@ def _tasks(tasks: tuple[TaskRecord, ...]) -> str:
                     code(metric),
                     _score(dense) if dense else "not measured",
                     _score(score),
-                    _interval(change, signed=True) if change else "",
+                    interval(change, signed=True) if change else "",
                 ]
             )
     harness = ", ".join(sorted({code(task.harness) for task in tasks}))
@@ -100,7 +101,9 @@ def _tasks(tasks: tuple[TaskRecord, ...]) -> str:
     )
 
 
-def _interval(measured: Interval, *, share: bool = False, signed: bool = False) -> str:
+def interval(measured: Interval, *, share: bool = False, signed: bool = False) -> str:
+    """Returns the value, and in brackets its interval if it has one: as a number, a percentage or a signed number."""
+
     def shown(value: float) -> str:
         return percent(value) if share else f"{value:+.3f}" if signed else decimals(value)
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from ...config import CHOOSERS
 from ...pictures.grid import make_grid
+from ...records import Comparison
 from .citations import PAPERS, RECOVERY
 from .commands import BASE, TABLES, TEXT, as_text, commands
-from .markdown import block, code, decimals, megabytes, number, percent, table
+from .markdown import block, code, decimals, megabytes, percent, table
 from .model_facts import Facts, field
-from .quality import by_source, quality
+from .quality import by_source, interval, quality
 
 NEWLINE = "\n"  # no backslashes inside the braces of an f-string before Python 3.12
 MARKER = "<!-- Rendered by hf_sparsity; `hf-sparsity card` replaces all of it."
@@ -130,30 +131,15 @@ def certificate(facts: Facts) -> list[str]:
 _PAYS = {True: "it still pays", False: "**it does harm**", None: "it cannot be told from uniform"}
 
 
-def _compared(made: Any) -> tuple[str, float]:
-    """(table of a comparison with uniform, predictions); `ValueError` if it is damaged."""
-    try:
-        rows = [
-            [
-                title,
-                *(_bounds(made[key], which) for which in ("uniform", "chosen")),
-                _bounds(made[key], "uniform_minus_chosen"),
-            ]
-            for key, title in (("kl", "KL divergence from the dense model"), ("perplexity", "perplexity"))
-        ]
-        predictions = number(made["predictions"], "the certificate's predictions")
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"the plan's certificate is damaged: {error!r}") from None
-    return table(["", "every layer alike", "this plan", "gained"], rows), predictions
-
-
-def _bounds(values: Mapping[str, Any], key: str) -> str:
-    """A number, with its interval if it has one."""
-    one = values[key]
-    if not isinstance(one, Mapping):
-        return decimals(number(one, key))
-    value, low, high = (decimals(number(one[name], key)) for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+def _compared(made: Any) -> tuple[str, int]:
+    """Returns (table of a comparison with uniform, number of predictions); `ValueError` if it is damaged."""
+    compared = Comparison.from_dict(made)
+    pairs = {"KL divergence from the dense model": compared.kl, "perplexity": compared.perplexity}
+    rows = [
+        [title, decimals(pair.uniform), decimals(pair.chosen), interval(pair.uniform_minus_chosen)]
+        for title, pair in pairs.items()
+    ]
+    return table(["", "every layer alike", "this plan", "gained"], rows), compared.predictions
 
 
 def _reconstruction(facts: Facts) -> bool:
