@@ -1,0 +1,271 @@
+"""Write the generated parts of README.md and docs/: algorithms, commands, the API, and the tables of results.
+
+    python docs/render.py            # write them
+    python docs/render.py --check    # say what is out of date, exit code 1
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. Algorithms come from their classes,
+commands from the parser, the API from signatures and docstrings, and every number from a file in
+`tests/benchmarks/results/`, which the command written in that file made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hf_sparsity
+from hf_sparsity.allocators import ALLOCATORS, ROW_ALLOCATORS
+from hf_sparsity.cli.main import COMMANDS, build_parser
+from hf_sparsity.pruners import PRUNERS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("commands", "api", "results", "performance", "formats")))
+PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WIDTH = 110  # columns of a help text
+
+
+def results(name: str) -> dict[str, Any]:
+    """Returns the file of a benchmark."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Returns a Markdown table; the first `left` columns are text, the others numbers."""
+    rules = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rules, *rows])
+
+
+# ---- what each part holds
+
+
+def algorithms() -> str:
+    """One row for each algorithm: role, name, its docstring's first sentence, its paper."""
+    rows = []
+    for role, entries in (("allocator", ALLOCATORS), ("row allocator", ROW_ALLOCATORS), ("pruner", PRUNERS)):
+        for number, (name, algorithm) in enumerate(entries.items()):
+            sentence = inspect.cleandoc(algorithm.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+            sentence = re.split(r"(?<=[a-z)`])\. ", sentence)[0].rstrip(".")
+            identifier = algorithm.paper.rstrip("/").rsplit("/", 1)[-1].removeprefix("forum?id=")
+            sentence = sentence.replace("|", "\\|")
+            paper = f"[{identifier}]({algorithm.paper})" if algorithm.paper else ""
+            rows.append([role if number == 0 else "", f"`{name}`", sentence, paper])
+    return table(["role", "name", "what it does", "paper"], rows, left=4)
+
+
+def commands_table() -> str:
+    """One row for each command."""
+    parsers = _command_parsers()
+    return table(["command", "what it does"], [[f"`{name}`", parsers[name].description or ""] for name in COMMANDS], 2)
+
+
+def commands() -> str:
+    """The help text of each command."""
+    return "\n\n".join(f"## {name}\n\n```text\n{_help(parser)}\n```" for name, parser in _command_parsers().items())
+
+
+def _command_parsers() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=WIDTH)
+    return parser.format_help().strip()
+
+
+def api() -> str:
+    """Signature and docstring of each public name."""
+    return "\n\n".join(_entry(name, getattr(hf_sparsity, name)) for name in hf_sparsity.__all__ if name[0] != "_")
+
+
+def _entry(name: str, thing: Any) -> str:
+    parts = [f"## {name}", f"```text\n{_signature(name, thing)}\n```", _markdown(inspect.getdoc(thing) or "")]
+    if inspect.isclass(thing):
+        for attribute, value in vars(thing).items():
+            function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+            if attribute.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
+                continue
+            title = _signature(f"{name}.{attribute}", function)
+            parts += [f"### {name}.{attribute}", f"```text\n{title}\n```", _markdown(inspect.getdoc(function) or "")]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _signature(name: str, thing: Any) -> str:
+    try:
+        parameters = [str(p) for p in inspect.signature(thing).parameters.values() if p.name not in ("self", "cls")]
+    except (TypeError, ValueError):
+        return name
+    text = re.sub(r"'([^'=(]+)'(?=[,=)]|$| =)", r"\1", f"{name}({', '.join(parameters)})")
+    if len(text) <= WIDTH:
+        return text
+    return f"{name}(\n" + "\n".join(f"    {p.replace(chr(39), '') if ': ' in p else p}," for p in parameters) + "\n)"
+
+
+def _markdown(docstring: str) -> str:
+    """Google-style sections as lists: one item an entry."""
+    lines = []
+    for block in re.split(r"\n(?=(?:Args|Returns|Raises|Yields):\n)", docstring):
+        title, _, body = block.partition(":\n")
+        if title not in ("Args", "Returns", "Raises", "Yields"):
+            lines.append(block.strip())
+            continue
+        body, _, rest = body.partition("\n\n")
+        items = [" ".join(item.split()) for item in re.split(r"\n(?=\S)", textwrap.dedent(body)) if item.strip()]
+        if title in ("Args", "Raises"):
+            items = [re.sub(r"^([\w*`, ]+?): ", lambda m: f"`{m[1].strip('`')}`: ", item) for item in items]
+            lines.append(
+                {"Args": "**Arguments**", "Raises": "**Raises**"}[title] + "\n\n" + "\n".join(f"- {i}" for i in items)
+            )
+        else:
+            lines.append(f"**{title}** " + " ".join(items))
+        lines += [rest.strip()] if rest.strip() else []
+    return "\n\n".join(lines)
+
+
+def _cell(value: dict[str, float], digits: int, *, mark: str = "", span: bool = True) -> str:
+    def number(v: float) -> str:
+        return f"{v:.0f}" if v >= 100 else f"{v:.{digits}f}"
+
+    both = f" ({number(value['low'])}–{number(value['high'])})" if span and "low" in value else ""
+    return f"{number(value['mean'])}{both}{mark}"
+
+
+def quality() -> str:
+    """Uniform, OWL, the best single allocator by its mean, and the race, at 50 and 70 %."""
+    rows = results("allocators")["rows"]
+    lines = []
+    for target in (0.5, 0.7):
+        for pruner in ("wanda", "sparsegpt"):
+            means = {
+                r["allocator"]: r["perplexity"]["mean"] for r in rows if (r["target"], r["pruner"]) == (target, pruner)
+            }
+            best = min((n for n in means if n not in ("race", "search", "uniform")), key=means.__getitem__)
+            lines.append(
+                [
+                    f"{target:.0%}".replace("%", " %"),
+                    pruner,
+                    f"{means['uniform']:.2f}",
+                    f"{means['owl']:.2f}",
+                    f"{means[best]:.2f} ({best})",
+                    f"**{means['race']:.2f}**",
+                ]
+            )
+    return table(["sparsity", "pruner", "uniform", "owl", "best single", "race"], lines, left=2)
+
+
+def _allocators(metric: str, digits: int) -> str:
+    rows = results("allocators")["rows"]
+    columns = list(dict.fromkeys((r["target"], r["pruner"]) for r in rows))
+    cells = {(r["target"], r["pruner"], r["allocator"]): r[metric] for r in rows}
+    lines = []
+    for name in dict.fromkeys(r["allocator"] for r in rows):
+        line = []
+        for column in columns:
+            value, uniform = cells[(*column, name)], cells[(*column, "uniform")]
+            mark = "" if name == "uniform" else " ▼" if value["mean"] < uniform["mean"] else " ▲"
+            line.append(_cell(value, digits, mark=mark))
+        lines.append([name, *line])
+    return table(["allocator", *(f"{100 * t:.0f} % {p}" for t, p in columns)], lines)
+
+
+def perplexities() -> str:
+    """Held-out perplexity of every allocator: mean and range over the seeds."""
+    return _allocators("perplexity", 2)
+
+
+def divergences() -> str:
+    """KL from the dense model of every allocator, nats a token: mean and range over the seeds."""
+    return _allocators("kl", 3)
+
+
+def recovery() -> str:
+    """Held-out perplexity after each method of recovery."""
+    lines = [
+        [
+            r["method"],
+            _cell(r["70 % Wanda"], 2),
+            r["gap_70"] or "",
+            _cell(r["80 % SparseGPT"], 2),
+            r["gap_80"] or "",
+            str(r["cpu_seconds"] or ""),
+        ]
+        for r in results("recovery")["rows"]
+    ]
+    return table(["", "70 % Wanda", "gap closed", "80 % SparseGPT", "gap closed", "CPU s"], lines)
+
+
+def speed() -> str:
+    """Both sides of each benchmark of speed, and the command that runs it."""
+    lines = [[r["what"], r["against"], r["result"], f"`{r['command']}`"] for r in results("speed")["rows"]]
+    return table(["what", "against", "result", "command"], lines, left=4)
+
+
+def streaming() -> str:
+    """Highest resident memory while a model of 8B shape is streamed."""
+    keys = ["pruner", "blocks", "on_disk", "peak_memory", "estimated", "sum"]
+    lines = [[r[k] for k in keys] for r in results("streaming")["rows"]]
+    return table(["pruner", "blocks", "on disk", "highest resident memory", "estimated", "the sum"], lines)
+
+
+def packed_layout() -> str:
+    """The byte table of a packed weight, from the docstring of the code that writes it."""
+    from hf_sparsity.checkpoint.bitmask import codec
+
+    return f"```text\n{inspect.cleandoc(codec.__doc__ or '')}\n```"
+
+
+RENDERERS: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        algorithms,
+        commands_table,
+        commands,
+        api,
+        quality,
+        perplexities,
+        divergences,
+        recovery,
+        speed,
+        streaming,
+        packed_layout,
+    )
+}
+
+
+def rendered(text: str) -> str:
+    """Returns a page with its generated parts written anew."""
+    return PART.sub(lambda m: f"{m[1]}{RENDERERS[m[2]]()}\n{m[3]}", text)
+
+
+def outdated() -> Iterator[tuple[Path, str]]:
+    """Yields (page, what it should be) for each page that differs from it."""
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        if (after := rendered(before)) != before:
+            yield path, after
+
+
+def main() -> int:
+    """Writes the pages, or with `--check` only names those that are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    options = parser.parse_args()
+    pages = list(outdated())
+    for path, text in pages:
+        print(path.relative_to(ROOT))
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+    return int(options.check and bool(pages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
