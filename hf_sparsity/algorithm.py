@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ __all__ = [
     "SAMPLES",
     "SCORES",
     "Allocator",
+    "Cells",
+    "Citation",
     "Layer",
     "ModelOracle",
     "Pattern",
@@ -137,11 +139,38 @@ class Layer:
         return float(self.fisher)
 
 
+class Citation(NamedTuple):
+    """Enough of a paper on arXiv for a BibTeX entry; `year` is that of its first version there."""
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    @property
+    def url(self) -> str:
+        """Address of the abstract."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    def bibtex(self) -> str:
+        """Returns the BibTeX entry."""
+        return (
+            f"@misc{{{self.key},\n  title = {{{self.title}}},\n  author = {{{self.authors}}},\n  year = {{{self.year}}},\n"
+            f"  eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}},\n  url = {{{self.url}}}\n}}"
+        )
+
+
 class Algorithm:
-    """What allocators, row allocators and pruners have in common: a name, a paper, `needs`, JSON."""
+    """What allocators, row allocators and pruners have in common: a name, a paper, `needs`, JSON.
+
+    All that the package says about an algorithm (command line, model card, README) it reads from its class.
+    """
 
     name: ClassVar[str]
-    paper: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # address of the paper
+    summary: ClassVar[str] = ""  # one line for the README's table: what it does
+    citation: ClassVar[Citation | None] = None  # for the BibTeX of model cards
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,7 +204,17 @@ class ModelOracle:
 class Allocator(Algorithm, ABC):
     """Decides the sparsity of each layer: `measure` a block at a time, then `assign` all at once."""
 
-    mixes: ClassVar[bool] = False  # `assign` itself returns multiples of 1/group for `*:M`
+    returns_group_multiples: ClassVar[bool] = False  # `assign` itself returns multiples of 1/group for `*:M`
+    measure_label: ClassVar[str] = ""  # what the numbers of `measure` are, in words, for pictures
+    only_in_assign: ClassVar[tuple[str, ...]] = ()  # hyperparameters that `measure` never looks at
+    race_grid: ClassVar[Mapping[str, Sequence[Any]]] = {}  # hyperparameter -> the values that a race tries
+    enters_races: ClassVar[bool] = True  # also where the race's candidates are not named
+    demo_options: ClassVar[Mapping[str, Any]] = {}  # hyperparameters for a demonstration of a few seconds
+
+    @property
+    def grid_steps(self) -> int:
+        """`ModelOracle.loss` rounds sparsities to multiples of 1 / grid_steps; at most 255."""
+        return 16
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
         """One block's layers -> a value per layer. Called in model order, on the dense model."""
@@ -211,10 +250,26 @@ class RowAllocator(Algorithm, ABC):
         """`layer.sparsity` and what `needs` names -> sparsity of each row, float32 `[out]`."""
 
 
+class Cells(NamedTuple):
+    """The sets of weights within which a pruner compares scores: the smallest of each cell go, equally many of each.
+
+    A cell is `columns` consecutive inputs, at most a layer's width: of one row, or of all rows if `across_rows`.
+    """
+
+    columns: int
+    across_rows: bool = False
+
+
 class Pruner(Algorithm, ABC):
     """Decides which weights of a layer go, and what becomes of the others."""
 
-    updates: ClassVar[bool] = False  # `prune` also changes the weights that stay
+    updates_survivors: ClassVar[bool] = False  # `prune` also changes the weights that stay
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes `compared_within` say None for a class that overrides `mask` without it."""
+        super().__init_subclass__(**kwargs)
+        if "mask" in vars(cls) and "compared_within" not in vars(cls):
+            cls.compared_within = _only_within_groups  # type: ignore[assignment, method-assign]
 
     def check(self, pattern: Pattern, has_rows: bool) -> None:
         """`ValueError` when this pruner cannot honour the pattern, or row sparsities."""
@@ -231,6 +286,14 @@ class Pruner(Algorithm, ABC):
             return masks.keep_groups(scores, layer.pattern.kept, layer.pattern.group)
         return masks.keep_rows(scores, layer.counts)
 
+    def compared_within(self, layer: Layer) -> Cells | None:
+        """Returns the cells within which `mask` compares the scores of a layer without row sparsities.
+
+        None when its masks do not follow from comparisons within cells: then masks are asked for one by one. A class
+        that overrides `mask` overrides this too, or gets None for all but N:M patterns.
+        """
+        return Cells(layer.pattern.group or layer.weight.shape[1])
+
     def prune(self, layer: Layer) -> Tensor:
         """The new weight `[out, in]`, in the layer's dtype, zero where pruned."""
         scores = self.scores(layer) if layer.scores is None else layer.scores
@@ -239,3 +302,8 @@ class Pruner(Algorithm, ABC):
     def prune_together(self, layers: Sequence[Layer]) -> list[Tensor]:
         """`prune` for layers that share one `stats`; override it where sharing saves work."""
         return [self.prune(layer) for layer in layers]
+
+
+def _only_within_groups(pruner: Pruner, layer: Layer) -> Cells | None:
+    """`Pruner.compared_within` where nothing is known but that an N:M pattern compares within groups."""
+    return Cells(layer.pattern.group) if layer.pattern.group is not None else None

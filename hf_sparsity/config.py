@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import UnionType
 from typing import Any, TypeVar
 
 from .algorithm import Algorithm, Allocator, Pattern, Pruner, RowAllocator
@@ -15,10 +17,10 @@ from .pruners import PRUNERS
 
 A = TypeVar("A", bound=Algorithm)
 
-CHOOSERS: dict[str, type[Allocator]] = {"race": Race, "search": Search}  # which allocator, is for the model to say
+CHOOSERS: dict[str, type[Race]] = {"race": Race, "search": Search}  # these compare allocators on the model itself
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SparsityConfig:
     """How sparse, in which pattern, and by which algorithms.
 
@@ -26,8 +28,8 @@ class SparsityConfig:
         sparsity: fraction of the prunable weights to remove, in [0, 1). May be left out for a fixed N:M.
         pattern: `"unstructured"`; `"N:M"`, N **kept** of every M consecutive inputs; `"*:M"`, N chosen per layer.
         allocator: how sparse each layer is. A name, `{"name": ..., hyperparameters}`, or an `Allocator`.
-        row_allocator: how sparse each row of a layer is, likewise; None for the pruner's own way.
-        pruner: which weights go, likewise.
+        row_allocator: how sparse each row of a layer is, given likewise; None leaves rows to the pruner.
+        pruner: which weights go, given likewise.
         ignore: layers to leave dense: full names, ends of names (`"q_proj"`), module paths
             (`"model.layers.0"`) or globs (`"*.mlp.*"`). They do not count towards the sparsity.
         seed: of everything random.
@@ -36,33 +38,47 @@ class SparsityConfig:
         ValueError: unknown names (the nearest known ones are given) and contradictions.
     """
 
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    allocator: Allocator | str | Mapping[str, Any] = "uniform"
-    row_allocator: RowAllocator | str | Mapping[str, Any] | None = None
-    pruner: Pruner | str | Mapping[str, Any] = "wanda"
-    ignore: tuple[str, ...] = ()
-    seed: int = 0
+    sparsity: float
+    pattern: str
+    allocator: Allocator | Race
+    row_allocator: RowAllocator | None
+    pruner: Pruner
+    ignore: tuple[str, ...]
+    seed: int
 
-    def __post_init__(self) -> None:
-        pattern = Pattern.parse(self.pattern)
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen: the one place that sets)
-        set_("pattern", str(pattern))
-        set_("sparsity", _sparsity(self.sparsity, pattern))
-        set_("allocator", resolve("allocator", self.allocator, ALLOCATORS | CHOOSERS, Allocator))
-        set_("pruner", resolve("pruner", self.pruner, PRUNERS, Pruner))
-        if self.row_allocator is not None:
-            set_("row_allocator", resolve("row_allocator", self.row_allocator, ROW_ALLOCATORS, RowAllocator))
-        set_("ignore", (self.ignore,) if isinstance(self.ignore, str) else self.ignore)
-        if not isinstance(self.ignore, (list, tuple)) or not all(
-            isinstance(name, str) and name for name in self.ignore
-        ):
-            raise ValueError(f"ignore={self.ignore!r}: names, module paths or globs are expected")
-        set_("ignore", tuple(self.ignore))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r}: an integer is expected")
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        allocator: Allocator | Race | str | Mapping[str, Any] = "uniform",
+        row_allocator: RowAllocator | str | Mapping[str, Any] | None = None,
+        pruner: Pruner | str | Mapping[str, Any] = "wanda",
+        ignore: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        parsed = Pattern.parse(pattern)
+        allocators: dict[str, type[Any]] = {**ALLOCATORS, **CHOOSERS}
+        values = {
+            "sparsity": _sparsity(sparsity, parsed),
+            "pattern": str(parsed),
+            "allocator": allocator
+            if isinstance(allocator, Race)
+            else resolve("allocator", allocator, allocators, Allocator),
+            "row_allocator": None
+            if row_allocator is None
+            else resolve("row_allocator", row_allocator, ROW_ALLOCATORS, RowAllocator),
+            "pruner": resolve("pruner", pruner, PRUNERS, Pruner),
+            "ignore": _names(ignore),
+            "seed": seed,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # frozen: the one place that sets
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r}: an integer is expected")
+        self._check_together(parsed)
 
-        assert isinstance(self.allocator, Allocator) and isinstance(self.pruner, Pruner)  # resolved above
+    def _check_together(self, pattern: Pattern) -> None:
+        """Raises ValueError where one part leaves another nothing to decide, or the pruner cannot honour the pattern."""
         for name in self.allocator.candidates if isinstance(self.allocator, Race) else ():
             if name not in ALLOCATORS:
                 raise ValueError(f"{self.allocator.name}: unknown candidate {name!r}{_nearest(name, list(ALLOCATORS))}")
@@ -96,49 +112,58 @@ class SparsityConfig:
         return cls(**data)
 
 
-def resolve(role: str, given: Any, table: Mapping[str, type[A]], contract: type[A]) -> A:
-    """A name, `{"name": ..., hyperparameters}` or an instance -> the instance; `ValueError` otherwise.
+def resolve(role: str, value: Any, table: Mapping[str, type[Any]], contract: type[A]) -> A:
+    """Returns the algorithm that a name, `{"name": ..., hyperparameters}` or an instance stands for.
 
     Names are looked up in our literal tables only, so that loading a plan never imports what it names.
+
+    Raises:
+        ValueError: an unknown name or hyperparameter, a value of another type, or one that the algorithm refuses.
     """
-    if isinstance(given, contract):
-        return given
-    name, arguments = given, {}
-    if isinstance(given, Mapping):
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if isinstance(value, contract):
+        return value
+    name, arguments = value, {}
+    if isinstance(value, Mapping):
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(
-            f"{role}={given!r}: a name ({', '.join(table)}), {{'name': ..., hyperparameters}} or an instance of "
+            f"{role}={value!r}: a name ({', '.join(table)}), {{'name': ..., hyperparameters}} or an instance of "
             f"{contract.__name__} is expected"
         )
     if name not in table:
         raise ValueError(
             f"unknown {role} {name!r}{_nearest(name, list(table))}; or pass an instance of your own {contract.__name__} as {role}="
         )
-    known: dict[str, str] = {f.name: str(f.type) for f in fields(table[name])}  # type: ignore[arg-type]
-    for key, value in arguments.items():
-        if key not in known:
-            raise ValueError(f"{role} {name!r} has no hyperparameter {key!r}{_nearest(key, list(known))}")
-        if not _fits(value, known[key]):
-            raise ValueError(f"{role} {name!r}: {key}={value!r} is not of type {known[key]}")
+    declared = {f.name: f.type for f in fields(table[name])}
+    hints = typing.get_type_hints(table[name])
+    for key, argument in arguments.items():
+        if key not in declared:
+            raise ValueError(f"{role} {name!r} has no hyperparameter {key!r}{_nearest(key, list(declared))}")
+        if not _is_a(argument, hints[key]):
+            raise ValueError(f"{role} {name!r}: {key}={argument!r} is not of type {declared[key]}")
     try:
-        return table[name](**arguments)
+        return typing.cast(A, table[name](**arguments))
     except TypeError as error:
         raise ValueError(f"{role} {name!r}: {error}") from None
 
 
-def _fits(value: Any, annotation: str) -> bool:
-    """Whether a value from JSON is what a hyperparameter is declared as, such as `float | None` or `tuple[float, ...]`."""
-    if " | " in annotation:
-        return any(_fits(value, part) for part in annotation.split(" | "))
-    if annotation.startswith("tuple["):
-        return isinstance(value, tuple) and all(_fits(item, annotation[6:].split(",")[0]) for item in value)
-    if annotation == "None":
-        return value is None
-    kinds: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
-    # bool is an int to Python, but not to a user
-    return isinstance(value, kinds[annotation]) and (annotation == "bool" or not isinstance(value, bool))
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON or the command line is what a hyperparameter's type hint says."""
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, UnionType):
+        return any(_is_a(value, part) for part in arguments)
+    if kind is typing.Literal:
+        return any(type(value) is type(option) and value == option for option in arguments)
+    if kind is tuple and isinstance(value, tuple):
+        parts = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(parts) == len(value) and all(_is_a(item, part) for item, part in zip(value, parts, strict=True))
+    if hint is Any:
+        return True
+    if isinstance(value, bool):  # an int to Python, but not to a user
+        return hint is bool
+    plain = (int, float) if hint is float else kind or hint
+    return not isinstance(plain, (type, tuple)) or isinstance(value, plain)
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -171,7 +196,8 @@ def _sparsity(given: Any, pattern: Pattern) -> float:
     return float(given)
 
 
-def algorithms(config: SparsityConfig) -> tuple[Allocator, Pruner]:
-    """The config's allocator and pruner, as instances."""
-    assert isinstance(config.allocator, Allocator) and isinstance(config.pruner, Pruner)  # SparsityConfig resolved them
-    return config.allocator, config.pruner
+def _names(ignore: Any) -> tuple[str, ...]:
+    names = (ignore,) if isinstance(ignore, str) else ignore
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"ignore={ignore!r}: names, module paths or globs are expected")
+    return tuple(names)

@@ -93,7 +93,7 @@ def allocated(name: str, target: float, kind: str = "usual", group: int | None =
     assert list(assigned) == list(sizes), "same layers in and out, in the same order"
     if group is None:
         return budget.meet(assigned, sizes, target), sizes
-    ideal = assigned if allocator.mixes else budget.meet(assigned, sizes, target, high=1 - 1 / group)
+    ideal = assigned if allocator.returns_group_multiples else budget.meet(assigned, sizes, target, high=1 - 1 / group)
     return budget.meet_groups(ideal, sizes, target, group), sizes
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import Allocator, Layer, ModelOracle, Pruner
+from ..algorithm import Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.power_law import check_choices, sparsities_by_exponent, tail_exponent
 from ..core.spectra import spectra
 
@@ -31,7 +31,19 @@ class AlphaPruning(Allocator):
 
     name = "alphapruning"
     paper = "https://arxiv.org/abs/2410.10912"
+    summary = "layers with heavier spectral tails keep more; looks at weights only"
+    citation = Citation(
+        "lu2024alphapruning",
+        "{AlphaPruning}: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of Large "
+        "Language Models",
+        "Haiquan Lu and Yefan Zhou and Shiwei Liu and Zhangyang Wang and Michael W. Mahoney and Yaoqing Yang",
+        2024,
+        "2410.10912",
+    )
     needs = frozenset()
+    measure_label = "tail exponent alpha"
+    only_in_assign = ("spread", "per")
+    race_grid = {"spread": (0.1, 0.3), "per": ("block", "layer")}
 
     def __post_init__(self) -> None:
         check_choices(fit=self.fit, per=self.per, spread=self.spread, floor=self.floor)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import LOSS, Allocator, ModelOracle
+from ..algorithm import LOSS, Allocator, Citation, ModelOracle
 from ..core.budget import meet, meet_groups
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,14 @@ class ATP(Allocator):
 
     name = "atp"
     paper = "https://arxiv.org/abs/2502.14770"
+    summary = "sparsity rises in a straight line with depth; the slope is chosen on calibration text"
+    citation = Citation(
+        "huang2025determining",
+        "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective",
+        "Weizhong Huang and Yuxin Zhang and Xiawu Zheng and Fei Chao and Rongrong Ji",
+        2025,
+        "2502.14770",
+    )
     needs = frozenset({LOSS})
 
     def __post_init__(self) -> None:
@@ -43,6 +51,11 @@ class ATP(Allocator):
         if not 0 < self.step < 1 or self.trials < 1 or not 2 <= self.steps <= 255:
             raise ValueError("atp: needs 0 < step < 1, trials >= 1 and 2 <= steps <= 255")
         object.__setattr__(self, "needs", frozenset({LOSS} if self.beta is None else ()))
+
+    @property
+    def grid_steps(self) -> int:
+        """The hyperparameter `steps`."""
+        return self.steps
 
     def assign(
         self,

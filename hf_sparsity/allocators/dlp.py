@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import NORMS, Allocator, Layer, ModelOracle, Pruner
+from ..algorithm import NORMS, Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.allocation import check_per, check_spread, rising_with_measure
 from ..core.median import median
 
@@ -37,7 +37,18 @@ class DLP(Allocator):
 
     name = "dlp"
     paper = "https://arxiv.org/abs/2505.23807"
+    summary = "blocks whose weights score high on average lose more"
+    citation = Citation(
+        "chen2025dlp",
+        "{DLP}: Dynamic Layerwise Pruning in Large Language Models",
+        "Yuli Chen and Bo Cheng and Jiale Han and Yingying Zhang and Yingting Li and Shuhao Zhang",
+        2025,
+        "2505.23807",
+    )
     needs = frozenset({NORMS})
+    measure_label = "typical score of a weight"
+    only_in_assign = ("spread",)
+    race_grid = {"statistic": ("mean", "median"), "spread": (0.05, 0.15)}
 
     def __post_init__(self) -> None:
         check_per(self.per)

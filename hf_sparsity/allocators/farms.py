@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..algorithm import Allocator, Layer, ModelOracle, Pruner
+from ..algorithm import Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.power_law import check_choices, sparsities_by_exponent, tail_exponent
 from ..core.spectra import sliding, spectra
 
@@ -35,7 +35,18 @@ class FARMS(Allocator):
 
     name = "farms"
     paper = "https://arxiv.org/abs/2506.06280"
+    summary = "the same as `alphapruning`, spectra pooled over windows of one aspect ratio"
+    citation = Citation(
+        "hu2025eigenspectrum",
+        "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias",
+        "Yuanzhe Hu and Kinshuk Goel and Vlad Killiakov and Yaoqing Yang",
+        2025,
+        "2506.06280",
+    )
     needs = frozenset()
+    measure_label = "tail exponent alpha"
+    only_in_assign = ("spread", "per")
+    race_grid = {"spread": (0.1, 0.3), "per": ("block", "layer")}
 
     def __post_init__(self) -> None:
         check_choices(fit=self.fit, per=self.per, spread=self.spread, floor=self.floor)

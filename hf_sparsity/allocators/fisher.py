@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import FISHER, Allocator, Layer, ModelOracle, Pruner
+from ..algorithm import FISHER, Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.allocation import check_per, floored, standard_logs
 
 
@@ -29,7 +29,18 @@ class Fisher(Allocator):
 
     name = "fisher"
     paper = "https://arxiv.org/abs/2503.11164"
+    summary = "blocks to which the loss is most sensitive keep more: MSP's measure without its search"
+    citation = Citation(
+        "xu2025towards",
+        "Towards Extreme Pruning of {LLMs} with Plug-and-Play Mixed Sparsity",
+        "Chi Xu and Gefei Zhang and Yantong Zhu and Luca Benini and Guosheng Hu and Yawei Li and Zhihong Zhang",
+        2025,
+        "2503.11164",
+    )
     needs = frozenset({FISHER})
+    measure_label = "Fisher information"
+    only_in_assign = ("spread", "per")
+    race_grid = {"spread": (0.05, 0.1), "per": ("block", "layer")}
 
     def __post_init__(self) -> None:
         check_per(self.per)

@@ -43,7 +43,11 @@ class LSA(Allocator):
 
     name = "lsa"
     paper = "https://openreview.net/forum?id=xq3lza5IjN"
+    summary = "blocks where a trial pruning of half the weights costs most lose more"
     needs = frozenset({GRAM})
+    measure_label = "error of the output at half"
+    only_in_assign = ("spread", "per")
+    race_grid = {"spread": (0.05, 0.15)}
 
     def __post_init__(self) -> None:
         check_per(self.per)

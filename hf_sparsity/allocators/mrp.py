@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithm import NORMS, REMEASURE, SCORES, Allocator, Layer, ModelOracle, Pattern, Pruner
+from ..algorithm import NORMS, REMEASURE, SCORES, Allocator, Citation, Layer, ModelOracle, Pattern, Pruner
 from ..core.allocation import check_per
 from ..core.budget import Curve, fill
 from ..core.masks import keep_rows
@@ -52,7 +52,17 @@ class MRP(Allocator):
 
     name = "mrp"
     paper = "https://arxiv.org/abs/2503.18377"
+    summary = "prunes the most redundant block a little more, again and again (reconstructed: no code was released)"
+    citation = Citation(
+        "gao2025maximum",
+        "Maximum Redundancy Pruning: A Principle-Driven Layerwise Sparsity Allocation for {LLMs}",
+        "Chang Gao and Kang Zhao and Jianfei Chen and Liping Jing",
+        2025,
+        "2503.18377",
+    )
     needs = frozenset({SCORES, REMEASURE})
+    measure_label = "redundancy (non-outlier ratio)"
+    race_grid = {"refresh": ("F0",)}  # a refresh is a pass over the model for each step of the greedy loop
 
     def __post_init__(self) -> None:
         check_per(self.per)

@@ -14,7 +14,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from ..algorithm import FISHER, LOSS, Allocator, Layer, ModelOracle, Pruner
+from ..algorithm import FISHER, LOSS, Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.allocation import floored, standard_logs
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,19 @@ class MSP(Allocator):
 
     name = "msp"
     paper = "https://arxiv.org/abs/2503.11164"
+    summary = "evolutionary search seeded with Fisher information (reconstructed: no code was released)"
+    citation = Citation(
+        "xu2025towards",
+        "Towards Extreme Pruning of {LLMs} with Plug-and-Play Mixed Sparsity",
+        "Chi Xu and Gefei Zhang and Yantong Zhu and Luca Benini and Guosheng Hu and Yawei Li and Zhihong Zhang",
+        2025,
+        "2503.11164",
+    )
     needs = frozenset({FISHER, LOSS})
-    mixes = True
+    returns_group_multiples = True
+    measure_label = "Fisher information"
+    enters_races = False  # hundreds of evaluations: only when it is named
+    demo_options = {"population": 8, "generations": 3, "parents": 2}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kappas", tuple(self.kappas))
@@ -56,6 +67,11 @@ class MSP(Allocator):
             raise ValueError("msp: needs 1 <= parents <= population, steps >= 2 and 0 <= mutation <= 1")
         if self.evaluations is not None and self.evaluations < 1:
             raise ValueError("msp: evaluations must be at least 1, or None")
+
+    @property
+    def grid_steps(self) -> int:
+        """The hyperparameter `steps`."""
+        return self.steps
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
         """Each layer's Fisher trace: mean over sequences of the squared norm of the loss' gradient."""

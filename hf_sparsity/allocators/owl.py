@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import NORMS, Allocator, Layer, ModelOracle, Pruner
+from ..algorithm import NORMS, Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.allocation import check_per, groups_by_block_or_layer, linear_sparsities, normalized
 from ..core.outliers import outlier_percent
 
@@ -37,8 +37,20 @@ class OWL(Allocator):
 
     name = "owl"
     paper = "https://arxiv.org/abs/2310.05175"
+    summary = "blocks with more outliers keep more"
+    citation = Citation(
+        "yin2023outlier",
+        "Outlier Weighed Layerwise Sparsity ({OWL}): A Missing Secret Sauce for Pruning {LLMs} to High Sparsity",
+        "Lu Yin and You Wu and Zhenyu Zhang and Cheng-Yu Hsieh and Yaqing Wang and Yiling Jia and Gen Li and Ajay "
+        "Jaiswal and Mykola Pechenizkiy and Yi Liang and Michael Bendersky and Zhangyang Wang and Shiwei Liu",
+        2023,
+        "2310.05175",
+    )
     needs = frozenset({NORMS})
-    mixes = True
+    returns_group_multiples = True
+    measure_label = "outlier ratio (% of weights)"
+    only_in_assign = ("spread", "group_spread")
+    race_grid = {"outlier": (5.0, 7.0), "spread": (0.05, 0.08, 0.15)}
 
     def __post_init__(self) -> None:
         check_per(self.per)

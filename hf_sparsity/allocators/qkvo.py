@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..algorithm import Allocator, ModelOracle
+from ..algorithm import Allocator, Citation, ModelOracle
 
 # Last part of a layer's name -> projection.
 NAMES = {
@@ -45,7 +45,16 @@ class QKVO(Allocator):
 
     name = "qkvo"
     paper = "https://arxiv.org/abs/2410.14649"
+    summary = "a prior by projection, from the optima that EvoPress released; needs no data"
+    citation = Citation(
+        "sieberling2024evopress",
+        "{EvoPress}: Towards Optimal Dynamic Model Compression via Evolutionary Search",
+        "Oliver Sieberling and Denis Kuznedelev and Eldar Kurtic and Dan Alistarh",
+        2024,
+        "2410.14649",
+    )
     needs = frozenset()
+    race_grid = {"strength": (0.5, 1.0)}
 
     def __post_init__(self) -> None:
         if not all(-1 < x < 1 for x in (self.q, self.k, self.v, self.o)):

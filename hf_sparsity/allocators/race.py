@@ -1,17 +1,17 @@
-"""Race and search: not a formula, but all of them, judged on the model. What a user may say about it stands here.
+"""Race and search: the options by which allocators compete, judged on the model, instead of one formula.
 
-The judging needs the whole model and every other allocator, so `make_plan` does it.
+They stand where an allocator stands in a `SparsityConfig` but are none: judging needs the whole model and every other
+allocator, so it is done in `planning/race/`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..algorithm import LOSS, Allocator, ModelOracle
+from ..algorithm import LOSS, Algorithm
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|evals|tokens|[kKMG] tokens)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "evals": 1, "tokens": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -33,7 +33,7 @@ def parse_budget(text: str | None) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Race(Allocator):
+class Race(Algorithm):
     """Lets the other allocators, their hyperparameters and mixtures of them compete, and keeps the best.
 
     Each plan is judged by how far the masked model departs from the dense one on calibration text that the pruner's
@@ -65,18 +65,6 @@ class Race(Allocator):
             raise ValueError(f"{self.name}: descent={self.descent} must be a number of steps, or 0 for none")
         if not 0 < self.confidence < 1 or math.isnan(self.confidence):
             raise ValueError(f"{self.name}: confidence={self.confidence} must be between 0 and 1, such as 0.95")
-
-    def assign(
-        self,
-        measures: Sequence[Mapping[str, Any]],
-        sizes: Mapping[str, int],
-        target: float,
-        *,
-        group: int | None = None,
-        probe: ModelOracle | None = None,
-    ) -> dict[str, float]:
-        """Always `ValueError`: the judging needs the model."""
-        raise ValueError(f"{self.name} compares plans on the model itself: use make_plan")
 
 
 @dataclass(frozen=True)

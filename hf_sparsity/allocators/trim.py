@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..algorithm import SCORES, Layer, RowAllocator
+from ..algorithm import SCORES, Citation, Layer, RowAllocator
 from ..core.stats import SAMPLES
 
 
@@ -41,6 +41,14 @@ class TRIM(RowAllocator):
 
     name = "trim"
     paper = "https://arxiv.org/abs/2505.16743"
+    summary = "rows of a layer differ, on top of any allocator"
+    citation = Citation(
+        "beck2025trim",
+        "{TRIM}: Achieving Extreme Sparsity with Targeted Row-wise Iterative Metric-driven Pruning",
+        "Florentin Beck and William Rudman and Carsten Eickhoff",
+        2025,
+        "2505.16743",
+    )
     needs = frozenset({SAMPLES, SCORES})
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ class Uniform(Allocator):
     """All layers alike; looks at nothing."""
 
     name = "uniform"
+    summary = "every layer the same"
 
     def assign(
         self,

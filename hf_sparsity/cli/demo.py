@@ -94,7 +94,7 @@ def _runs() -> list[tuple[str, Any, Any]]:
     """(name, allocator, row allocator) of each row of the table."""
     from ..allocators import ALLOCATORS, ROW_ALLOCATORS
 
-    # The search is the one costly method; a small population shows what it does.
-    special = {"msp": {"name": "msp", "population": 8, "generations": 3, "parents": 2}}
-    runs: list[tuple[str, Any, Any]] = [(name, special.get(name, name), None) for name in ALLOCATORS]
+    runs: list[tuple[str, Any, Any]] = [
+        (name, {"name": name, **allocator.demo_options}, None) for name, allocator in ALLOCATORS.items()
+    ]
     return runs + [(f"uniform + {name}", "uniform", name) for name in ROW_ALLOCATORS]

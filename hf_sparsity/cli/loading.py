@@ -96,8 +96,8 @@ def hidden_limit(options: argparse.Namespace) -> int | None:
 
 def needed(config: SparsityConfig, *, planning: bool) -> frozenset[str]:
     """What the algorithms need to know of each layer: to prune, and with `planning` to plan as well."""
-    needs = config.pruner.needs | (config.row_allocator.needs if config.row_allocator else frozenset())  # type: ignore[union-attr]
-    return needs | config.allocator.needs if planning else needs  # type: ignore[union-attr]
+    needs = config.pruner.needs | (config.row_allocator.needs if config.row_allocator else frozenset())
+    return needs | config.allocator.needs if planning else needs
 
 
 def calibration(

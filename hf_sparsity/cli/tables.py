@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..algorithm import Algorithm
+from ..allocators import ALLOCATORS, ROW_ALLOCATORS
 from ..config import SparsityConfig
 from ..pictures.grid import by_block_and_projection, split_name
 from ..plan import Plan, Report
+from ..pruners import PRUNERS
 from ..streaming.memory import Estimate
 
 
@@ -21,6 +24,26 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+
+
+def algorithms_markdown() -> str:
+    """Returns the table of all allocators, row allocators and pruners, as markdown, from what their classes say."""
+    roles: dict[str, Mapping[str, type[Algorithm]]] = {
+        "allocator": ALLOCATORS,
+        "row allocator": ROW_ALLOCATORS,
+        "pruner": PRUNERS,
+    }
+    lines = ["| role | name | what it does | paper |", "|---|---|---|---|"]
+    for role, table in roles.items():
+        for number, (name, algorithm) in enumerate(table.items()):
+            paper = (
+                f"[{algorithm.paper.rsplit('/', 1)[-1].rpartition('=')[2]}]({algorithm.paper})"
+                if algorithm.paper
+                else ""
+            )
+            cells = [role if number == 0 else "", f"`{name}`", algorithm.summary, paper]
+            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(lines) + "\n"
 
 
 def plan_header(plan: Plan) -> str:
@@ -118,4 +141,4 @@ def demo_table(rows: Sequence[Mapping[str, Any]], dense: float, winner: str, con
         ["allocator", "held-out perplexity", "selection text", "sparsity", "seconds"],
         [["dense", f"{dense:.2f}", "", "0", ""], *body],
     )
-    return f"{table}\n{100 * float(config.sparsity or 0):.0f} % with {config.pruner.name}; * is best on the selection text, which is not the held-out text"  # type: ignore[union-attr]
+    return f"{table}\n{100 * config.sparsity:.0f} % with {config.pruner.name}; * is best on the selection text, which is not the held-out text"

@@ -8,19 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..allocators import ALLOCATORS
 from ..plan import LayerPlan, Plan, Report
 
 LARGEST = (1000, 100)  # blocks and projections; a picture of more is none
-MEASURES = {
-    "owl": "outlier ratio (% of weights)",
-    "alphapruning": "tail exponent alpha",
-    "farms": "tail exponent alpha",
-    "mrp": "redundancy (non-outlier ratio)",
-    "msp": "Fisher information",
-    "fisher": "Fisher information",
-    "dlp": "typical score of a weight",
-    "lsa": "error of the output at half",
-}
 _BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$", re.DOTALL)
 
 
@@ -69,7 +60,13 @@ class Grid:
     @property
     def measure_name(self) -> str:
         """What the numbers in `measures` are."""
-        return MEASURES.get(self.allocator, f"measure of {self.allocator}" if self.allocator else "measure")
+        return measure_label(self.allocator)
+
+
+def measure_label(allocator: str) -> str:
+    """Returns what an allocator's numbers are, in words; "" stands for an unknown allocator."""
+    ours = ALLOCATORS.get(allocator)
+    return (ours.measure_label if ours else "") or (f"measure of {allocator}" if allocator else "measure")
 
 
 def make_grid(plan: Plan, report: Report | None = None, name: str | None = None) -> Grid:

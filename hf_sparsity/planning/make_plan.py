@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..algorithm import FISHER, LOSS, REMEASURE, SCORES, ModelOracle, Pattern, RowAllocator
+from ..algorithm import FISHER, LOSS, REMEASURE, Allocator, ModelOracle, Pattern
 from ..allocators.race import Race
 from ..calibration.batches import data_fingerprint, prepare_batches
 from ..calibration.mixture import Mixture
@@ -19,7 +19,7 @@ from ..calibration.splits import hold_out
 from ..checkpoint.journal import Journal
 from ..checkpoint.output import Output, open_output
 from ..checkpoint.plan_file import PlanFile
-from ..config import SparsityConfig, algorithms
+from ..config import SparsityConfig
 from ..core.stats import STATS
 from ..distributed import Processes, share
 from ..model.fingerprint import model_fingerprint, versions
@@ -32,7 +32,7 @@ from ..streaming.run import PassOptions
 from .budget import meet
 from .checks import check_widths
 from .masked_loss import Candidates, MaskedLoss
-from .measure import Measuring
+from .measure import Measuring, needed
 from .race.candidates import allocators
 from .race.choose import Choice, choose
 
@@ -68,13 +68,14 @@ def make_plan(
             folder with other files, or with a run of other arguments.
     """
     config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
-    allocator, pruner = algorithms(config)
+    allocator, pruner = config.allocator, config.pruner
     model_layers = find_layers(model, config.ignore)
     pattern = Pattern.parse(config.pattern)
     check_widths(model_layers, pattern)
-    needs = allocator.needs | (pruner.needs if allocator.needs & {SCORES, LOSS} else frozenset())
     if isinstance(allocator, Race):
-        needs = needs.union(*(one.needs for one in allocators(allocator.candidates).values()))
+        needs = allocator.needs | pruner.needs.union(*(one.needs for one in allocators(allocator.candidates).values()))
+    else:
+        needs = needed(allocator, pruner)
     data = prepare_batches(model, batches) if batches is not None else []
     if not isinstance(allocator, Race):  # which keeps some apart itself
         data, _ = hold_out(batches, data)
@@ -86,7 +87,7 @@ def make_plan(
 
     processes = Processes.current()
     output = output_dir if isinstance(output_dir, PlanFile) else open_output(output_dir, overwrite, processes)
-    rows = config.row_allocator.needs if isinstance(config.row_allocator, RowAllocator) else frozenset()
+    rows = config.row_allocator.needs if config.row_allocator else frozenset()
     whole, place = needs, None
     if isinstance(output, Output):  # pruning follows
         whole, place = needs | pruner.needs | rows, output.path
@@ -113,7 +114,8 @@ def make_plan(
             model, model_layers, data, config, processes, journal=journal, hidden_limit=hidden_limit, sources=sources
         )
     else:
-        choice = _allocate(model, model_layers, data, config, needs, PassOptions(processes, hidden_limit), journal)
+        run = PassOptions(processes, hidden_limit)
+        choice = _allocate(model, model_layers, data, config, allocator, run, journal)
     plan = Plan(
         config=config.to_dict(),
         layers={
@@ -144,23 +146,23 @@ def _allocate(
     model_layers: ModelLayers,
     data: list[Batch],
     config: SparsityConfig,
-    needs: frozenset[str],
+    allocator: Allocator,
     run: PassOptions,
     journal: Journal | None,
 ) -> Choice:
     """Measures on the dense model, and what the allocator assigns, at the exact target."""
-    allocator, pruner = algorithms(config)
-    pattern, target = Pattern.parse(config.pattern), float(config.sparsity)  # type: ignore[arg-type]
+    pruner, pattern, target = config.pruner, Pattern.parse(config.pattern), config.sparsity
+    needs = needed(allocator, pruner)
     sizes = {name: weight.size for name, weight in model_layers.weights.items()}
     fitness = data
     if LOSS in needs and len(data) > 1:  # candidates are judged on sequences that their scores never saw
         held = max(1, len(data) // 8)
         data, fitness = data[:-held], data[-held:]
-    measuring = Measuring(model, model_layers, data, config, needs, run, journal)
+    measuring = Measuring(model, model_layers, data, allocator, pruner, pattern, run, journal)
     measures = measuring.first()
     probe = None
     if needs & {LOSS, REMEASURE}:
-        steps: int = pattern.group or vars(allocator).get("steps", 16)
+        steps: int = pattern.group or allocator.grid_steps
         candidates = None
         if LOSS in needs:
             loss = MaskedLoss(model, model_layers, measuring.batches, fitness, pruner, steps, pattern, run)
@@ -170,7 +172,9 @@ def _allocate(
     if set(assigned) != set(sizes):
         raise ValueError(f"allocator {allocator.name!r} returned other layers than it was given")
     numbers = {name: allocator.number(value) for block in measures for name, value in block.items()}
-    return Choice(meet(assigned, sizes, target, pattern, mixes=allocator.mixes), numbers, None, data)
+    return Choice(
+        meet(assigned, sizes, target, pattern, group_multiples=allocator.returns_group_multiples), numbers, None, data
+    )
 
 
 def _layer_plan(weight: Weight, sparsity: float, pattern: Pattern, measure: float | None) -> LayerPlan:

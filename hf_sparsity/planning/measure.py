@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..algorithm import FISHER, SCORES, Allocator, Pattern
+from ..algorithm import FISHER, LOSS, SCORES, Allocator, Pattern, Pruner
 from ..checkpoint.journal import Journal, digest
-from ..config import SparsityConfig, algorithms
 from ..core.stats import STATS
 from ..distributed import share
 from ..model.inference import Batch
@@ -21,6 +20,11 @@ from ..streaming.stream import stream_blocks
 from .fisher import fisher_information
 
 
+def needed(allocator: Allocator, pruner: Pruner) -> frozenset[str]:
+    """Returns what an allocator needs, with what the pruner needs for the scores that the allocator looks at."""
+    return allocator.needs | (pruner.needs if allocator.needs & {SCORES, LOSS} else frozenset())
+
+
 @dataclass(frozen=True)
 class Measuring:
     """Passes of `allocator.measure` in model order over `data`, which the processes share."""
@@ -28,10 +32,16 @@ class Measuring:
     model: PreTrainedModel
     model_layers: ModelLayers
     data: list[Batch]
-    config: SparsityConfig
-    needs: frozenset[str]
+    allocator: Allocator
+    pruner: Pruner
+    pattern: Pattern
     run: PassOptions
     journal: Journal | None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the allocator needs, see `needed`."""
+        return needed(self.allocator, self.pruner)
 
     @property
     def batches(self) -> list[Batch]:
@@ -40,8 +50,7 @@ class Measuring:
 
     def first(self) -> list[dict[str, Any]]:
         """Over the dense model; remembered, block by block where no inputs are needed."""
-        allocator, _ = algorithms(self.config)
-        if type(allocator).measure is Allocator.measure:
+        if type(self.allocator).measure is Allocator.measure:
             return [dict.fromkeys(block.weights) for block in self.model_layers.blocks if block.weights]
         if not self.needs & (STATS | {FISHER}):
             return self._without_inputs()
@@ -72,8 +81,7 @@ class Measuring:
     def _blocks(
         self, sparsities: Mapping[str, float] | None, only: list[int] | None = None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        allocator, pruner = algorithms(self.config)
-        pattern = Pattern.parse(self.config.pattern)
+        allocator, pruner = self.allocator, self.pruner
         fisher = {}
         if FISHER in self.needs and sparsities is None:
             fisher = fisher_information(self.model, self.model_layers, self.data, self.run.processes)
@@ -95,13 +103,13 @@ class Measuring:
                 layer.fisher = fisher.get(name)
                 if SCORES in allocator.needs:
                     layer.scores = pruner.scores(layer)
-                layer.pattern = pattern
+                layer.pattern = self.pattern
             measure = allocator.measure(block.layers, pruner)
             if only is not None and self.journal is not None:
                 self.journal.remember("measure", block.name, measure)
             yield block.index, measure
             for name, layer in block.layers.items() if sparsities is not None else ():
                 layer.sparsity = sparsities[name]  # type: ignore[index]
-                layer.pattern = pattern.at(layer.sparsity)
+                layer.pattern = self.pattern.at(layer.sparsity)
                 scores = pruner.scores(layer) if layer.scores is None else layer.scores
                 block.mask(name, pruner.mask(layer, scores))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..algorithm import Layer, Pruner
+from ..algorithm import Cells, Citation, Layer, Pruner
 from ..core import masks
 
 
@@ -26,6 +26,14 @@ class Magnitude(Pruner):
 
     name = "magnitude"
     paper = "https://arxiv.org/abs/1506.02626"
+    summary = "the smallest weights go, compared per layer or per row"
+    citation = Citation(
+        "han2015learning",
+        "Learning both Weights and Connections for Efficient Neural Networks",
+        "Song Han and Jeff Pool and John Tran and William J. Dally",
+        2015,
+        "1506.02626",
+    )
 
     def __post_init__(self) -> None:
         if self.compare not in ("layer", "row"):
@@ -40,3 +48,9 @@ class Magnitude(Pruner):
         if self.compare == "layer" and layer.rows is None and layer.pattern.group is None:
             return masks.keep_layer(scores, layer.sparsity)
         return super().mask(layer, scores)
+
+    def compared_within(self, layer: Layer) -> Cells | None:
+        """The whole layer, or the base class' rows and groups."""
+        if self.compare == "layer" and layer.pattern.group is None:
+            return Cells(layer.weight.shape[1], across_rows=True)
+        return super().compared_within(layer)

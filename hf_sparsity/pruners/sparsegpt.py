@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algorithm import Layer, Pruner
+from ..algorithm import Cells, Citation, Layer, Pruner
 from ..core import masks
 from ..core.stats import GRAM
 
@@ -48,8 +48,16 @@ class SparseGPT(Pruner):
 
     name = "sparsegpt"
     paper = "https://arxiv.org/abs/2301.00774"
+    summary = "second-order scores, and the weights that stay make up for those that go"
+    citation = Citation(
+        "frantar2023sparsegpt",
+        "{SparseGPT}: Massive Language Models Can Be Accurately Pruned in One-Shot",
+        "Elias Frantar and Dan Alistarh",
+        2023,
+        "2301.00774",
+    )
     needs = frozenset({GRAM})
-    updates = True
+    updates_survivors = True
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -73,6 +81,10 @@ class SparseGPT(Pruner):
             return super().mask(layer, scores)
         blocks = [(b, min(b + self.block_size, width)) for b in range(0, width, self.block_size)]
         return torch.cat([~choose(layer, scores[:, b:e], begin=b) for b, e in blocks], dim=1)
+
+    def compared_within(self, layer: Layer) -> Cells | None:
+        """All rows of `block_size` columns, or the base class' groups."""
+        return super().compared_within(layer) if layer.pattern.group else Cells(self.block_size, across_rows=True)
 
     def prune(self, layer: Layer) -> Tensor:
         """The new weight `[out, in]`, in the layer's dtype: zeros where pruned, the others updated.

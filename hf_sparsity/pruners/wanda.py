@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algorithm import NORMS, Layer, Pattern, Pruner
+from ..algorithm import NORMS, Cells, Citation, Layer, Pattern, Pruner
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,14 @@ class Wanda(Pruner):
 
     name = "wanda"
     paper = "https://arxiv.org/abs/2306.11695"
+    summary = "the smallest products of weight and input norm go; and the paper's variant"
+    citation = Citation(
+        "sun2023simple",
+        "A Simple and Effective Pruning Approach for Large Language Models",
+        "Mingjie Sun and Zhuang Liu and Anna Bair and J. Zico Kolter",
+        2023,
+        "2306.11695",
+    )
     needs = frozenset({NORMS})
 
     def check(self, pattern: Pattern, has_rows: bool) -> None:
@@ -42,6 +50,10 @@ class Wanda(Pruner):
     def mask(self, layer: Layer, scores: Tensor) -> Tensor:
         """The base class' mask, or the variant's; bool `[out, in]`."""
         return _variant_mask(scores, layer.sparsity) if self.variant else super().mask(layer, scores)
+
+    def compared_within(self, layer: Layer) -> Cells | None:
+        """The base class' rows and groups; None for the variant, whose rows lose unequally many."""
+        return None if self.variant else super().compared_within(layer)
 
 
 def _variant_mask(scores: Tensor, target: float) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..algorithm import Pattern, Pruner, RowAllocator
+from ..algorithm import Pattern, Pruner
 from ..calibration.batches import data_fingerprint, prepare_batches
 from ..calibration.mixture import Mixture
 from ..calibration.splits import hold_out, split_of
 from ..checkpoint.journal import digest
 from ..checkpoint.output import Output, open_output
 from ..checkpoint.packed_folder import check_worth
-from ..config import algorithms
 from ..core.stats import NORMS, STATS
 from ..distributed import Processes, share
 from ..evaluation.by_source import SourceScores
@@ -85,9 +84,7 @@ def prune(
     """
     start = time.perf_counter()
     config = plan_config(plan, pruner)
-    _, pruner = algorithms(config)
-    rows = config.row_allocator
-    assert rows is None or isinstance(rows, RowAllocator)
+    pruner, rows = config.pruner, config.row_allocator
     model_layers = find_layers(model, config.ignore)
     check_plan(plan, model, model_layers)
     needs = (pruner.needs | (rows.needs if rows else frozenset())) & STATS

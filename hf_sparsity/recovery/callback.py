@@ -233,7 +233,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         needs: frozenset[str] = getattr(self.config.allocator, "needs", frozenset())
         if needs & (STATS | {"fisher", "loss"}):
             raise ValueError(
-                f"allocator {self.config.allocator.name!r} needs calibration data: pass plan=make_plan(model, config, batches)"  # type: ignore[union-attr]
+                f"allocator {self.config.allocator.name!r} needs calibration data: pass plan=make_plan(model, config, batches)"
             )
         if any(is_sharded(parameter) for parameter in model.parameters()):
             raise ValueError("the model is sharded: make the plan before, and pass plan=make_plan(model, config)")

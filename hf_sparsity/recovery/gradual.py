@@ -22,8 +22,6 @@ from ..model.inference import prepared
 from ..model.layers import Weight
 from ..plan import Plan
 from ..planning.checks import plan_config
-from ..pruners.magnitude import Magnitude
-from ..pruners.wanda import Wanda
 from ..streaming.fallback import FEWEST_TOKENS
 from ..streaming.observer import InputObserver, Operands
 from .zero_masks import ZeroMasks
@@ -56,17 +54,23 @@ class Schedule:
 
 
 def gradual_pruner(plan: Plan) -> Pruner:
-    """The plan's pruner if it can score weights that are being trained; `ValueError` otherwise."""
+    """Returns the plan's pruner if it can score weights that are being trained.
+
+    Raises:
+        ValueError: a row allocator; a pruner that changes the weights that stay, needs more than the norms of the
+            inputs, or does not compare scores within rows, layers or groups.
+    """
     config = plan_config(plan)
     pruner = config.pruner
     if config.row_allocator is not None:
         raise ValueError("gradual pruning has no row allocator: use row_allocator=None")
-    if isinstance(pruner, Magnitude) or (isinstance(pruner, Wanda) and not pruner.variant):
-        return pruner
-    raise ValueError(
-        f"gradual pruning scores weights by pruner 'magnitude' or 'wanda' (variant=False), not {getattr(pruner, 'name', pruner)!r}: "
-        "other pruners change survivors too, which training does here"
-    )
+    layer = Layer("any", torch.empty(1, 1))
+    if pruner.updates_survivors or pruner.needs - {NORMS} or pruner.compared_within(layer) is None:
+        raise ValueError(
+            f"gradual pruning scores weights by a pruner such as 'magnitude' or 'wanda' (variant=False), not {pruner.name!r}: "
+            "it compares weights by their inputs' norms at most, and training alone changes those that stay"
+        )
+    return pruner
 
 
 class GradualPruning:

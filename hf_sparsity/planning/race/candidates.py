@@ -11,29 +11,7 @@ from ...algorithm import LOSS, REMEASURE, Allocator, ModelOracle, Pattern
 from ...allocators import ALLOCATORS
 from ..budget import meet
 
-# What is tried of each allocator; those that are not named enter as they are.
-GRID: dict[str, dict[str, Sequence[Any]]] = {
-    "owl": {"outlier": (5.0, 7.0), "spread": (0.05, 0.08, 0.15)},
-    "alphapruning": {"spread": (0.1, 0.3), "per": ("block", "layer")},
-    "farms": {"spread": (0.1, 0.3), "per": ("block", "layer")},
-    "mrp": {"refresh": ("F0",)},  # a refresh is a pass over the model for each step of its loop
-    "dlp": {"statistic": ("mean", "median"), "spread": (0.05, 0.15)},
-    "lsa": {"spread": (0.05, 0.15)},
-    "qkvo": {"strength": (0.5, 1.0)},
-    "fisher": {"spread": (0.05, 0.1), "per": ("block", "layer")},
-}
-SEARCHERS = ("msp",)  # hundreds of evaluations each: only when named
-# Hyperparameters that `measure` never looks at: those who differ in nothing else share their measures.
-ONLY_IN_ASSIGN = {
-    "owl": ("spread", "group_spread"),
-    "alphapruning": ("spread", "per"),
-    "farms": ("spread", "per"),
-    "dlp": ("spread",),
-    "lsa": ("spread", "per"),
-    "fisher": ("spread", "per"),
-}
-MIXED = 4  # the better ones, each two of which are mixed in equal parts
-
+MIXED = 4  # plans: the best ones, each two of which are mixed in equal parts
 KINDS = ("uniform", "single", "mixture", "descent", "search")  # the simplest first
 
 
@@ -48,21 +26,32 @@ class Candidate:
 
 
 def allocators(names: Sequence[str]) -> dict[str, Allocator]:
-    """Instances by a name that tells them apart; uniform first. No names: all of the table but the searchers."""
-    chosen = names or [name for name in ALLOCATORS if name not in SEARCHERS]
-    found: dict[str, Allocator] = {}
+    """Returns the allocators that compete, by a name that tells them apart; uniform comes first.
+
+    `names`: of allocators; none means all that `enters_races`. Each enters with every point of its `race_grid`.
+    """
+    chosen = names or [name for name, allocator in ALLOCATORS.items() if allocator.enters_races]
+    competing: dict[str, Allocator] = {}
     for name in dict.fromkeys(["uniform", *chosen]):
-        grid = GRID.get(name, {})
+        grid = ALLOCATORS[name].race_grid
         for values in itertools.product(*grid.values()):
-            said = ", ".join(f"{key}={value}" for key, value in zip(grid, values, strict=True))
-            found[f"{name}({said})" if said else name] = ALLOCATORS[name](**dict(zip(grid, values, strict=True)))
-    return found
+            options = dict(zip(grid, values, strict=True))
+            competing[with_options(name, options)] = ALLOCATORS[name](**options)
+    return competing
+
+
+def with_options(name: str, options: Mapping[str, Any]) -> str:
+    """`"owl(outlier=5.0, spread=0.08)"`, or the bare name without options."""
+    return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})" if options else name
 
 
 def measurement_key(allocator: Allocator) -> Allocator:
-    """The same for all allocators that measure the same."""
+    """Returns the allocator with the hyperparameters that `measure` ignores at their defaults.
+
+    Allocators with one key measure the same.
+    """
     default = type(allocator)()
-    return replace(allocator, **{key: getattr(default, key) for key in ONLY_IN_ASSIGN.get(allocator.name, ())})  # type: ignore[type-var]
+    return replace(allocator, **{key: getattr(default, key) for key in allocator.only_in_assign})  # type: ignore[type-var]
 
 
 def enter(
@@ -81,7 +70,12 @@ def enter(
     if set(assigned) != set(sizes):
         raise ValueError(f"allocator {allocator.name!r} returned other layers than it was given")
     kind = "uniform" if allocator.name == "uniform" else "single"
-    return Candidate(name, kind, meet(assigned, sizes, target, pattern, mixes=allocator.mixes), allocator.to_dict())
+    return Candidate(
+        name,
+        kind,
+        meet(assigned, sizes, target, pattern, group_multiples=allocator.returns_group_multiples),
+        allocator.to_dict(),
+    )
 
 
 def mixtures(best: Sequence[Candidate], sizes: Mapping[str, int], target: float, pattern: Pattern) -> list[Candidate]:

@@ -15,7 +15,7 @@ from ...allocators.race import Race, Search, parse_budget
 from ...calibration.batches import data_fingerprint
 from ...calibration.splits import Split
 from ...checkpoint.journal import Journal
-from ...config import SparsityConfig, algorithms
+from ...config import SparsityConfig
 from ...core.budget_grid import Grid, Point
 from ...distributed import Processes
 from ...evaluation.by_source import compare_by_source
@@ -24,7 +24,7 @@ from ...evaluation.divergence import DenseReference, PlanScores
 from ...model.inference import Batch
 from ...model.layers import ModelLayers
 from ...race_record import RaceDetails
-from .candidates import GRID, KINDS, ONLY_IN_ASSIGN, Candidate, allocators, enter, group_experts, measurement_key
+from .candidates import KINDS, Candidate, allocators, enter, group_experts, measurement_key, with_options
 from .descent import INTERRUPTED, descend
 from .evaluator import Evaluator, SearchBudget, cut
 from .evolution import run_search
@@ -66,9 +66,9 @@ def choose(
     Beside the model: one byte a weight, the hidden states of the text for choice and certificate, and while a block
     runs a masked copy of it. `hidden_limit` is for the pass that measures. `sources`: of each sequence of a mix.
     """
-    race, pruner = algorithms(config)
+    race, pruner = config.allocator, config.pruner
     assert isinstance(race, Race)
-    pattern, target = Pattern.parse(config.pattern), float(config.sparsity)  # type: ignore[arg-type]
+    pattern, target = Pattern.parse(config.pattern), config.sparsity
     if not all({"input_ids", "decoder_input_ids"} & batch.keys() for batch in data):
         raise ValueError(f"{race.name} judges plans on text: batches with input_ids are expected")
     split = Split.of(data, race.slices[-1])
@@ -205,10 +205,9 @@ def _measured(measures: Mapping[Allocator, Measures]) -> dict[str, dict[str, flo
     for one, blocks in measures.items():
         if type(one).measure is Allocator.measure:
             continue
-        keys = [key for key in GRID.get(one.name, {}) if key not in ONLY_IN_ASSIGN.get(one.name, ())]
-        said = ", ".join(f"{key}={getattr(one, key)}" for key in keys)
+        options = {key: getattr(one, key) for key in one.race_grid if key not in one.only_in_assign}
         numbers = {name: one.number(value) for block in blocks for name, value in block.items()}
         known = {name: number for name, number in numbers.items() if number is not None and math.isfinite(number)}
         if known:
-            found[f"{one.name}({said})" if said else one.name] = known
+            found[with_options(one.name, options)] = known
     return found

@@ -14,9 +14,6 @@ from ...core.stats import STATS
 from ...distributed import Processes
 from ...model.inference import Batch
 from ...model.layers import ModelLayers
-from ...pruners import PRUNERS
-from ...pruners.magnitude import Magnitude
-from ...pruners.sparsegpt import SparseGPT
 from ...streaming.fallback import check_finite, fall_back
 from ...streaming.run import PassOptions, progress
 from ...streaming.stream import stream_blocks
@@ -61,16 +58,10 @@ def survey(
 
 
 def ranked(pruner: Pruner, layer: Layer, scores: Tensor) -> Ranks:
-    """The pruner's masks at all sparsities; by one sort where it is known what it compares."""
-    if layer.pattern.group is not None:
-        return rank_rows(scores, layer.pattern.group)
-    if isinstance(pruner, Magnitude) and pruner.compare == "layer":
-        return rank_blocks(scores, scores.shape[1])
-    if isinstance(pruner, SparseGPT):
-        return rank_blocks(scores, pruner.block_size)
-    ours = type(pruner) in PRUNERS.values() and not getattr(pruner, "variant", False)
-    if ours or type(pruner).mask is Pruner.mask:
-        return rank_rows(scores)
+    """Returns the pruner's masks at all sparsities: by one sort where it compares within cells, else asked one by one."""
+    cells = pruner.compared_within(layer)
+    if cells is not None:
+        return rank_blocks(scores, cells.columns) if cells.across_rows else rank_rows(scores, cells.columns)
 
     def mask_at(sparsity: float) -> Tensor:
         layer.sparsity = sparsity

@@ -95,7 +95,7 @@ def _by(role: str, name: str) -> str:
         return "every layer is equally sparse"
     if role == "allocator" and name in CHOOSERS:
         return "how sparse each layer is was decided on this model, by comparing many plans on calibration text"
-    paper = PAPERS.get(name) if name in TABLES[role] else None
+    paper = TABLES[role][name].citation if name in TABLES[role] else None
     shown = f"[{name}]({paper.url})" if paper else code(name)
     return f"{shown} {does[role]}"
 
@@ -337,15 +337,14 @@ def limits(facts: Facts) -> str:
 
 def papers(facts: Facts) -> str:
     """BibTeX of every algorithm; the address of a paper that has no entry; the names of algorithms that are not ours."""
-    ours = [(role, name) for role, name in facts.algorithms if name in TABLES[role]]
-    keys = [name for _, name in ours if name in PAPERS]
+    ours = {name: TABLES[role][name] for role, name in facts.algorithms if name in TABLES[role]}
     methods = [str(done.get("method")) for done in facts.recoveries] + (
         ["reconstruct"] if _reconstruction(facts) else []
     )
-    keys += [key for method in methods for key in RECOVERY.get(method, ())]
-    entries = dict.fromkeys(PAPERS[key] for key in keys)
+    cited = [algorithm.citation for algorithm in ours.values() if algorithm.citation]
+    entries = dict.fromkeys([*cited, *(PAPERS[key] for method in methods for key in RECOVERY.get(method, ()))])
     parts = [block("\n\n".join(paper.bibtex() for paper in entries), "bibtex")] if entries else []
-    addresses = {name: TABLES[role][name].paper for role, name in ours if name not in PAPERS}
+    addresses = {name: algorithm.paper for name, algorithm in ours.items() if not algorithm.citation}
     parts += [f"{code(name)}: {address}" for name, address in addresses.items() if address]
     if strange := [code(name) for role, name in facts.algorithms if name not in {*TABLES[role], *CHOOSERS}]:
         parts.append(f"{', '.join(strange)}: not part of hf_sparsity, and no paper is recorded.")

@@ -215,7 +215,7 @@ def updating(plan: Plan) -> str:
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str) or name not in PRUNERS:
         return f"nothing is known of the pruner {name!r}"
-    return f"{name} updates the weights that stay" if PRUNERS[name].updates else ""
+    return f"{name} updates the weights that stay" if PRUNERS[name].updates_survivors else ""
 
 
 def explained(known: Known) -> list[Finding]:

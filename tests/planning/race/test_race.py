@@ -21,7 +21,7 @@ from hf_sparsity.distributed import Processes
 from hf_sparsity.evaluation import divergence as judging
 from hf_sparsity.evaluation.divergence import DenseReference, PlanScores, compared, masked
 from hf_sparsity.model.layers import find_layers
-from hf_sparsity.planning.race.candidates import GRID, Candidate, allocators, measurement_key, mixtures
+from hf_sparsity.planning.race.candidates import Candidate, allocators, measurement_key, mixtures
 from hf_sparsity.planning.race.evaluator import SearchBudget, cut
 from hf_sparsity.planning.race.successive_halving import ScoredCandidate, winner
 from hf_sparsity.planning.race.survey import ranked
@@ -165,10 +165,9 @@ def test_every_allocator_enters_and_uniform_first():
     found = allocators(())
     assert {a.name for a in found.values()} == set(ALLOCATORS) - {"msp"} and next(iter(found)) == "uniform"
     assert {a.name for a in allocators(("owl",)).values()} == {"uniform", "owl"}
-    assert set(GRID) <= set(ALLOCATORS)
 
 
-@pytest.mark.parametrize("name", [n for n in GRID if n != "mrp"])
+@pytest.mark.parametrize("name", [name for name, allocator in ALLOCATORS.items() if allocator.only_in_assign])
 def test_those_who_share_a_measure_would_have_measured_the_same(name):
     torch.manual_seed(0)
     from hf_sparsity.core.stats import InputStats

@@ -436,12 +436,14 @@ def test_no_record_of_a_run_gives_no_command(folder):
 
 
 def test_every_algorithm_has_its_paper():
-    for algorithms in (ALLOCATORS, ROW_ALLOCATORS, PRUNERS):
-        for name, algorithm in algorithms.items():
-            assert not algorithm.paper.startswith("https://arxiv.org") or PAPERS[name].url == algorithm.paper
+    algorithms = [a for table in (ALLOCATORS, ROW_ALLOCATORS, PRUNERS) for a in table.values()]
+    for algorithm in algorithms:
+        assert algorithm.citation or not algorithm.paper.startswith("https://arxiv.org"), algorithm
+        assert algorithm.citation is None or algorithm.citation.url == algorithm.paper
     assert {key for method in METHODS for key in RECOVERY.get(method, ())} <= set(PAPERS)
-    assert len({paper.key for paper in PAPERS.values()}) == len({paper.url for paper in PAPERS.values()})
-    for paper in PAPERS.values():
+    papers = {a.citation for a in algorithms if a.citation} | set(PAPERS.values())
+    assert len({paper.key for paper in papers}) == len({paper.url for paper in papers}) == len(papers) == 14
+    for paper in papers:
         assert paper.bibtex().count("{") == paper.bibtex().count("}") and "," not in paper.authors
 
 
