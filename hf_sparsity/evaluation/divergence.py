@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.inference import Batch, prepared
 from ..model.layers import Block, ModelLayers
+from ..model.masked import masked
 from ..model.offload import onload
 from ..streaming.forward import drive
 from ..streaming.lockstep import lockstep
@@ -138,25 +139,6 @@ class DenseReference:
                             arrival.finish(2 * number, output)
                             arrival.finish(2 * number + 1, arrival.run(2 * number + 1, stay=False))
         return rows
-
-
-@contextmanager
-def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, masked copies of these layers' parameters stand in for them. The block is on its device."""
-    own: dict[tuple[int, str], tuple[nn.Module, nn.Parameter]] = {}
-    try:
-        for name, mask in masks.items():
-            weight = block.weights[name]
-            key = (id(weight.module), weight.attribute)
-            if key not in own:
-                own[key] = (weight.module, weight.stored)
-                copy = nn.Parameter(weight.stored.detach().clone(), requires_grad=False)
-                weight.module._parameters[weight.attribute] = copy
-            weight.read().mul_(mask.to(weight.read().device))
-        yield
-    finally:
-        for (_, attribute), (module, parameter) in own.items():
-            module._parameters[attribute] = parameter
 
 
 def joined(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Batch]:

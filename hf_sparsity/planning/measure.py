@@ -15,7 +15,7 @@ from ..distributed import share
 from ..model.inference import Batch
 from ..model.layers import ModelLayers
 from ..streaming.fallback import check_finite, fall_back
-from ..streaming.run import PassOptions, progress
+from ..streaming.run import PassOptions, Progress
 from ..streaming.stream import stream_blocks
 from .fisher import fisher_information
 
@@ -96,7 +96,8 @@ class Measuring:
             only=only,
         )
         title = f"Measuring ({allocator.name})"
-        for block in progress(stream, self.model_layers, title, self.run, self.batches if stats else []):
+        progress = Progress(title, self.model_layers, self.run, self.batches if stats else [])
+        for block in progress.over(stream):
             check_finite(block)
             fall_back(block, self.model_layers, stats)
             for name, layer in block.layers.items():

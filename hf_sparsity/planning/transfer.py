@@ -29,7 +29,7 @@ from ..model.layers import Block, ModelLayers
 from ..plan import LayerPlan, Plan
 from ..records import Comparison
 from ..streaming.fallback import fall_back
-from ..streaming.run import PassOptions, progress
+from ..streaming.run import PassOptions, Progress
 from ..streaming.stream import stream_blocks
 from .budget import meet
 
@@ -138,7 +138,7 @@ def _write_masks(
     needs, run = pruner.needs & STATS, PassOptions()
     batches = scoring if needs else []
     stream = stream_blocks(model, model_layers, batches, needs, rewrites=False, run=run)
-    for block in progress(stream, model_layers, "Checking the plan", run, batches):
+    for block in Progress("Checking the plan", model_layers, run, batches).over(stream):
         fall_back(block, model_layers, needs)
         found: dict[str, Tensor] = {}
         for name, layer in block.layers.items():

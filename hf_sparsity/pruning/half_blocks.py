@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..model.layers import Block, Weight
 from ..streaming.observer import Enough
-from ..streaming.stream import Call, TwinWalk
+from ..streaming.twin_walk import Call, TwinWalk
 
 DENSE, HALF = "dense", "half"  # what is recorded of a batch: of the dense block; of the half that is trained
 CLOSE = 0.02  # relative difference up to which two tensors in half precision count as equal

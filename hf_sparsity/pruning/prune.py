@@ -32,7 +32,7 @@ from ..planning.checks import check_plan, plan_config
 from ..planning.transfer import made_on_other_weights, revalidate
 from ..streaming.fallback import check_finite, fall_back
 from ..streaming.memory import check_room
-from ..streaming.run import PassOptions, progress
+from ..streaming.run import PassOptions, Progress
 from ..streaming.stream import stream_blocks
 from .prune_block import prune_block
 from .reconstruction import STREAMS, BlockReconstruction, Reconstruction
@@ -138,17 +138,18 @@ def prune(
     run = PassOptions(processes, hidden_limit, output.journal if output else None)
     twins = recovery is not None
     stream = stream_blocks(model, model_layers, share(data, processes), needs, rewrites=True, run=run, twins=twins)
-    for block in progress(stream, model_layers, "Pruning", run, data):
+    progress = Progress("Pruning", model_layers, run, data)
+    for block in progress.over(stream):
         check_finite(block)
         fallbacks = fall_back(block, model_layers, needs)
         for layer in block.layers.values():
             layer.sparsity = plan.layers[layer.name].sparsity
             layer.pattern = Pattern.parse(plan.layers[layer.name].pattern)
         dense = recovery.watch(block, model_layers.blocks[block.index]) if recovery else None
-        made = prune_block(block, pruner, rows, fallbacks, processes)
+        made = prune_block(block, pruner, rows, fallbacks, processes, progress)
         reports |= made
         if recovery and dense:
-            recovery.train(block, dense, run.journal)
+            recovery.train(block, dense, progress, run.journal)
         if output is not None:
             output.write_block(model, model_layers, model_layers.blocks[block.index], made)
     scored = witness.report() if witness else None

@@ -13,6 +13,7 @@ from ..algorithm import SCORES, Layer, Pruner, RowAllocator
 from ..distributed import Processes, owners
 from ..model.sparsity import mask_hash
 from ..plan import LARGEST_DEVIATION, LayerReport
+from ..streaming.run import Progress
 from ..streaming.stream import StreamedBlock
 
 
@@ -22,6 +23,7 @@ def prune_block(
     rows: RowAllocator | None,
     fallbacks: Mapping[str, str],
     processes: Processes,
+    progress: Progress,
 ) -> dict[str, LayerReport]:
     """Prunes a block's layers, each group on one of the processes, and writes them on all; says what became of them."""
     groups = list(_sharing(block.layers.values()))
@@ -29,7 +31,7 @@ def prune_block(
     reports: dict[str, LayerReport] = {}
     new: dict[str, Tensor] = {}
     for group, rank in zip(groups, owner, strict=True):
-        block.tell(f"layer {len(reports) + 1} of {len(block.layers)}")
+        progress.say(f"layer {len(reports) + 1} of {len(block.layers)}")
         if rank == processes.rank:
             pruned, told = _prune_group(group, pruner, rows, fallbacks)
             reports |= told

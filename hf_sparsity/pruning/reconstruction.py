@@ -24,7 +24,9 @@ from torch import Tensor
 from ..checkpoint.journal import Journal
 from ..distributed import Processes
 from ..model.layers import Block, ModelLayers
-from ..streaming.stream import StreamedBlock, TwinWalk
+from ..streaming.run import Progress
+from ..streaming.stream import StreamedBlock
+from ..streaming.twin_walk import TwinWalk
 from .half_blocks import DENSE, HALF, DenseOutputs, Example, HalfBlock, energy, example, observe
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,9 @@ class Reconstruction:
         """
         return observe(block.twins, layout_block) if block.twins else None
 
-    def train(self, block: StreamedBlock, dense: DenseOutputs, journal: Journal | None = None) -> None:
+    def train(
+        self, block: StreamedBlock, dense: DenseOutputs, progress: Progress, journal: Journal | None = None
+    ) -> None:
         """Trains the pruned block, half by half, and writes what became better; the journal remembers the errors."""
         for layer in block.layers.values():
             layer.stats = None  # Gram matrices are as large as what comes now
@@ -119,7 +123,7 @@ class Reconstruction:
         for index, half in enumerate(dense.halves):
             if half.zeros == 0:
                 continue  # nothing was pruned: dense it stays
-            block.tell(f"reconstructing {half.name}")
+            progress.say(f"reconstructing {half.name}")
             record, new = self._half(block, dense, index)
             records.append(record)
             for weights in half.weights.values() if new else ():

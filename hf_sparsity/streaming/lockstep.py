@@ -4,7 +4,7 @@ The model's own forward drives. Each calibration batch runs `drive(**batch)` in 
 every block's `forward` is replaced by one that hands its arguments to the driver and sleeps. When
 all batches stand at the same block, the driver has every input that the block will really get, with
 its own masks, rotary tables and cross-layer state. It runs the block, gives each thread its output,
-and that one walks on to the next block. So nothing is recorded from one block and replayed at another,
+and that thread walks on to the next block. So nothing is recorded from one block and replayed at another,
 which is silently wrong for models whose blocks differ (Gemma, gpt-oss, sliding windows).
 
 Exactly one thread is awake at any time: the threads are coroutines, not parallelism. Blocks run in
@@ -15,7 +15,8 @@ memory for each thread that used it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class Arrival:
     _spill: Spill | None = None
 
     def run(self, batch: int, *, stay: bool = True) -> Any:
-        """The block's output on one batch, in the driver's thread, without gradients.
+        """Returns the block's output on one batch, computed in the driver's thread without gradients.
 
         `stay`: whether the batch waits on; otherwise `finish` follows.
         """
@@ -65,12 +66,101 @@ class Arrival:
 
 
 class _Worker:
+    """The thread of one batch: `call` holds the block it stands at with its arguments, None while it walks."""
+
     def __init__(self) -> None:
         self.wake = threading.Semaphore(0)
         self.call: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = False
+
+
+class _Walk:
+    """The threads of all batches, of which one is awake at a time or none.
+
+    `back` is released by a thread whenever it falls asleep at a block or ends.
+    """
+
+    def __init__(self, drive: Callable[..., Any], batches: Sequence[Mapping[str, Any]], spill: Spill | None):
+        self.workers = [_Worker() for _ in batches]
+        self.spill = spill
+        self._drive = drive
+        self._back = threading.Semaphore(0)
+        self._own = threading.local()  # the worker of each thread
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._work, args=pair, daemon=True)
+            for pair in zip(self.workers, batches, strict=True)
+        ]
+
+    def suspended(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a forward for block `index` that hands its arguments to the driver and waits for the output."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            worker = getattr(self._own, "worker", None)
+            if worker is None:
+                return original(*args, **kwargs)
+            worker.call = (index, args, kwargs)
+            del args, kwargs  # the driver frees the inputs as soon as they are used
+            self._back.release()
+            worker.wake.acquire()
+            if self._stopping:
+                raise _Stop
+            result, worker.result = worker.result, None
+            return result
+
+        return forward
+
+    def _work(self, worker: _Worker, batch: Mapping[str, Any]) -> None:
+        """Runs in the thread of a batch."""
+        self._own.worker = worker
+        worker.wake.acquire()
+        try:
+            if not self._stopping:
+                with torch.no_grad():
+                    self._drive(**batch)
+        except _Stop:
+            pass
+        except BaseException as error:
+            worker.error = error
+        finally:
+            worker.done = True
+            self._back.release()
+
+    def start(self) -> None:
+        """Lets every batch walk to its first block."""
+        for thread in self._threads:
+            thread.start()
+        for number in range(len(self.workers)):
+            self.advance(number)
+
+    def advance(self, number: int) -> None:
+        """Lets a batch walk to its next block, or to its end."""
+        worker = self.workers[number]
+        worker.wake.release()
+        self._back.acquire()
+        if worker.error is not None:
+            raise worker.error
+        if self.spill and worker.call:
+            self.spill.arrive(number, worker.call[1:])
+
+    def go(self, number: int, output: Any) -> None:
+        """Gives a batch the output of the block it stands at, and lets it walk on."""
+        worker = self.workers[number]
+        if worker.call is not None or worker.done:
+            raise RuntimeError(f"batch {number} was let go twice at one block")
+        worker.result = output
+        del output
+        self.advance(number)
+
+    def stop(self) -> None:
+        """Ends all threads."""
+        self._stopping = True
+        for worker, thread in zip(self.workers, self._threads, strict=True):
+            if thread.ident is not None:
+                worker.wake.release()
+                thread.join()
 
 
 def lockstep(
@@ -84,95 +174,45 @@ def lockstep(
     For each batch the consumer has called `arrival.finish` with its output when it resumes. With `spill`, the
     inputs of waiting batches may lie on disk.
 
-    Raises whatever the model's forward raises, and `RuntimeError` when batches take different paths.
+    Raises:
+        RuntimeError: batches take different paths, or the consumer has kept one back.
+        Exception: whatever the model's forward raises.
     """
-    workers = [_Worker() for _ in batches]
-    back = threading.Semaphore(0)
-    mine = threading.local()
-    stopping = False
+    walk = _Walk(drive, batches, spill)
     originals = [block.forward for block in blocks]
-
-    def suspended(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            worker = getattr(mine, "worker", None)
-            if worker is None:
-                return originals[index](*args, **kwargs)
-            worker.call = (index, args, kwargs)
-            del args, kwargs  # the driver frees the inputs as soon as they are used
-            back.release()
-            worker.wake.acquire()
-            if stopping:
-                raise _Stop
-            result, worker.result = worker.result, None
-            return result
-
-        return forward
-
-    def work(worker: _Worker, batch: Mapping[str, Any]) -> None:
-        mine.worker = worker
-        worker.wake.acquire()
+    with replaced_forwards(blocks, [walk.suspended(*pair) for pair in enumerate(originals)]):
         try:
-            if not stopping:
-                with torch.no_grad():
-                    drive(**batch)
-        except _Stop:
-            pass
-        except BaseException as error:
-            worker.error = error
+            walk.start()
+            while not all(worker.done for worker in walk.workers):
+                calls = [worker.call for worker in walk.workers if worker.call]
+                if len(calls) < len(walk.workers) or len({index for index, _, _ in calls}) != 1:
+                    raise RuntimeError(
+                        "calibration batches take different paths through the model; give batches of one kind"
+                    )
+                index = calls[0][0]
+                arrival = Arrival(index, [call[1:] for call in calls], originals[index], walk.go, spill)
+                del calls
+                for worker in walk.workers:
+                    worker.call = None
+                yield arrival
+                if waiting := [n for n, w in enumerate(walk.workers) if w.call is None and not w.done]:
+                    raise RuntimeError(f"batches {waiting} were not let go from block {index}")
+                del arrival
         finally:
-            worker.done = True
-            back.release()
+            walk.stop()
 
-    def advance(number: int) -> None:
-        """Lets a batch walk to its next block, or to its end."""
-        workers[number].wake.release()
-        back.acquire()
-        if (error := workers[number].error) is not None:
-            raise error
-        call = workers[number].call
-        if spill and call:
-            spill.arrive(number, call[1:])
 
-    def go(number: int, output: Any) -> None:
-        worker = workers[number]
-        if worker.call is not None or worker.done:
-            raise RuntimeError(f"batch {number} was let go twice at one block")
-        worker.result = output
-        del output
-        advance(number)
-
-    own = ["forward" in block.__dict__ for block in blocks]  # accelerate's hooks live there too
-    threads = [threading.Thread(target=work, args=(w, b), daemon=True) for w, b in zip(workers, batches, strict=True)]
-    for index, block in enumerate(blocks):
-        block.forward = suspended(index)
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Gives each module another `forward` inside; also code that calls `module.forward` itself meets it."""
+    own = [module.__dict__.get("forward") for module in modules]  # accelerate's hooks live there too
+    for module, new in zip(modules, forwards, strict=True):
+        module.forward = new
     try:
-        for thread in threads:
-            thread.start()
-        for number in range(len(workers)):
-            advance(number)
-        while not all(worker.done for worker in workers):
-            if any(worker.done for worker in workers) or len({w.call[0] for w in workers if w.call}) != 1:
-                raise RuntimeError(
-                    "calibration batches take different paths through the model; give batches of one kind"
-                )
-            calls = [worker.call for worker in workers if worker.call]
-            index = calls[0][0]
-            arrival = Arrival(index, [(args, kwargs) for _, args, kwargs in calls], originals[index], go, spill)
-            del calls
-            for worker in workers:
-                worker.call = None
-            yield arrival
-            if waiting := [n for n, worker in enumerate(workers) if worker.call is None and not worker.done]:
-                raise RuntimeError(f"batches {waiting} were not let go from block {index}")
-            del arrival
+        yield
     finally:
-        stopping = True
-        for block, original, owned in zip(blocks, originals, own, strict=True):
-            if owned:
-                block.forward = original
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                del module.forward
             else:
-                del block.forward
-        for worker, thread in zip(workers, threads, strict=True):
-            if thread.ident is not None:
-                worker.wake.release()
-                thread.join()
+                module.forward = forward

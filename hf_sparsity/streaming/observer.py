@@ -143,7 +143,7 @@ def product_operands(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 class Collector:
     """Fills one `InputStats` per input tensor; layers fed by the same tensor share it.
 
-    Use `with collector.tap(...)` around each batch's forward, then `finish`.
+    Use `with collector.observe(...)` around each batch's forward, then `finish`.
     """
 
     def __init__(self, operands: Operands, needs: frozenset[str]):
@@ -167,7 +167,7 @@ class Collector:
         fixed = len(set(self._order)) == len(self._order) == self.operands.count and not self.operands.routed
         return self._order[-1] if fixed else None
 
-    def tap(
+    def observe(
         self, *, sequences: int, length: int = 0, masks: Sequence[Tensor] = (), whole: bool = True
     ) -> InputObserver:
         """A mode to run one batch's forward under; unless the `whole` output is wanted it may end early, by `Enough`.
@@ -226,39 +226,3 @@ class Collector:
         if by_sequence or flat.shape[0] == self._sequences * length:
             return flat, torch.arange(1, self._sequences + 1, device=flat.device) * length - 1
         return flat, None
-
-
-class MaskedProducts(TorchFunctionMode):
-    """Runs a model as if it were pruned: each weight operand is multiplied by its mask, nothing is written.
-
-    `masks(weight)` gives the mask `[out, in]` (True = kept) or None for a dense layer.
-    """
-
-    def __init__(self, operands: Operands, masks: Callable[[Weight], Tensor | None]):
-        super().__init__()
-        self.operands = operands
-        self.masks = masks
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in PRODUCTS:
-            return func(*args, **kwargs)
-        swapped = {}
-        for operand in product_operands(func, args, kwargs):
-            if (hit := self.operands.find(operand)) is not None:
-                swapped[id(operand)] = self._masked(operand, *hit)
-        args = tuple(swapped.get(id(a), a) for a in args)
-        return func(*args, **{k: swapped.get(id(v), v) for k, v in kwargs.items()})
-
-    def _masked(self, operand: Tensor, parameter: Tensor, weights: Sequence[Weight]) -> Tensor:
-        masks = [self.masks(weight) for weight in weights]
-        if not masks or all(mask is None for mask in masks):
-            return operand
-        exchanged = shown_transposed(operand, parameter)
-        shown = [
-            torch.ones_like(operand.detach().reshape(-1, *operand.shape[-2:])[i], dtype=torch.bool)
-            if mask is None
-            else (mask.T if weight.transposed != exchanged else mask)
-            for i, (mask, weight) in enumerate(zip(masks, weights, strict=True))
-        ]
-        return operand * (torch.stack(shown) if operand.ndim == 3 else shown[0]).to(operand.device)

@@ -24,57 +24,72 @@ Step = TypeVar("Step", bound=Any)
 
 @dataclass(frozen=True)
 class PassOptions:
-    """`hidden_limit`: bytes of waiting batches' inputs that stay in memory, None for all. `journal`: of a pruning pass."""
+    """How a pass is carried out.
+
+    Args:
+        processes: those that share the work.
+        hidden_limit: bytes of waiting batches' inputs that stay in memory; None for all.
+        journal: the record of a pruning pass that can be interrupted.
+    """
 
     processes: Processes = field(default_factory=Processes)
     hidden_limit: int | None = None
     journal: Journal | None = None
 
     def has_finished(self, block: Block) -> bool:
-        """Whether an earlier, interrupted run has pruned the block."""
+        """Returns whether an earlier, interrupted run has pruned the block."""
         return self.journal is not None and self.journal.finished(block.name)
 
     def merge(
         self, stats: Mapping[str, InputStats], block: Block, needs: frozenset[str], sequences: int
     ) -> dict[str, InputStats]:
-        """A block's statistics over the `sequences` of this process -> over those of all."""
+        """Returns a block's statistics over all processes, from those over the `sequences` of this one."""
         devices = {name: weight.read().device for name, weight in block.weights.items()}
         return self.processes.merge_stats(stats, devices, needs=needs, sequences=sequences)
 
     @contextmanager
     def spilling(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> Iterator[Spill | None]:
-        """A place on disk for inputs beyond the limit, gone afterwards."""
+        """Gives a place on disk for inputs beyond the limit, removed afterwards; None without a limit."""
         if self.hidden_limit is None:
             yield None
             return
-        given = (v for batch in batches for v in batch.values() if isinstance(v, Tensor))
+        inputs = (v for batch in batches for v in batch.values() if isinstance(v, Tensor))
         folder = self.journal.folder if self.journal else None
-        spill = Spill(self.hidden_limit, itertools.chain(model.parameters(), model.buffers(), given), folder)
+        spill = Spill(self.hidden_limit, itertools.chain(model.parameters(), model.buffers(), inputs), folder)
         try:
             yield spill
         finally:
             spill.close()
 
 
-def progress(
-    stream: Iterator[Step],
-    model_layers: ModelLayers,
-    title: str,
-    run: PassOptions,
-    batches: Sequence[Mapping[str, Any]],
-) -> Iterator[Step]:
-    """The stream, with a bar of its blocks on the main process: what is left, and tokens a second."""
-    names = [block.name for block in model_layers.blocks if block.weights]
-    done = sum(map(run.journal.finished, names)) if run.journal else 0
-    tokens = sum(batch.get("input_ids", next(iter(batch.values()))).numel() for batch in batches)
-    with tqdm(
-        total=len(names), initial=done, desc=title, unit="block", disable=run.processes.hide_bars, leave=False
-    ) as bar:
-        start, speed = time.perf_counter(), ""
-        for block in stream:
-            block.tell = lambda text, speed=speed: bar.set_postfix_str(", ".join(filter(None, (text, speed))))
-            yield block
-            bar.update()
-            if tokens:
-                speed = f"{tokens * (bar.n - done) / (time.perf_counter() - start):.0f} tokens/s"
-            bar.set_postfix_str(speed)
+class Progress:
+    """A bar of the blocks of one pass, shown on the main process: what is left, and tokens a second."""
+
+    def __init__(
+        self, title: str, model_layers: ModelLayers, run: PassOptions, batches: Sequence[Mapping[str, Any]] = ()
+    ):
+        """`batches`: those that pass through every block; without any no speed is shown."""
+        names = [block.name for block in model_layers.blocks if block.weights]
+        self._done = sum(map(run.journal.finished, names)) if run.journal else 0
+        self._tokens = sum(batch.get("input_ids", next(iter(batch.values()))).numel() for batch in batches)
+        self._options = {"total": len(names), "initial": self._done, "desc": title, "disable": run.processes.hide_bars}
+        self._bar: Any = None
+        self._speed = ""
+
+    def over(self, stream: Iterator[Step]) -> Iterator[Step]:
+        """Yields what the stream yields, a step of the bar for each."""
+        with tqdm(unit="block", leave=False, **self._options) as self._bar:
+            start = time.perf_counter()
+            for block in stream:
+                yield block
+                self._bar.update()
+                if self._tokens:
+                    seconds = time.perf_counter() - start
+                    self._speed = f"{self._tokens * (self._bar.n - self._done) / seconds:.0f} tokens/s"
+                self._bar.set_postfix_str(self._speed)
+        self._bar = None
+
+    def say(self, text: str) -> None:
+        """Shows how far the work on the current block is."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(filter(None, (text, self._speed))))

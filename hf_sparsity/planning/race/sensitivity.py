@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ...core.nested_masks import Ranks
-from ...evaluation.divergence import DenseReference, by_token, masked
+from ...evaluation.divergence import DenseReference, by_token
 from ...model.inference import Batch, prepared
 from ...model.layers import Block, Weight
+from ...model.masked import masked
 from ...model.offload import onload
 from ...streaming.forward import drive
 from ...streaming.gradients import Gradients, differentiable

@@ -15,7 +15,7 @@ from ...distributed import Processes
 from ...model.inference import Batch
 from ...model.layers import ModelLayers
 from ...streaming.fallback import check_finite, fall_back
-from ...streaming.run import PassOptions, progress
+from ...streaming.run import PassOptions, Progress
 from ...streaming.stream import stream_blocks
 from ..fisher import fisher_information
 
@@ -44,7 +44,7 @@ def survey(
     stream = stream_blocks(model, model_layers, batches, stats, rewrites=False, run=run)
     found: dict[Allocator, dict[int, dict[str, Any]]] = {one: {} for one in allocators}
     ranks: dict[str, Ranks] = {}
-    for block in progress(stream, model_layers, "Measuring", run, batches):
+    for block in Progress("Measuring", model_layers, run, batches).over(stream):
         check_finite(block)
         fall_back(block, model_layers, stats)
         for name, layer in block.layers.items():

@@ -1,0 +1,66 @@
+"""Where an interrupted pruning pass goes on: at the last block whose inputs are on disk, where the architecture allows it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.journal import Journal
+from ..distributed import Processes
+from ..model.layers import Block
+from ..model.offload import onload
+from .lockstep import Arrival
+
+logger = logging.getLogger(__name__)
+
+
+def visit_to_resume_at(
+    journal: Journal | None, processes: Processes, blocks: Sequence[Block], walk_pair: Callable[[], Generator[Arrival]]
+) -> int:
+    """Returns the number of the visit from which a pass goes on; 0 if it has to begin at the first block.
+
+    Later visits qualify when what a block gets depends on nothing but the output of the block before and the batch.
+    That is tried on the first batch, which `walk_pair` lets walk twice: beside its true walk, one that begins with
+    the stored output must come to every later block with the same arguments. All processes return the same.
+    """
+    if journal is None:
+        return 0
+    start = min(processes.gather(journal.start))
+    if start and not _arrive_alike(start, journal, blocks, walk_pair):
+        start = 0
+    return min(processes.gather(start))
+
+
+def _arrive_alike(
+    start: int, journal: Journal, blocks: Sequence[Block], walk_pair: Callable[[], Generator[Arrival]]
+) -> bool:
+    """Returns whether a walk that begins with the stored output equals the true walk from visit `start` on."""
+    try:
+        with closing(walk_pair()) as arrivals:
+            for visit, arrival in enumerate(arrivals):
+                if visit >= start and not _same(*arrival.calls):
+                    return False
+                with onload(blocks[arrival.index].module):
+                    output = arrival.run(0)
+                arrival.finish(0, output)
+                arrival.finish(1, journal.output(0, blank=visit < start - 1) if visit < start else output)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        logger.info("no way to go on from stored inputs (%s); the finished blocks are computed again", error)
+        return False
+    return True
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Returns whether nested arguments hold equal tensors; what is neither tensor nor container counts as equal."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other)
