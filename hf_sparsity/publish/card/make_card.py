@@ -20,9 +20,10 @@ from ...files import write_whole
 from ...pictures.png import draw_card
 from .markdown import line, slug
 from .model_facts import Facts, is_hub_id, read_facts
-from .text import MARKER, body
+from .render import render
 
 CARD, PLOT = "README.md", "sparsity_plan.png"
+MARKER = "<!-- Rendered by hf_sparsity; `hf-sparsity card` replaces all of it."  # as in card_template.md
 LARGEST_CARD = 2**22  # bytes of a card whose metadata are read
 # The Hub knows adapter, merge, quantized and finetune (https://huggingface.co/docs/hub/model-cards); pruned weights are the
 # same ones changed, in the same format: a finetune. Tags say that it is sparse.
@@ -97,8 +98,8 @@ def make_card(
         people = {k: v for k, v in people.items() if k not in _LICENCE} | {"license": given["license"]}
     plot = PLOT if _draw(facts, folder / PLOT) else None
     title = people.get("name") or facts.name
-    text = body(facts, title, people.get("base_model"), plot)
-    card = ModelCard(f"---\n{metadata(facts, title, people).to_yaml()}\n---\n\n{text}")
+    about = metadata(facts, title, people).to_yaml()
+    card = ModelCard(render(facts, metadata=about, title=title, base=people.get("base_model"), plot=plot))
     write_whole(folder / CARD, str(card).encode())
     return card
 
@@ -117,7 +118,7 @@ def metadata(facts: Facts, name: str, people: Mapping[str, Any]) -> ModelCardDat
     tags = ["sparse", "pruned", "hf_sparsity", pattern, f"sparsity-{100 * facts.plan.target:.0f}"]
     tags += [slug(one) for _, one in facts.algorithms]
     tags += ["recovered"] if facts.recoveries else []
-    tags += ["bitmask"] if facts.packed else []
+    tags += ["bitmask"] if facts.packed else [slug(facts.quantization.split(",")[0])] if facts.quantization else []
     results = [r for text in facts.metrics.texts for r in text_results(text)]
     results += [r for task in facts.metrics.tasks for r in task_results(task)]
     kept = {key: people[key] for key in INHERITED if people.get(key)}
@@ -125,7 +126,7 @@ def metadata(facts: Facts, name: str, people: Mapping[str, Any]) -> ModelCardDat
     return ModelCardData(
         **kept,
         base_model=base,
-        base_model_relation=RELATION if base else None,
+        base_model_relation=("quantized" if facts.quantization else RELATION) if base else None,
         library_name="transformers",
         pipeline_tag=_pipeline(facts.config),
         tags=tags,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 LONGEST = 200  # characters of a string from a checkpoint that are shown
@@ -28,13 +27,6 @@ def block(text: str, language: str = "") -> str:
     """A fenced block of code, its fence longer than any inside."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
-    """Columns, the first to the left, the others to the right where they are numbers; bars inside cells are escaped."""
-    ruler = ["---", *["---:" if right else "---"] * (len(header) - 1)]
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ruler, *cells[1:]))
 
 
 def slug(text: Any) -> str:
@@ -73,3 +65,8 @@ def percent(value: float) -> str:
 def megabytes(size: int) -> str:
     """Bytes in units of 10^6, or 10^9 for large files."""
     return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.2f} MB"
+
+
+def without_empty_lines(text: str) -> str:
+    """The text with one empty line wherever there were several."""
+    return re.sub(r"\n{3,}", "\n\n", text)

@@ -13,6 +13,7 @@ import torch
 
 from ...checkpoint.bitmask.bits import GROUPS
 from ...checkpoint.bitmask.codec import Header
+from ...checkpoint.packed_folder import METHOD
 from ...checkpoint.zeros import REPORT_FILE
 from ...evaluation.metrics import METRICS_FILE, Metrics, TaskRecord, TextRecord
 from ...files import check_finished
@@ -44,12 +45,35 @@ class Facts:
     config: Mapping[str, Any]
     report: Report | None
     metrics: Metrics
-    sizes: Sizes | None
+    sizes: Sizes | None = None
+    file_bytes: int | None = None
 
     @property
     def packed(self) -> bool:
         """Whether the folder's files are in the bitmask layout."""
-        return isinstance(self.config.get("quantization_config"), Mapping)
+        return field(self.config, "quantization_config", "quant_method") == METHOD
+
+    @property
+    def quantization(self) -> str | None:
+        """What quantized the weights after they were pruned, such as "bitsandbytes, 4 bits"; None if nothing did."""
+        quantized = self.config.get("quantization_config")
+        if quantized is None or self.packed:
+            return None
+        method = str(field(quantized, "quant_method") or "an unknown method")
+        four, eight = field(quantized, "load_in_4bit") is True, field(quantized, "load_in_8bit") is True
+        bits = 4 if four else 8 if eight else field(quantized, "bits")
+        return f"{method}, {bits} bits" if isinstance(bits, int) else method
+
+    @property
+    def pruned(self) -> Mapping[str, Any]:
+        """What the run that pruned the model recorded; empty where there is no record."""
+        pruned = self.stored.get("pruned")
+        return pruned if isinstance(pruned, Mapping) else {}
+
+    @property
+    def reconstructed(self) -> bool:
+        """Whether the weights that are left were trained block by block while the model was pruned."""
+        return bool(self.pruned.get("reconstruction"))
 
     @property
     def hub_id(self) -> str | None:
@@ -127,9 +151,10 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
         n: x.size for n, x in plan.layers.items()
     }:
         raise ValueError(f"{folder / REPORT_FILE} is about other layers than the plan in config.json")
-    facts = Facts(plan, stored, config, report, Metrics.load(folder), None)
+    facts = Facts(plan, stored, config, report, Metrics.load(folder))
     _check_weights(facts, folder / METRICS_FILE)
-    return replace(facts, sizes=_sizes(facts, folder))
+    file_bytes = _tensor_bytes(folder, "sparse" if facts.packed else "model")
+    return replace(facts, sizes=_sizes(facts, file_bytes), file_bytes=file_bytes)
 
 
 def field(entry: Any, *path: str) -> Any:
@@ -164,12 +189,10 @@ def _check_weights(facts: Facts, file: Path) -> None:
 # ---- bytes
 
 
-def _sizes(facts: Facts, folder: Path) -> Sizes | None:
+def _sizes(facts: Facts, stored: int | None) -> Sizes | None:
     """Both layouts: the one in the files as they say, the other by the formula of `checkpoint/bitmask/codec.py`."""
     dtype = _dtype(facts.config)
-    stem: Literal["sparse", "model"] = "sparse" if facts.packed else "model"
-    stored = _tensor_bytes(folder, stem)
-    if stored is None or dtype is None:
+    if stored is None or dtype is None or facts.quantization:
         return None
     layers = [_layer_bytes(layer, zeros, dtype) for layer, zeros in _counted(facts)]
     dense, bitmask = sum(d for d, _ in layers), sum(b for _, b in layers)

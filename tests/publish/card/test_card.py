@@ -136,7 +136,7 @@ def test_numbers_are_those_of_the_files(folder):
     stored = sum(tensor.nbytes for tensor in weights.values())
     assert row(card, "dense: zeros")[1:] == [f"{stored / 1e6:.2f} MB", "measured: the files here"]
     assert plan["data"]["sha256"] in card and plan["model"]["weights"] in card and plan["versions"]["torch"] in card
-    assert all(name in card for name in ("Yin", "Zico Kolter", "arXiv", "not trained again", "outside the blocks"))
+    assert all(name in card for name in ("Yin", "Zico Kolter", "arXiv", "no training is recorded", "outside the blocks"))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_packed_folder_says_how_it_is_loaded(folder, tmp_path):
 
 def test_no_evaluation_is_said_so(folder):
     card = make_card(folder)
-    assert "Nobody has evaluated this model" in card.text and card.data.eval_results is None
+    assert "No evaluation of this model is recorded" in card.text and card.data.eval_results is None
     assert "## Quality" in card.text and "perplexity on" not in card.text.lower()
 
 
