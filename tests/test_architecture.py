@@ -76,6 +76,7 @@ OTHERS = {
     "pictures": {"matplotlib"},
     **{part: {"tqdm", "numpy", "psutil", "lm_eval", *HUGGING_FACE} for part in KNOWS_HUGGING_FACE},
     "checkpoint/bitmask/kernels.py": {"llvmlite"},
+    "publish/card/render.py": {"jinja2", "markupsafe"},
 }
 # What only these files may import: a dotted name, and whoever may know it.
 ONLY_IN = {

@@ -207,6 +207,34 @@ def recovered(folder: Path, **changes) -> None:
     write_json(folder / "config.json", config)
 
 
+def test_training_that_is_not_recorded_is_unknown(folder):
+    """Nothing in a folder shows that nobody trained it in a loop of their own."""
+    card = make_card(folder)
+    assert "were trained again afterwards is unknown: no training is recorded" in card.text.replace("\n", " ")
+    recovered(folder)
+    assert "is unknown" not in make_card(folder).text
+
+
+@pytest.mark.parametrize(
+    ("quantized", "shown", "tag"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes, 4 bits", "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq, 3 bits", "gptq"),
+        ({"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao", "torchao"),
+        ({}, "an unknown method", "an-unknown-method"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_another_method_quantized_is_described_as_that(folder, quantized, shown, tag):
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"quantization_config": quantized})
+    card = make_card(folder, base_model="o/b")
+    assert f"quantized by another method (`{shown}`)" in card.text and tag in card.data.tags
+    assert card.data.base_model_relation == "quantized" and "bitmask" not in card.data.tags
+    for wrong in ("bitmask", "hf-sparsity pack", "unpack", "no other package", "ordinary transformers model", "as large as"):
+        assert wrong not in card.text
+    assert f"`{shown}` decides how the weights are stored; they take" in card.text.replace("\n", " ")
+
+
 def test_paths_of_this_machine_stay_here(folder):
     make_card(folder)
     card = (folder / CARD).read_text()
