@@ -207,7 +207,7 @@ def _context(facts: Facts) -> dict[str, Any]:
 def _cite(facts: Facts, role: str, name: str) -> CitedAlgorithm:
     settings = _mapping(facts.plan.config.get(role))
     ours = TABLES[role].get(name)
-    paper = PAPERS.get(name) if ours else None
+    paper = ours.citation if ours else None
     return CitedAlgorithm(
         role,
         name,
@@ -284,10 +284,10 @@ def _versions(versions: Mapping[str, Any]) -> str:
 
 def _papers(facts: Facts) -> str:
     """BibTeX of every algorithm and every way of training that has an entry."""
-    keys = [name for role, name in facts.algorithms if name in TABLES[role] and name in PAPERS]
+    citations = [TABLES[role][name].citation for role, name in facts.algorithms if name in TABLES[role]]
     methods = [str(run.get("method")) for run in facts.recoveries] + ["reconstruct"] * facts.reconstructed
-    keys += [key for method in methods for key in RECOVERY.get(method, ())]
-    return "\n\n".join(paper.bibtex() for paper in dict.fromkeys(PAPERS[key] for key in keys))
+    citations += [PAPERS[key] for method in methods for key in RECOVERY.get(method, ())]
+    return "\n\n".join(paper.bibtex() for paper in dict.fromkeys(citations) if paper)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
