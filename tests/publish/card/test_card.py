@@ -136,7 +136,9 @@ def test_numbers_are_those_of_the_files(folder):
     stored = sum(tensor.nbytes for tensor in weights.values())
     assert row(card, "dense: zeros")[1:] == [f"{stored / 1e6:.2f} MB", "measured: the files here"]
     assert plan["data"]["sha256"] in card and plan["model"]["weights"] in card and plan["versions"]["torch"] in card
-    assert all(name in card for name in ("Yin", "Zico Kolter", "arXiv", "no training is recorded", "outside the blocks"))
+    assert all(
+        name in card for name in ("Yin", "Zico Kolter", "arXiv", "no training is recorded", "outside the blocks")
+    )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,14 @@ def test_a_folder_that_another_method_quantized_is_described_as_that(folder, qua
     card = make_card(folder, base_model="o/b")
     assert f"quantized by another method (`{shown}`)" in card.text and tag in card.data.tags
     assert card.data.base_model_relation == "quantized" and "bitmask" not in card.data.tags
-    for wrong in ("bitmask", "hf-sparsity pack", "unpack", "no other package", "ordinary transformers model", "as large as"):
+    for wrong in (
+        "bitmask",
+        "hf-sparsity pack",
+        "unpack",
+        "no other package",
+        "ordinary transformers model",
+        "as large as",
+    ):
         assert wrong not in card.text
     assert f"`{shown}` decides how the weights are stored; they take" in card.text.replace("\n", " ")
 
