@@ -18,6 +18,7 @@ from hf_sparsity.algorithm import Layer
 from hf_sparsity.core.stats import GRAM, NORMS, SAMPLES, InputStats
 from hf_sparsity.distributed import STOPPED, Processes, owners
 from hf_sparsity.model.layers import find_layers
+from hf_sparsity.streaming.merge import merge_stats
 from hf_sparsity.streaming.observer import Collector, Operands
 from tests.conftest import tiny
 
@@ -112,7 +113,7 @@ def shown(stats):
             "mean_sq": None if one.mean_sq is None else one.mean_sq.numpy(),
             "energy": one.energy(torch.eye(one.norms.numel())[:3] + 0.1) if one.tokens else None,
             "gram": None if one.gram is None else one.gram.numpy(),
-            "samples": one.samples.numpy() if one._samples else None,
+            "samples": one.samples.numpy() if one.sample_count else None,
         }
         for name, one in stats.items()
     }
@@ -122,7 +123,7 @@ def merge_collected(processes, name, ids, needs):
     mine = processes.share(list(ids))
     stats, devices = collected(tiny(name), mine, needs) if mine else ({}, collected(tiny(name), ids, needs)[1])
     seen = list(stats)
-    merged = processes.merge_stats(stats, devices, needs=needs, sequences=len(mine))
+    merged = merge_stats(processes, stats, devices, needs=needs, sequences=len(mine))
     assert all(merged[layer] is stats[layer] for layer in seen)  # reduced in place
     return seen, shown(merged)
 
@@ -140,7 +141,7 @@ def merge_made(processes, needs, inputs, sharing):
     objects = {key: added(needs, x, 4) for key, x in inputs[processes.rank].items()}
     stats = {layer: objects[key] for layer, key in sharing[processes.rank].items()}
     devices = dict.fromkeys("abcd", torch.device("cpu"))
-    return shown(processes.merge_stats(stats, devices, needs=needs, sequences=4))
+    return shown(merge_stats(processes, stats, devices, needs=needs, sequences=4))
 
 
 def talk(processes, empty):
@@ -292,7 +293,7 @@ def test_alone_nothing_is_distributed(monkeypatch):
     needs = frozenset({NORMS})
     stats, devices = collected(tiny("llama"), torch.arange(3, 9)[None], needs)
     before = [one.mean_sq for one in stats.values()]
-    merged = alone.merge_stats(stats, devices, needs=needs, sequences=1)
+    merged = merge_stats(alone, stats, devices, needs=needs, sequences=1)
     assert merged == stats and all(a is one.mean_sq for a, one in zip(before, merged.values(), strict=True))
     thing, weight = object(), torch.ones(2, 2)
     alone.wait()

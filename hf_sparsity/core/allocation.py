@@ -1,4 +1,4 @@
-"""From importance to sparsities, linearly: what OWL, DLP and LSA share; and how sensitivities are compared."""
+"""Sparsities that depend linearly on importance, shared by OWL, DLP and LSA; and how sensitivities are compared."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 PER = ("block", "layer")
-LOWEST = 0.01  # in place of a sparsity of 0 or less (luuyin/OWL and ironartisan/DLP, lib/prune*.py)
+LOWEST = 0.01  # sparsity used in place of one of 0 or less (luuyin/OWL and ironartisan/DLP, lib/prune*.py)
 # Half the span of the sparsities by target, as the authors of LSA choose it for their method and for DLP
 # (BeiYazi0/LSA, layersp/blk.py and dlp.py); below 50 % theirs are 0.02 to 0.06. DLP's own code has the one at 70 %.
 SPREADS = ((0.5, 0.04), (0.6, 0.1), (0.7, 0.15), (0.8, 0.12))
 
 
 def check_spread(name: str, spread: float | None) -> None:
-    """`ValueError` unless `spread` is None or in [0, 0.5)."""
+    """Raises ValueError unless `spread` is None or in [0, 0.5)."""
     if spread is not None and not 0 <= spread < 0.5:
-        raise ValueError(f"{name}: spread={spread!r} must be at least 0 and below 0.5, or None to go by the target")
+        raise ValueError(f"{name}: spread={spread!r} must be at least 0 and below 0.5, or None to choose it by the target")
 
 
 def usual_spread(target: float) -> float:
-    """`SPREADS`, straight lines between them."""
+    """Returns the spread for a target sparsity: `SPREADS`, with straight lines in between."""
     if target <= SPREADS[0][0]:
         return SPREADS[0][1]
     for (low, before), (high, after) in pairwise(SPREADS):
@@ -30,15 +30,15 @@ def usual_spread(target: float) -> float:
 
 
 def check_per(per: str) -> None:
-    """`ValueError` unless `per` is `"block"` or `"layer"`."""
+    """Raises ValueError unless `per` is `"block"` or `"layer"`."""
     if per not in PER:
         raise ValueError(f"per={per!r} is unknown; use {' or '.join(map(repr, PER))}")
 
 
 def groups_by_block_or_layer(measures: Sequence[Mapping[str, float]], per: str) -> list[tuple[tuple[str, ...], float]]:
-    """What shares one sparsity: (its layers, the plain mean of their measures), in model order.
+    """Returns the groups that share one sparsity, in model order: (layers, the plain mean of their measures).
 
-    All layers of a block, or each by itself. Blocks without layers do not count.
+    A group is a block, or with `per="layer"` each layer by itself. Blocks without layers are left out.
     """
     if per == "layer":
         return [((name,), float(value)) for block in measures for name, value in block.items()]
@@ -51,7 +51,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def normalized(importance: Sequence[float]) -> list[float]:
-    """Scaled to [0, 1], the most important at 1; all 0 when they are equal or not numbers."""
+    """Returns importances scaled to [0, 1], the most important at 1; all 0 when they are equal or not numbers."""
     low, high = min(importance, default=0.0), max(importance, default=0.0)
     if not math.isfinite(math.fsum(importance)) or low == high:
         return [0.0] * len(importance)
@@ -59,10 +59,10 @@ def normalized(importance: Sequence[float]) -> list[float]:
 
 
 def linear_sparsities(importance: Sequence[float], target: float, spread: float) -> list[float]:
-    """Sparsities falling linearly with importance, `2 * spread` between the first and the last.
+    """Returns sparsities falling linearly with importance, `2 * spread` between the first and the last.
 
-    Their plain mean is `target`, unweighted by size; one of 0 or less becomes 0.01, there is no cap. Nothing to
-    tell them apart gives `target` everywhere. To the bit what OWL's and DLP's code does, in double precision.
+    Their plain mean is `target`, unweighted by size; one of 0 or less becomes 0.01, there is no cap. Equal
+    importances give `target` everywhere. To the bit what OWL's and DLP's code does, in double precision.
     """
     scaled = [2 * spread * u for u in normalized(importance)]
     if not any(scaled):
@@ -75,7 +75,10 @@ def linear_sparsities(importance: Sequence[float], target: float, spread: float)
 def rising_with_measure(
     measures: Sequence[Mapping[str, float]], per: str, target: float, spread: float | None
 ) -> dict[str, float]:
-    """By layer, sparsities that rise linearly with the measure of its unit; `spread` None goes by the target."""
+    """Returns each layer's sparsity, rising linearly with the measure of its block or layer (`per`).
+
+    `spread`: half the span of the sparsities; None: by the target, see `usual_spread`.
+    """
     parts = groups_by_block_or_layer(measures, per)
     spread = usual_spread(target) if spread is None else spread
     sparsities = linear_sparsities([-measure for _, measure in parts], target, spread)
@@ -83,14 +86,14 @@ def rising_with_measure(
 
 
 def floored(sensitivities: Sequence[float]) -> list[float]:
-    """A layer that (almost) never received a gradient, such as an idle expert, counts as the least of the others."""
+    """Returns sensitivities in which (almost) zero ones, as of an idle expert, are raised to the least of the others."""
     tiny = 1e-12 * max(sensitivities)
     floor = min((f for f in sensitivities if f > tiny), default=1.0)
     return [f if f > tiny else floor for f in sensitivities]
 
 
 def standard_logs(positive: Sequence[float]) -> list[float]:
-    """Logarithms less their mean, in standard deviations; all 0 when they are equal."""
+    """Returns logarithms less their mean, in standard deviations; all 0 when they are equal."""
     logs = [math.log(f) for f in positive]
     centre = math.fsum(logs) / len(logs)
     spread = math.sqrt(math.fsum((x - centre) ** 2 for x in logs) / len(logs))

@@ -40,7 +40,7 @@ def resampled_means(values: Tensor, weights: Tensor, *, resamples: int = 1000, s
 
     Args:
         values: `[sequences]` or `[sequences, columns]`, each the mean over a sequence's tokens.
-        weights: `[sequences]`, the tokens of each.
+        weights: `[sequences]`, the number of tokens of each.
 
     Returns:
         float64 `[resamples]` or `[resamples, columns]`.

@@ -1,4 +1,4 @@
-"""Meet the global sparsity exactly, counted in weights."""
+"""Sparsities that meet the global target exactly, counted in weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-HIGHEST = 0.998  # no layer is emptied; the cap of the FARMS code (HUST-AI-HYZ/FARMS, ratios above 1)
-TOLERANCE = 1e-6  # a published formula that lands this close is left as it is
+HIGHEST = 0.998  # sparsity of a layer at most, so that none is emptied (the cap of HUST-AI-HYZ/FARMS, ratios above 1)
+TOLERANCE = 1e-6  # difference from the target up to which a published formula is left as it is
 
 
 def mean_sparsity(sparsities: Mapping[str, float], sizes: Mapping[str, int]) -> float:
-    """Sparsity of the whole: the mean weighted by `sizes` (weights per layer)."""
+    """Returns the sparsity of the whole: the mean weighted by `sizes` (weights per layer)."""
     total = math.fsum(sizes[name] for name in sparsities)
     return math.fsum(s * sizes[name] for name, s in sparsities.items()) / total
 
@@ -26,10 +26,10 @@ def meet(
     low: float = 0.0,
     high: float = HIGHEST,
 ) -> dict[str, float]:
-    """Clamps to `[low, high]` and shifts the free layers until the weighted mean equals `target`.
+    """Returns sparsities clamped to `[low, high]` and shifted together until the weighted mean equals `target`.
 
     Values that already fit are returned unchanged (to the bit), so a formula keeps its published
-    result. NaN anywhere (constant measures) gives uniform. `high` rises to `target` where needed.
+    result. NaN anywhere (constant measures) gives `target` to all. `high` rises to `target` where needed.
     """
     high = max(high, target)
     low = min(low, target)
@@ -57,7 +57,9 @@ def meet(
 def meet_groups(
     sparsities: Mapping[str, float], sizes: Mapping[str, int], target: float, group: int
 ) -> dict[str, float]:
-    """Rounds to multiples of `1 / group` (`*:M`), as close to `target` as whole layers allow, never below it.
+    """Returns sparsities rounded to multiples of `1 / group` (`*:M`), as close to `target` as whole layers allow.
+
+    The weighted mean is never below the target.
 
     Each layer keeps `n` of `group`, 1 <= n <= group. Rounds half to even (OWL's N:M), then moves the
     layers whose rounding moved them furthest, one step each at a time, until no more weights are
@@ -76,7 +78,7 @@ def meet_groups(
         return heap
 
     def entry(name: str, step: int) -> tuple[float, int, int, str]:
-        """First the layer furthest on the wrong side of its ideal, then the larger, then the later name."""
+        """Returns a sort key: first the layer furthest on the wrong side of its ideal, then the larger, then the later name."""
         return step * (kept[name] - ideal[name]), -sizes[name], order[name], name
 
     heap = queue(-1)
@@ -99,13 +101,16 @@ def meet_groups(
 
 @dataclass(frozen=True)
 class Curve:
-    """A block's redundancy over its sparsity: straight lines between the points of a table, from sparsity 0 on."""
+    """A block's redundancy as a function of its sparsity: straight lines between the points of a table.
 
-    sparsity: Sequence[float]  # rising
+    `sparsity`: ascending, from 0 on; `redundancy`: at each of them.
+    """
+
+    sparsity: Sequence[float]
     redundancy: Sequence[float]
 
     def at(self, s: float) -> float:
-        """Redundancy at sparsity `s`; the last point's beyond it."""
+        """Returns the redundancy at sparsity `s`; beyond the last point, that point's."""
         i = bisect_right(self.sparsity, s)
         if i == len(self.sparsity):
             return self.redundancy[-1]
@@ -113,7 +118,7 @@ class Curve:
         return self.redundancy[i - 1] + part * (self.redundancy[i] - self.redundancy[i - 1])
 
     def reach(self, level: float, floor: float, cap: float) -> float:
-        """The smallest sparsity in `[floor, cap]` with at most this redundancy, or `cap` where there is none."""
+        """Returns the smallest sparsity in `[floor, cap]` with at most this redundancy, or `cap` where there is none."""
         s, now = floor, self.at(floor)
         if now <= level:
             return floor
@@ -128,7 +133,7 @@ class Curve:
 def fill(
     curves: Sequence[Curve], sizes: Sequence[int], target: float, *, floor: Sequence[float], cap: float
 ) -> list[float]:
-    """Water-filling: all blocks sink to one redundancy, `floor <= s <= cap`, and the weighted mean is `target`.
+    """Returns sparsities by water-filling: one redundancy for all blocks, `floor <= s <= cap`, weighted mean `target`.
 
     Redundancies lie in [0, 1]. Where a block's redundancy jumps past the level or never reaches it, the
     solutions on both sides are blended, so that the target is met exactly.

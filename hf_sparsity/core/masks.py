@@ -1,4 +1,4 @@
-"""Scores -> masks. Everywhere True = kept, and scores are higher = keep.
+"""Masks from scores. Everywhere True = kept, and a higher score means "keep".
 
 Ties are broken the same way everywhere: the lowest column is pruned first, as a stable ascending
 sort does (the authors' code leaves ties inside N:M groups to `topk`, which is undefined).
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 TILE = 2**20  # values whose masks are widened at a time: 4 MiB in float32
+# Bytes of a floating point value -> the integer of its size.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,9 +32,9 @@ def zero_(values: Tensor, dead: Tensor) -> Tensor:
 
 
 def keep_rows(scores: Tensor, counts: int | Tensor) -> Tensor:
-    """Prunes the `counts` lowest scores of each row.
+    """Returns the mask that prunes the `counts` lowest scores of each row.
 
-    `scores`: `[rows, columns]`. `counts`: an int, or int64 `[rows]`. Returns bool `[rows, columns]`
+    `scores`: `[rows, columns]`. `counts`: an int, or int64 `[rows]`. The mask is bool `[rows, columns]`
     with exactly `columns - counts` True in each row.
 
     A selection finds each row's threshold; only rows with ties at the threshold need the order of
@@ -58,10 +59,10 @@ def keep_rows(scores: Tensor, counts: int | Tensor) -> Tensor:
 
 
 def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
-    """Prunes the lowest scores of the whole matrix: every score `<= sorted[int(n * sparsity)]`.
+    """Returns the mask that prunes the lowest scores of the whole matrix: every score `<= sorted[int(n * sparsity)]`.
 
     The threshold is inclusive, as in the authors' code (locuslab/wanda `prune_magnitude`,
-    IST-DASLab/sparsegpt): at least `int(n * sparsity) + 1` go, and all ties with the last of them.
+    IST-DASLab/sparsegpt): at least `int(n * sparsity) + 1` are pruned, and all ties with the last of them.
     `sparsity == 0` prunes nothing.
     """
     index = int(scores.numel() * sparsity)
@@ -74,9 +75,9 @@ def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:
-    """Keeps the `kept` highest scores of each `group` consecutive columns.
+    """Returns the mask that keeps the `kept` highest scores of each `group` consecutive columns.
 
-    `scores`: `[rows, columns]`, `columns` a multiple of `group` (`ValueError` otherwise).
+    `scores`: `[rows, columns]`. Raises ValueError unless `columns` is a multiple of `group`.
     """
     rows, columns = scores.shape
     if columns % group:
@@ -85,7 +86,7 @@ def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:
 
 
 def ranks_in_groups(scores: Tensor, group: int) -> Tensor:
-    """Rank of each score inside its group, 0 = lowest, ties by column; uint8 `[rows, columns // group, group]`."""
+    """Returns the rank of each score inside its group, 0 = lowest, ties by column; uint8 `[rows, columns // group, group]`."""
     grouped = scores.reshape(scores.shape[0], -1, group)
     order = grouped.argsort(dim=2, stable=True)
     rank = torch.arange(group, device=scores.device, dtype=torch.uint8).expand(grouped.shape)

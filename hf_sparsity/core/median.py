@@ -1,4 +1,4 @@
-"""The median of more numbers than one would like to hold or sort."""
+"""The exact median of more numbers than fit in memory at once."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 24  # numbers treated at a time where that bounds memory
-HALF = 1 << 16
+CHUNK = 1 << 24  # numbers treated at a time, which bounds memory
+HALF = 1 << 16  # values of the upper, or the lower, 16 bits of a float32
 
 
 def median(parts: Callable[[], Iterable[Tensor]]) -> float:
-    """Exact median of non-negative float32 tensors taken together, the lower of two as in `torch.median`.
+    """Returns the exact median of non-negative float32 tensors taken together, the lower of two as in `torch.median`.
 
-    `parts()` yields them, any shape, and is called twice. The bits of non-negative floats order as the numbers do,
-    so a histogram of their upper 16 bits finds the interval, and one of the lower 16 bits the number.
+    `parts()` yields the tensors, of any shape, and is called twice. The bits of non-negative floats order as the
+    numbers do, so a histogram of their upper 16 bits finds the interval, and one of the lower 16 bits the number.
+
+    Raises:
+        ValueError: there are no numbers, or a negative one.
     """
     upper = torch.zeros(HALF, dtype=torch.int64)
     for bits in _bits(parts()):
@@ -35,7 +38,7 @@ def median(parts: Callable[[], Iterable[Tensor]]) -> float:
 def _bits(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     for part in parts:
         for chunk in torch.split(part.reshape(-1), CHUNK):
-            # + 0.0 turns -0.0 into 0.0
+            # Adding 0.0 turns -0.0 into 0.0.
             bits = (chunk + 0.0).view(torch.int32)
             if bool((bits < 0).any()):
                 raise ValueError("the median is of numbers >= 0")
@@ -43,7 +46,7 @@ def _bits(parts: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _find(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """(the bin that holds the number with `rank` before it, how many of these are in the same bin)."""
+    """Returns (the bin that holds the number with `rank` others before it, how many of those are in the same bin)."""
     ends = histogram.cumsum(0)
     index = int(torch.searchsorted(ends, torch.tensor(rank), right=True))
     return index, rank - int(ends[index] - histogram[index])

@@ -1,6 +1,7 @@
-"""One byte a weight holds the masks of a layer at all sparsities; a point of the grid is a sparsity for each layer.
+"""The masks of a layer at all sparsities, in one byte a weight.
 
-A mask is looked up, not computed, because masks are nested: what goes at one sparsity goes at every higher one.
+A mask is looked up, not computed, because masks are nested: a weight pruned at one sparsity is pruned at every higher
+one. A `step` is a sparsity's number in the ascending list of those that a layer can take.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS = 256  # of one byte
+STEPS = 256  # sparsities that one byte can tell apart
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The nested masks of one layer.
 
-    `survives`: uint8 `[out, in]`, the highest step at which a weight is still kept. `zeros`: how many weights go at
-    step 0, 1, ...; `cells`: among how many groups of weights (rows, say) the pruner compares, each losing equally many.
+    `survives`: uint8 `[out, in]`, the highest step at which a weight is still kept. `zeros`: the number of weights
+    pruned at step 0, 1, ...; `cells`: the number of groups of weights (rows, say) within which the pruner compares; all
+    lose the same number.
     """
 
     survives: Tensor
@@ -27,19 +29,19 @@ class Ranks:
     cells: int
 
     def mask(self, step: int) -> Tensor:
-        """Bool `[out, in]`, True = kept."""
+        """Returns the mask of a step, bool `[out, in]`, True = kept."""
         return self.survives >= step
 
     @property
     def size(self) -> int:
-        """Weights of the layer."""
+        """Number of weights of the layer."""
         return self.survives.numel()
 
 
 def rank_cells(scores: Tensor, steps: int = STEPS) -> tuple[Tensor, tuple[int, ...]]:
-    """Scores compared within each row of `[cells, members]` -> (`survives` uint8, the zeros of a cell at each step).
+    """Returns (`survives` uint8 `[cells, members]`, the zeros of a cell at each step) of scores compared within each row.
 
-    `steps` at most 256. Ties: the first goes first.
+    `scores`: `[cells, members]`. `steps`: at most 256. Of equal scores the first is pruned first.
     """
     members = scores.shape[1]
     counts = tuple(round(members * step / steps) for step in range(steps))
@@ -50,14 +52,17 @@ def rank_cells(scores: Tensor, steps: int = STEPS) -> tuple[Tensor, tuple[int, .
 
 
 def rank_rows(scores: Tensor, group: int | None = None) -> Ranks:
-    """For a pruner that compares within rows, or within each `group` of consecutive columns."""
+    """Returns the masks of a pruner that compares within rows, or within each `group` of consecutive columns."""
     width = group or scores.shape[1]
     survives, counts = rank_cells(scores.reshape(-1, width), min(width, STEPS))
     return Ranks(survives.reshape(scores.shape), tuple(c * len(survives) for c in counts), len(survives))
 
 
 def rank_blocks(scores: Tensor, columns: int) -> Ranks:
-    """For a pruner that compares all weights of each `columns` consecutive columns; of the whole layer if there are fewer."""
+    """Returns the masks of a pruner that compares all weights within each `columns` consecutive columns.
+
+    A layer with fewer columns is compared as a whole.
+    """
     parts = []
     pieces = scores.split(columns, dim=1)
     for piece in pieces:
@@ -67,7 +72,7 @@ def rank_blocks(scores: Tensor, columns: int) -> Ranks:
 
 
 def rank_masks(mask_at: Callable[[float], Tensor], shape: torch.Size, steps: int = STEPS) -> Ranks:
-    """For any pruner whose masks are nested: `mask_at(sparsity)` is asked once a step."""
+    """Returns the masks of any pruner whose masks are nested; `mask_at(sparsity)` is called once a step."""
     survives = torch.zeros(shape, dtype=torch.uint8)
     for step in range(1, steps):
         mask = mask_at(step / steps)
@@ -76,5 +81,5 @@ def rank_masks(mask_at: Callable[[float], Tensor], shape: torch.Size, steps: int
 
 
 def _counted(survives: Tensor, steps: int, cells: int) -> Ranks:
-    found = torch.bincount(survives.reshape(-1).long(), minlength=steps).cumsum(0).tolist()
-    return Ranks(survives, (0, *found[: steps - 1]), cells)
+    zeros = torch.bincount(survives.reshape(-1).long(), minlength=steps).cumsum(0).tolist()
+    return Ranks(survives, (0, *zeros[: steps - 1]), cells)

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 24  # weights treated at a time where that bounds memory (64 MiB in float32)
+CHUNK = 1 << 24  # weights treated at a time, which bounds memory (64 MiB in float32)
 
 
 def outlier_percent(scores: Iterable[Tensor], count: int, multiple: float) -> float:
-    """`100 * #{v > multiple * mean(v)} / len(v)`, v = all scores of a block, flattened and concatenated in order.
+    """Returns `100 * #{v > multiple * mean(v)} / len(v)`, v = all scores of a block, flattened and concatenated in order.
 
     `scores`: the layers' scores, any shape, `count` entries in all; a generator keeps only one layer's alive
     beside the concatenation. To the bit what the authors compute (luuyin/OWL, lib/prune_all.py,
@@ -26,14 +26,14 @@ def outlier_percent(scores: Iterable[Tensor], count: int, multiple: float) -> fl
         flat[end : end + part.numel()] = part.reshape(-1)
         end += part.numel()
     if end != count or count == 0:
-        raise ValueError(f"outlier_percent was promised {count} scores and given {end}; it needs at least one")
+        raise ValueError(f"outlier_percent got {end} scores where count={count}; it needs at least one")
     threshold = flat.mean() * multiple
     outliers = sum(int((chunk > threshold).sum().item()) for chunk in torch.split(flat, CHUNK))
     return outliers / count * 100
 
 
 def row_levels(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """At how many of the ascending `counts` each weight survives when that many go from every row.
+    """Returns at how many of the ascending `counts` each weight survives when that many are pruned from every row.
 
     `scores`: `[rows, columns]`. Returns uint8 `[rows, columns]`; the sum of `masks.keep_rows(scores, c)`
     over `counts`, ties included, for the price of one sort.
@@ -48,9 +48,9 @@ def row_levels(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 class Survivors:
-    """How much of a block is left at each of `steps` rising sparsities, whose masks are nested.
+    """What is left of a block at each of `steps` ascending sparsities, whose masks are nested.
 
-    `scores`: float tensors >= 0, compared in float32 (`ValueError` otherwise: only then do the thresholds fall
+    `scores`: float tensors, compared in float32; ValueError unless all are >= 0 (only then do the thresholds fall
     as pruning proceeds).
     `levels`: uint8, shaped alike: a weight survives steps `0 .. level - 1` (`row_levels`).
     `kept` and `sums` `[steps]`: number of survivors and the sum of their scores, the latter in float64.
@@ -71,7 +71,7 @@ class Survivors:
         self.sums = sums.flip(0).cumsum(0).flip(0)[1:]
 
     def non_outlier_ratios(self, multiple: float, *, dense: bool = False) -> list[float]:
-        """NOR at each step: the fraction of weights that are not outliers, i.e. not above a threshold.
+        """Returns the non-outlier ratio at each step: the fraction of weights that are not above a threshold.
 
         By default the threshold is `multiple` times the mean over all weights, pruned ones counted as 0, and
         the fraction is of all weights (MRP's reading D1). `dense`: the threshold stays that of step 0, which

@@ -1,4 +1,4 @@
-"""Tail exponents: how heavy the tail of an eigenvalue density is, and the sparsities that follow.
+"""Tail exponents, which say how heavy the tail of an eigenvalue density is, and sparsities from them.
 
 The power-law fits and the mapping of AlphaPruning (haiquanlu/AlphaPruning `lib/esd_utils.py`,
 `lib/prune.py` `ww_sparsity`), shared by FARMS (HUST-AI-HYZ/FARMS). The authors score each candidate
@@ -16,12 +16,12 @@ from torch import Tensor
 
 FITS = ("peak", "mid", "ks", "peak_fixed")
 PER = ("block", "layer")
-BINS = 100  # of the histogram of log10 eigenvalues, as published
+BINS = 100  # number of bins of the histogram of log10 eigenvalues, as published
 CELLS = 1 << 20  # float64 numbers in one temporary of the KS scan: 8 MiB whatever the matrix
 
 
 def check_choices(*, fit: str, per: str, spread: float, floor: float) -> None:
-    """`ValueError` for hyperparameters that AlphaPruning and FARMS do not have."""
+    """Raises ValueError for values of hyperparameters that AlphaPruning and FARMS do not have."""
     for field, value, allowed in (("fit", fit, FITS), ("per", per, PER)):
         if value not in allowed:
             raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(allowed)}")
@@ -31,7 +31,7 @@ def check_choices(*, fit: str, per: str, spread: float, floor: float) -> None:
 
 
 def tail_exponent(eigenvalues: Tensor, fit: str = "peak", *, floor: float = 0.0) -> float | None:
-    """Exponent alpha of the power law that the largest eigenvalues follow, lower = heavier tail.
+    """Returns the exponent alpha of the power law that the largest eigenvalues follow, lower = heavier tail.
 
     `eigenvalues`: `[n]` float32, ascending, not negative. `fit` chooses where the tail starts:
 
@@ -70,7 +70,7 @@ def tail_exponent(eigenvalues: Tensor, fit: str = "peak", *, floor: float = 0.0)
 
 
 def _exponents(logs: Tensor) -> Tensor:
-    """Hill's estimate for every start i of the tail: `1 + n / (sum_{j>=i} ln l_j - n ln l_i)`, n = N - i.
+    """Returns Hill's estimate for every start i of the tail: `1 + n / (sum_{j>=i} ln l_j - n ln l_i)`, n = N - i.
 
     `logs`: `[n]` float64 ascending. Infinite where all that follows is equal.
     """
@@ -82,7 +82,7 @@ def _exponents(logs: Tensor) -> Tensor:
 
 
 def _near_peak(values: Tensor, *, as_published: bool) -> Tensor:
-    """Indices of the eigenvalues (not the last one) around the mode of the log spectrum; may be empty.
+    """Returns the indices of the eigenvalues (not the last one) around the mode of the log spectrum; may be empty.
 
     The same float32 operations as the authors', because the mode is discontinuous in them.
     """
@@ -91,14 +91,14 @@ def _near_peak(values: Tensor, *, as_published: bool) -> Tensor:
     counts = torch.histc(logs, BINS, min=low.item(), max=high.item())
     edges = torch.linspace(low.item(), high.item(), BINS + 1, device=logs.device)
     peak = 10 ** edges[counts.argmax()]
-    # As published: `log10` of the bound, compared with the eigenvalue itself (algorithms 5.2).
+    # As published: `log10` of the bound, compared with the eigenvalue itself.
     lowest = (0.95 * peak).log10() if as_published else 0.95 * peak
     start = values[:-1]
     return ((start >= lowest) & (start <= 1.5 * peak)).nonzero().flatten()
 
 
 def _closest(logs: Tensor, alphas: Tensor, candidates: Tensor) -> int:
-    """The candidate whose tail is closest to its power law, the first one on ties.
+    """Returns the candidate whose tail is closest to its power law, the first one on ties.
 
     The distance is a maximum over the tail, so any sample of the tail bounds it from below. Sample
     coarsely, score the most promising candidate in full, drop all that are already worse, and repeat
@@ -117,7 +117,7 @@ def _closest(logs: Tensor, alphas: Tensor, candidates: Tensor) -> int:
 
 
 def _distances(logs: Tensor, alphas: Tensor, candidates: Tensor, points: int) -> Tensor:
-    """KS distance of each candidate's tail, over at most `points` positions spread over that tail.
+    """Returns the KS distance of each candidate's tail, over at most `points` positions spread over that tail.
 
     `max_j |1 - (l_{i+j} / l_i)^(1 - alpha_i) - j / n|`, j = 0 .. n-1. `candidates`: `[c]` int64.
     Returns `[c]` float64. Every position is visited when `points` reaches the tail's length.
@@ -142,7 +142,7 @@ def sparsities_by_exponent(
     spread: float,
     per: str = "block",
 ) -> dict[str, float]:
-    """Lighter tails (larger alpha) are pruned more, linearly, `1 - spread` to `1 + spread` apart.
+    """Returns sparsities that rise linearly with alpha (lighter tails), from `1 - spread` to `1 + spread` in proportion.
 
     `alphas`: one mapping a block, {layer: alpha or None}; `sizes`: weights per layer. `per="block"`
     first replaces the alphas of a block by their plain mean. As published nothing is clamped, so a

@@ -11,20 +11,21 @@ The authors call a float32 SVD for every window. Here:
   quarter for wide matrices, and more accurate. (In float32 it would be another third faster, but squaring
   loses the small eigenvalues: alpha was then off by up to 20 % in square matrices, 0.1 % in heavy tails.)
 * windows that overlap share it: the next Gram matrix is the last one, plus what enters, minus what leaves;
-* on CPU the matrices of a block, and runs of windows, are done side by side on all cores.
+* on CPU the matrices of a block, and runs of windows, are computed side by side on all cores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-SMALL = 512  # up to here the float32 SVD of a square takes about as long as the float64 way (26 and 22 ms)
+from .threads import thread_pool
+
+SMALL = 512  # rows: up to here the float32 SVD of a square takes about as long as the float64 way (26 and 22 ms)
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Windows:
 
 
 def whole(rows: int, columns: int) -> Windows:
-    """The matrix itself as its only window."""
+    """Returns the matrix itself as its only window."""
     return Windows(rows, columns)
 
 
 def sliding(rows: int, columns: int, *, height: int, ratio: float, steps: int) -> Windows:
-    """FARMS' windows: `height` rows by `height * ratio` columns, at up to `steps` starts per dimension.
+    """Returns FARMS' windows: `height` rows by `height * ratio` columns, at up to `steps` starts per dimension.
 
     The starts are deterministic and overlap; because steps are rounded down, the last few rows and
     columns may stay unseen (as published). One deliberate difference: the height is lowered until
@@ -61,10 +62,13 @@ def sliding(rows: int, columns: int, *, height: int, ratio: float, steps: int) -
 
 
 def spectra(weights: Sequence[Tensor], cut: Callable[[int, int], Windows] = whole) -> list[Tensor]:
-    """Pooled eigenvalues of each weight's windows: float32, ascending, `[windows * min(height, width)]`.
+    """Returns the pooled eigenvalues of each weight's windows: float32, ascending, `[windows * min(height, width)]`.
 
     `weights`: each `[out, in]`, any float dtype, read as float32. `cut`: (rows, columns) -> `Windows`.
-    Rank-deficient weights may give zeros, never negative numbers. NaN or infinity: `ValueError`.
+    Rank-deficient weights may give zeros, never negative numbers.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity.
     """
     if not all(bool(w.isfinite().all()) for w in weights):
         raise ValueError("a weight holds NaN or infinity, so it has no eigenvalues; repair the checkpoint")
@@ -73,9 +77,9 @@ def spectra(weights: Sequence[Tensor], cut: Callable[[int, int], Windows] = whol
     jobs = [(index, job) for index, w in enumerate(weights) for job in _jobs(w, cut(*w.shape))]
     # Longest first, so that no core ends up alone with a long one.
     jobs.sort(key=lambda job: -job[1].cost)
-    found = _on_all_cores(lambda job: (job[0], job[1].run()), jobs, cpu=all(w.device.type == "cpu" for w in weights))
+    on_cpu = all(w.device.type == "cpu" for w in weights)
     pools: list[list[Tensor]] = [[] for _ in weights]
-    for index, values in found:
+    for index, values in _on_all_cores(lambda job: (job[0], job[1].run()), jobs, cpu=on_cpu):
         pools[index].append(values)
     return [torch.cat(pool).sort().values for pool in pools]
 
@@ -93,7 +97,7 @@ class _Job:
         return len(self.lefts) * min(self.band.shape[0], self.width) ** 3
 
     def run(self) -> Tensor:
-        """Eigenvalues of all windows, float32, in no order."""
+        """Returns the eigenvalues of all windows, float32, in no order."""
         band = self.band.to(torch.float32)
         if min(band.shape[0], self.width) <= SMALL:
             parts = [band[:, left : left + self.width] for left in self.lefts]
@@ -102,7 +106,7 @@ class _Job:
         return torch.cat(values).clamp_(min=0).to(torch.float32)
 
     def _grams(self, band: Tensor) -> Iterator[Tensor]:
-        """Float64 Gram matrix of each window's rows (no more than its columns), lower triangle."""
+        """Yields the float64 Gram matrix of each window's rows (no more than its columns), lower triangle."""
         gram = _gram(band[:, self.lefts[0] : self.lefts[0] + self.width])
         yield gram
         for previous, left in pairwise(self.lefts):
@@ -130,7 +134,7 @@ def _jobs(weight: Tensor, windows: Windows) -> Iterator[_Job]:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """`x xᵀ` in float64, lower triangle only (the rest is zero): `[n, k]` -> `[n, n]`."""
+    """Returns `x xᵀ` in float64, lower triangle only (the rest is zero): `[n, k]` -> `[n, n]`."""
     n, step = x.shape[0], max(128, -(-x.shape[0] // 8))
     out = torch.zeros(n, n, dtype=torch.float64, device=x.device)
     for part in x.split(4096, dim=1):  # bounds the float64 copy
@@ -141,7 +145,7 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _on_all_cores(function: Callable, items: Sequence, *, cpu: bool) -> list:
-    """`[function(x) for x in items]`; on CPU side by side, each with its share of torch's threads.
+    """Returns `[function(x) for x in items]`; on CPU computed side by side, each with its share of torch's threads.
 
     LAPACK's reductions spend half their time in memory-bound products that a second thread hardly
     helps, so two matrices on a core each beat one after the other on both.
@@ -150,10 +154,4 @@ def _on_all_cores(function: Callable, items: Sequence, *, cpu: bool) -> list:
     workers = min(threads, len(items))
     if not cpu or workers < 2:
         return [function(item) for item in items]
-    share = threads // workers
-    try:
-        torch.set_num_threads(share)
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            return list(pool.map(function, items))
-    finally:
-        torch.set_num_threads(threads)
+    return list(thread_pool(workers, threads // workers).map(function, items))

@@ -1,8 +1,8 @@
-"""What is kept of a layer's inputs while calibration data streams by."""
+"""Statistics of a layer's inputs, collected while calibration data streams by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ GRAM = "gram"
 SAMPLES = "samples"
 STATS = frozenset({NORMS, GRAM, SAMPLES})
 
-TILE = 256  # side of the smallest tile of a Gram matrix; below it a product is no faster
+TILE = 256  # columns: side of the smallest tile of a Gram matrix; below it a product is no faster
+STRIPE = 2 * TILE  # rows of a Gram matrix that are copied at a time to be summed: few enough for the heap to reuse
 
 
 class InputStats:
@@ -20,9 +21,9 @@ class InputStats:
 
     All are float32 whatever the model's dtype, on the device of the inputs, padding excluded.
 
-    * `tokens`, `sequences`: how many were seen.
-    * `mean_sq` `[in]`, unless `gram` says it: mean over **sequences** of the summed squares of each column (Wanda's
-      `scaler_row`; locuslab/wanda `lib/layerwrapper.py`, in its order of operations).
+    * `tokens`, `sequences`: numbers of those that were seen.
+    * `mean_sq` `[in]`, None where `gram` holds the same: mean over **sequences** of the summed squares of each column
+      (Wanda's `scaler_row`; locuslab/wanda `lib/layerwrapper.py`, in its order of operations).
     * `gram` `[in, in]`: sum over tokens of `x xᵀ`.
     * `samples` `[k, in]`: the last token of each sequence (TRIM).
     """
@@ -38,7 +39,7 @@ class InputStats:
 
     @classmethod
     def flat(cls, needs: frozenset[str], width: int, norm: float, device: torch.device, tokens: int = 0) -> InputStats:
-        """Statistics in which all columns have the same `norm` and are uncorrelated: scores become magnitudes."""
+        """Returns statistics of uncorrelated columns that all have the same `norm`: scores become magnitudes."""
         stats = cls(needs)
         stats.sequences, stats.tokens = 1, tokens
         if GRAM in needs:
@@ -78,7 +79,7 @@ class InputStats:
 
     @property
     def gram(self) -> Tensor | None:
-        """`[in, in]` float32: sum over tokens of `x xᵀ`; None unless it was asked for and a token came."""
+        """The sum over tokens of `x xᵀ`, `[in, in]` float32; None unless it was asked for and a token came."""
         if self._gram is not None and not self._mirrored:
             for rows, columns in _upper(0, self._gram.shape[0]):
                 if rows != columns:
@@ -87,9 +88,9 @@ class InputStats:
         return self._gram
 
     def energy(self, matrix: Tensor) -> float:
-        """`‖matrix X‖²` over the tokens X seen, `matrix` `[out, in]`: how much of an output it makes.
+        """Returns `‖matrix X‖²` over the tokens X seen, for a `matrix` `[out, in]`: how large an output it makes.
 
-        From the Gram matrix, or else from the column norms, as if the columns were uncorrelated.
+        Computed from the Gram matrix, or else from the column norms, as if the columns were uncorrelated.
         """
         matrix = matrix.to(torch.float32)
         if self._gram is None:
@@ -102,7 +103,7 @@ class InputStats:
 
     @property
     def norms(self) -> Tensor:
-        """`[in]` float32: root of the mean over sequences of each column's summed squares (Wanda's ‖x_j‖)."""
+        """The root of the mean over sequences of each column's summed squares (Wanda's ‖x_j‖), `[in]` float32."""
         if self.mean_sq is not None:
             return self.mean_sq.sqrt()
         if self._gram is not None:
@@ -111,14 +112,46 @@ class InputStats:
 
     @property
     def samples(self) -> Tensor:
-        """`[k, in]` float32, in calibration order."""
+        """The last token of each sequence, `[k, in]` float32, in calibration order."""
         if not self._samples:
             raise ValueError("input samples were not collected: the algorithm must name SAMPLES in `needs`")
         return torch.cat(self._samples)
 
 
+    # What merging the statistics of several processes needs.
+
+    @property
+    def width(self) -> int:
+        """Number of input columns; 0 if no token came."""
+        kept = self._gram if self.mean_sq is None else self.mean_sq
+        return 0 if kept is None else kept.shape[-1]
+
+    @property
+    def sample_count(self) -> int:
+        """Number of samples."""
+        return sum(map(len, self._samples))
+
+    def replace_samples(self, parts: Sequence[Tensor]) -> None:
+        """Takes `parts`, each `[n, in]` float32, in calibration order, in place of the samples collected here."""
+        self._samples = list(parts)
+
+    def replace_gram(self, width: int, device: torch.device, total: Callable[[Tensor], Tensor]) -> None:
+        """Replaces the Gram matrix by what `total` makes of it, stripe by stripe of rows, in place.
+
+        `width`, `device`: of the matrix, which is zero here if no token came. Most of what is below the diagonal is
+        left out; it is not filled before `gram` is asked for.
+        """
+        if self._gram is None:
+            self._gram = torch.zeros(width, width, device=device)
+        self._mirrored = False
+        for start in range(0, width, STRIPE):
+            # A tile on the diagonal is filled below it too, but no tile reaches further back than its own side.
+            stripe = self._gram[start : start + STRIPE, max(0, start - TILE) :]
+            stripe.copy_(total(stripe))
+
+
 def _upper(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles (rows, columns) of a symmetric matrix on and above its diagonal: little over half of the work."""
+    """Yields tiles (rows, columns) of a symmetric matrix on and above its diagonal: little over half of the work."""
     if stop - start <= TILE:
         yield slice(start, stop), slice(start, stop)
         return

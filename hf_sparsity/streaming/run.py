@@ -17,6 +17,7 @@ from ..checkpoint.journal import Journal
 from ..core.stats import InputStats
 from ..distributed import Processes
 from ..model.layers import Block, ModelLayers
+from .merge import merge_stats
 from .spill import Spill
 
 Step = TypeVar("Step", bound=Any)
@@ -45,7 +46,7 @@ class PassOptions:
     ) -> dict[str, InputStats]:
         """Returns a block's statistics over all processes, from those over the `sequences` of this one."""
         devices = {name: weight.read().device for name, weight in block.weights.items()}
-        return self.processes.merge_stats(stats, devices, needs=needs, sequences=sequences)
+        return merge_stats(self.processes, stats, devices, needs=needs, sequences=sequences)
 
     @contextmanager
     def spilling(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> Iterator[Spill | None]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier, local
+from threading import local
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ...core.threads import thread_pool
 
 TASK = 2**21  # elements that a thread works on at a time: with fewer, threads wait for each other between torch's calls
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later; others refuse it and nothing is lost
@@ -38,23 +38,7 @@ def run_tasks(job: Callable[[int, int], _T], flat: Tensor) -> list[_T]:
         with torch.inference_mode(inference):
             return [job(*span) for span in spans[start : start + each]]
 
-    return [result for part in _pool(workers).map(run, range(0, len(spans), each)) for result in part]
-
-
-@cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    """Threads in which torch does not start others: torch gathers and scatters in one thread, so ours do the rest."""
-    ready = Barrier(workers)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        ready.wait(timeout=10)  # if one of them cannot be started
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="hf_sparsity")
-    for job in [pool.submit(start) for _ in range(workers)]:
-        job.result()
-    torch.set_num_threads(workers)  # it is also the default of threads to come
-    return pool
+    return [result for part in thread_pool(workers).map(run, range(0, len(spans), each)) for result in part]
 
 
 def buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -78,7 +62,3 @@ def populate(new: Tensor) -> None:
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool, but not its threads

@@ -147,7 +147,7 @@ def test_without_memory_torch_does_it():
 
 
 def test_imported_where_processes_cannot_fork():
-    ends_well("import os, torch; del os.register_at_fork; import hf_sparsity.checkpoint.bitmask.threads")
+    ends_well("import os, torch; del os.register_at_fork; import hf_sparsity.core.threads")
 
 
 @needed
