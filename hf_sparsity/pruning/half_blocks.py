@@ -1,8 +1,8 @@
-"""The halves of a block: which modules they are, what the dense ones gave, what the pruned ones are called with.
+"""The halves of a block: which modules they are, the outputs of the dense ones, the arguments of the pruned ones.
 
 A half is a direct child of the block that holds prunable weights (attention, MLP). Nothing about an architecture is
-assumed: on the first batch each child is called again by itself and has to give the same; and the block's output either
-is its input plus what its halves give, or it is not.
+assumed: on the first batch each child is called again by itself and must give the same output; and it is tried whether
+the block's output is its input plus the outputs of its halves.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from ..model.layers import Block, Weight
 from ..streaming.observer import Enough
 from ..streaming.twin_walk import Call, TwinWalk
 
-DENSE, HALF = "dense", "half"  # what is recorded of a batch: of the dense block; of the half that is trained
+DENSE, HALF = "dense", "half"  # names of what is recorded of a batch: of the dense block; of the half that is trained
 CLOSE = 0.02  # relative difference up to which two tensors in half precision count as equal
 
 
 @dataclass(frozen=True)
 class HalfBlock:
-    """A module that is trained at once: `weights` by their name in it; `whole`: the block itself."""
+    """A module whose weights are trained together.
+
+    `weights`: those of each parameter, by its name in the module. `whole`: whether the module is the block itself.
+    """
 
     name: str
     module: nn.Module
@@ -36,15 +39,16 @@ class HalfBlock:
 
     @property
     def zeros(self) -> int:
-        """Zeros of its weights."""
+        """Number of zeros among its weights."""
         return sum(int((w.read() == 0).sum()) for weights in self.weights.values() for w in weights)
 
 
 @dataclass
 class DenseOutputs:
-    """What the dense block did: for each batch the residual stream before it (`None` unless `adds`) and each half's output.
+    """What the dense block computed.
 
-    `adds`: whether the block's output is its input plus the outputs of its halves.
+    `adds`: whether the block's output is its input plus the outputs of its halves. `before`: for each batch the
+    residual stream before the block, None unless `adds`. `outputs`: for each batch the output of each half.
     """
 
     halves: list[HalfBlock]
@@ -53,7 +57,7 @@ class DenseOutputs:
     outputs: list[list[Tensor]] = field(default_factory=list)
 
     def energy(self, index: int, number: int, real: Tensor | None) -> float:
-        """Summed squares of what half `index` is to bring about on a batch: the stream behind it, or its output."""
+        """Returns the summed squares of the target of half `index` on a batch: the stream behind it, or its output."""
         parts = (
             [self.before[number], *self.outputs[number][: index + 1]] if self.adds else [self.outputs[number][index]]
         )
@@ -66,9 +70,10 @@ class DenseOutputs:
 
 @dataclass
 class Example:
-    """One batch at one half: how the half is called, what should come out, where it counts (None: everywhere).
+    """One batch at one half: `call`, its arguments; `target`, the output wanted; `real`, the tokens that count.
 
-    Look at the first two only while they are `lent`: in between they may wait on disk.
+    `real` is None where all tokens count. `call` and `target` may be read only inside `lent()`: in between they may
+    wait on disk.
     """
 
     call: Call
@@ -77,7 +82,7 @@ class Example:
     lent: Callable[[], AbstractContextManager[None]]
 
     def error(self, half: HalfBlock, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Summed squared difference from the target, float32."""
+        """Returns the summed squared difference from the target, float32."""
         output = _first(functional_call(half.module, dict(parameters), *self.call))
         assert output is not None
         return energy(output.to(torch.float32) - self.target.to(output.device, torch.float32), self.real)
@@ -85,25 +90,22 @@ class Example:
 
 @torch.no_grad()
 def observe(twins: TwinWalk, block: Block) -> DenseOutputs:
-    """Runs the dense block on what the dense blocks before it gave, and lets those batches walk on."""
+    """Runs the dense block behind the dense blocks, lets those walks go on, and returns what it computed."""
     dense = _separate(twins, block)
     for number in range(twins.count):
         with _watching(twins, dense.halves) as seen:
             call, output = twins.dense(number)
         dense.before.append(_stream(call) if dense.adds else None)
-        found = [_first(output)] if dense.halves[0].whole else [seen[half.name][0][1] for half in dense.halves]
-        if any(one is None for one in found):
-            raise ValueError(f"{block.name} gives no tensor: it cannot be reconstructed")
-        dense.outputs.append([one for one in found if one is not None])
+        outputs = [_first(output)] if dense.halves[0].whole else [seen[half.name][0][1] for half in dense.halves]
+        if any(tensor is None for tensor in outputs):
+            raise ValueError(f"{block.name} returns no tensor: it cannot be reconstructed")
+        dense.outputs.append([tensor for tensor in outputs if tensor is not None])
         twins.hold(DENSE, number, [dense.before[number], dense.outputs[number]])
     return dense
 
 
-# ---- halves
-
-
 def _separate(twins: TwinWalk, block: Block) -> DenseOutputs:
-    """The block's halves in the order in which they run, tried on the first batch; the block itself if that fails."""
+    """Returns the block's halves in the order in which they run, tried on the first batch; else the block as a whole."""
     halves = _children(block)
     if halves is not None:
         arguments = twins.call(0)
@@ -117,11 +119,11 @@ def _separate(twins: TwinWalk, block: Block) -> DenseOutputs:
 
 
 def _children(block: Block) -> list[HalfBlock] | None:
-    """Each child with weights; None when a child is itself a weight's module, or weights belong to no child."""
+    """Returns the children with weights; None when a child is itself a weight's module, or weights belong to no child."""
     children: dict[str, nn.Module] = {}
     for name, child in block.module.named_children():
         many = isinstance(child, (nn.ModuleList, nn.ModuleDict))  # such a list is not called: its members are
-        children |= {f"{name}.{key}": one for key, one in child.named_children()} if many else {name: child}
+        children |= {f"{name}.{key}": member for key, member in child.named_children()} if many else {name: child}
     halves = [HalfBlock(name, child, _inside(child, block.weights.values())) for name, child in children.items()]
     halves = [half for half in halves if half.weights]
     covered = sum(len(weights) for half in halves for weights in half.weights.values())
@@ -130,16 +132,17 @@ def _children(block: Block) -> list[HalfBlock] | None:
 
 
 def _inside(module: nn.Module, weights: Iterable[Weight]) -> dict[str, list[Weight]]:
+    """Returns the weights that belong to a module, by the parameter's name in it."""
     names = {id(owner): path for path, owner in module.named_modules()}
-    found: dict[str, list[Weight]] = {}
+    inside: dict[str, list[Weight]] = {}
     for weight in weights:
         if (path := names.get(id(weight.module))) is not None:
-            found.setdefault(f"{path}.{weight.attribute}".lstrip("."), []).append(weight)
-    return found
+            inside.setdefault(f"{path}.{weight.attribute}".lstrip("."), []).append(weight)
+    return inside
 
 
 def _replays(half: HalfBlock, seen: tuple[Call, Tensor | None]) -> bool:
-    """Whether the half, called alone with the same arguments, gives the same again."""
+    """Returns whether the half, called alone with the same arguments, gives the same output again."""
     (args, kwargs), output = seen
     if output is None:
         return False
@@ -148,24 +151,21 @@ def _replays(half: HalfBlock, seen: tuple[Call, Tensor | None]) -> bool:
 
 
 def _adds(stream: Tensor | None, outputs: Sequence[Tensor | None], output: Tensor | None) -> bool:
-    """Whether a block adds its halves' outputs to the residual stream."""
-    if stream is None or output is None or any(one is None or one.shape != stream.shape for one in outputs):
+    """Returns whether a block adds its halves' outputs to the residual stream."""
+    if stream is None or output is None or any(part is None or part.shape != stream.shape for part in outputs):
         return False
     total, output = stream.to(torch.float32), output.to(stream.device)
-    for one in outputs:
-        assert one is not None
-        total = total + one.to(total.device, torch.float32)
+    for part in outputs:
+        assert part is not None
+        total = total + part.to(total.device, torch.float32)
     change = (total - stream.to(torch.float32)).norm()
     rounding = torch.finfo(output.dtype).eps * total.norm()  # a large stream hides what is added to it
     return bool((output.to(torch.float32) - total).norm() <= CLOSE * change + rounding)
 
 
-# ---- what goes in and what should come out
-
-
 @torch.no_grad()
 def example(twins: TwinWalk, dense: DenseOutputs, index: int, number: int) -> Example:
-    """Runs the block up to a half and takes what it is called with, behind the pruned blocks and trained halves."""
+    """Runs the block up to a half, behind the pruned blocks and trained halves, and returns the half's example."""
     half = dense.halves[index]
     with twins.lent(DENSE, number):
         target = twins.lasting(dense.outputs[number][index])
@@ -174,7 +174,7 @@ def example(twins: TwinWalk, dense: DenseOutputs, index: int, number: int) -> Ex
             with _watching(twins, dense.halves[:index], stop=half) as seen, suppress(Enough):
                 twins.pruned(number)
             if dense.adds:
-                here = [_stream(call), *(seen[one.name][0][1] for one in dense.halves[:index])]
+                here = [_stream(call), *(seen[earlier.name][0][1] for earlier in dense.halves[:index])]
                 there = [dense.before[number], *dense.outputs[number][:index]]
                 target = (target.to(torch.float32) + _difference(there, here)).to(target.dtype)
             call = seen[half.name][0][0]
@@ -183,11 +183,14 @@ def example(twins: TwinWalk, dense: DenseOutputs, index: int, number: int) -> Ex
 
 
 def _difference(there: Sequence[Tensor | None], here: Sequence[Tensor | None]) -> Tensor:
-    """Between two streams, each given as what it was and all that was added to it; float32, on the device of the second."""
+    """Returns the first of two streams minus the second, float32, on the device of the second.
+
+    Each is given as its parts: what it was before the block, and all that was added to it.
+    """
     total: Any = 0
-    for one, other in zip(there, here, strict=True):
-        assert one is not None and other is not None
-        total = total + (one.to(other.device, torch.float32) - other.to(torch.float32))
+    for theirs, ours in zip(there, here, strict=True):
+        assert theirs is not None and ours is not None
+        total = total + (theirs.to(ours.device, torch.float32) - ours.to(torch.float32))
     return total
 
 
@@ -195,7 +198,7 @@ def _difference(there: Sequence[Tensor | None], here: Sequence[Tensor | None]) -
 def _watching(
     twins: TwinWalk, halves: Sequence[HalfBlock], stop: HalfBlock | None = None
 ) -> Iterator[dict[str, list[tuple[Call, Tensor | None]]]]:
-    """Records how halves are called and what they give, in order; at the call of `stop` the forward ends by `Enough`."""
+    """Records the calls and outputs of halves, in order; at the call of `stop` the forward ends by raising `Enough`."""
     seen: dict[str, list[tuple[Call, Tensor | None]]] = {}
 
     def after(half: HalfBlock) -> Any:
@@ -223,20 +226,20 @@ def _watching(
 
 
 def _first(output: Any) -> Tensor | None:
-    """A module's output, or the first of several."""
+    """Returns a module's output, or the first of several; None if that is no tensor."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 
 
 def _stream(call: Call) -> Tensor | None:
-    """What a block is called with first: the residual stream."""
+    """Returns the first tensor that a block is called with: the residual stream."""
     args, kwargs = call
-    return next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def energy(difference: Tensor, real: Tensor | None) -> Tensor:
-    """Sum of squares over all tokens that are not padding."""
+    """Returns the sum of squares over all tokens that are `real` (None: all), as a tensor without dimensions."""
     return (difference if real is None else difference[real.to(difference.device)]).square().sum()
 
 

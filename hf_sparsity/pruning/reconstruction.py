@@ -1,4 +1,4 @@
-"""Block reconstruction: train what pruning left of a half-block until the half does again what the dense one did.
+"""Block reconstruction: train the surviving weights of a half-block until it computes again what the dense one did.
 
 No labels, no loss of the whole model: one half (attention, MLP) at a time, on the calibration batches. Two walks of
 each batch make it possible. One goes through the blocks as they are now, pruned and trained, and brings the inputs
@@ -31,8 +31,8 @@ from .half_blocks import DENSE, HALF, DenseOutputs, Example, HalfBlock, energy, 
 
 logger = logging.getLogger(__name__)
 
-# Of each batch's hidden states, while a half is trained: both walks' own, what the dense block got and what its two
-# halves gave, what the pruned half gets and what it should give.
+# Copies of each batch's hidden states that are held while a half is trained: those of both walks, the dense block's
+# input and the outputs of its two halves, the pruned half's input and its target.
 STREAMS = 7
 
 
@@ -42,11 +42,11 @@ class BlockReconstruction:
 
     Args:
         epochs: passes over the training sequences, at most; one step a calibration batch.
-        lr: of the first step, in units of the root mean square of a layer's surviving weights, so that one value suits
-            models of any scale; it falls linearly to zero. The default is for about a thousand steps (on calibration text
-            0.0125 to 0.1 are within 1.5 % of each other in perplexity); few steps want more.
+        lr: learning rate of the first step, in units of the root mean square of a layer's surviving weights, so that
+            one value suits models of any scale; it falls linearly to zero. The default is for about a thousand steps (on
+            calibration text 0.0125 to 0.1 are within 1.5 % of each other in perplexity); fewer steps need more.
         patience: epochs without a new best on the held-out sequences after which a half is done.
-        heldout: share of the calibration batches, the last ones, that judge and are not trained on; at least one.
+        heldout: share of the calibration batches, the last ones, that are judged on and not trained on; at least one.
 
     Raises:
         ValueError: a number outside its range.
@@ -74,7 +74,7 @@ class BlockReconstruction:
         return dataclasses.asdict(self)
 
     def split(self, count: int) -> tuple[range, range]:
-        """(numbers of the batches to train on, of those held out); `ValueError` when there are fewer than two."""
+        """Returns (numbers of the batches to train on, of those held out); raises ValueError when there are fewer than two."""
         if count < 2:
             raise ValueError(f"reconstruction needs at least 2 calibration batches, one of them held out; got {count}")
         held = min(count - 1, max(1, int(count * self.heldout)))
@@ -83,7 +83,7 @@ class BlockReconstruction:
 
 @dataclass
 class Reconstruction:
-    """Carries it out while the blocks of a pruning pass stream by; `results`: one record for each trained half."""
+    """Reconstructs the blocks of a pruning pass as they stream by; `results`: for each block one record a trained half."""
 
     options: BlockReconstruction
     seed: int
@@ -91,7 +91,11 @@ class Reconstruction:
 
     @classmethod
     def of(cls, options: BlockReconstruction | None, seed: int) -> Reconstruction | None:
-        """None for None; `ValueError` for what is no `BlockReconstruction`, and in several processes."""
+        """Returns the reconstruction with these options, None without any.
+
+        Raises:
+            ValueError: `options` is no `BlockReconstruction`; several processes; inference mode.
+        """
         if options is None:
             return None
         if not isinstance(options, BlockReconstruction):
@@ -103,20 +107,20 @@ class Reconstruction:
         return cls(options, seed)
 
     def check(self, count: int) -> None:
-        """`ValueError` when this many batches are too few."""
+        """Raises ValueError when `count` batches are too few."""
         self.options.split(count)
 
     def watch(self, block: StreamedBlock, layout_block: Block) -> DenseOutputs | None:
-        """Sees what the dense block does and lets the dense walks go on; call it before the block is pruned.
+        """Records what the dense block computes and lets the dense walks go on; call it before the block is pruned.
 
-        None for a block that no batch visits.
+        Returns None for a block that no batch visits.
         """
         return observe(block.twins, layout_block) if block.twins else None
 
     def train(
         self, block: StreamedBlock, dense: DenseOutputs, progress: Progress, journal: Journal | None = None
     ) -> None:
-        """Trains the pruned block, half by half, and writes what became better; the journal remembers the errors."""
+        """Trains the pruned block, half by half, and writes the halves that became better; the journal keeps the errors."""
         for layer in block.layers.values():
             layer.stats = None  # Gram matrices are as large as what comes now
         records = []
@@ -150,13 +154,15 @@ class Reconstruction:
         before, after, epochs = fit.run(self.options, Random(f"{self.seed} {block.name} {half.name}"))
         block.twins.drop(HALF)
         record = {"half": half.name, "before": before / scale, "after": after / scale, "epochs": epochs}
-        return record, fit.found()
+        return record, fit.new_weights()
 
     def summary(self, model_layers: ModelLayers, journal: Journal | None = None) -> dict[str, Any]:
-        """For the model's config: options, how many halves became better, mean relative held-out error."""
-        known = {b.name: journal.recall("reconstructed", b.name) or [] for b in model_layers.blocks} if journal else {}
+        """Returns what the model's config records: options, halves that became better, mean relative held-out error."""
+        earlier = {b.name: journal.recall("reconstructed", b.name) or [] for b in model_layers.blocks} if journal else {}
         records = [
-            r for block in model_layers.blocks for r in self.results.get(block.name) or known.get(block.name, [])
+            record
+            for block in model_layers.blocks
+            for record in self.results.get(block.name) or earlier.get(block.name, [])
         ]
         improved = sum(record["after"] < record["before"] for record in records)
         means = {
@@ -167,16 +173,16 @@ class Reconstruction:
 
 
 class _Fit:
-    """Trains the survivors of one half; everything it holds is of that half."""
+    """Trains the surviving weights of one half, whose tensors are all that it holds."""
 
     def __init__(self, half: HalfBlock, train: Sequence[Example], held: Sequence[Example]):
         self.half, self.train, self.held = half, train, held
         self.stored = {name: weights[0].stored.detach() for name, weights in half.weights.items()}
         self.kept = {name: _survivors(half, name, value) for name, value in self.stored.items()}
-        self.best: dict[str, Tensor] = {}  # in the model's dtype, if better than what is stored
+        self.best: dict[str, Tensor] = {}  # parameters in the model's dtype; empty unless better than what is stored
 
     def run(self, options: BlockReconstruction, random: Random) -> tuple[float, float, int]:
-        """(held-out error before, after, epochs that were run)."""
+        """Trains; returns (held-out error before, after, number of epochs that were run)."""
         before = best = self.judge(self.stored)
         masters = {n: v.to(torch.float32, copy=True).requires_grad_() for n, v in self.stored.items()}
         scales = {n: _rms(v, self.kept[n]) for n, v in self.stored.items()}
@@ -186,8 +192,8 @@ class _Fit:
         since = epochs = 0
         while epochs < options.epochs and since < options.patience and math.isfinite(best):
             epochs += 1
-            for one in random.sample(self.train, len(self.train)):
-                self.step(masters, one)
+            for sample in random.sample(self.train, len(self.train)):
+                self.step(masters, sample)
                 adam.step()
                 schedule.step()
             rounded = self.rounded(masters)
@@ -199,10 +205,10 @@ class _Fit:
         return before, best, epochs
 
     def step(self, masters: Mapping[str, Tensor], example: Example) -> None:
-        """Gradients of one batch, zero outside the mask: so are Adam's moments there, and a zero never moves."""
+        """Sets the gradients of one batch, zero outside the mask: so are Adam's moments there, and a zero never moves."""
         with torch.enable_grad(), example.lent():
             lent = {name: value.to(self.stored[name].dtype) for name, value in masters.items()}
-            # Adam does not see the scale; half-precision gradients do.
+            # The scale makes no difference to Adam, but keeps half-precision gradients in range.
             scale = max(float(energy(example.target.to(torch.float32), example.real)) / example.target.numel(), 1e-12)
             loss = example.error(self.half, lent) / scale
             gradients = torch.autograd.grad(loss, list(masters.values()), allow_unused=True)
@@ -211,34 +217,30 @@ class _Fit:
 
     @torch.no_grad()
     def judge(self, parameters: Mapping[str, Tensor]) -> float:
-        """The error on the held-out sequences."""
+        """Returns the summed squared error on the held-out batches."""
         total = 0.0
-        for one in self.held:
-            with one.lent():
-                total += float(one.error(self.half, parameters))
+        for sample in self.held:
+            with sample.lent():
+                total += float(sample.error(self.half, parameters))
         return total
 
     def rounded(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As they would be stored."""
+        """Returns the parameters as they would be stored, in the model's dtype."""
         return {name: value.detach().to(self.stored[name].dtype) for name, value in masters.items()}
 
-    def found(self) -> dict[str, Tensor]:
-        """The new weights `[out, in]` by layer; empty if the old ones are the best."""
-        result = {}
-        for name, value in self.best.items():
-            for weight in self.half.weights[name]:
-                one = value if weight.expert is None else value[weight.expert]
-                result[weight.name] = one.T if weight.transposed else one
-        return result
+    def new_weights(self) -> dict[str, Tensor]:
+        """Returns the new weights `[out, in]` by layer; empty if the old ones are the best."""
+        return {w.name: w.part(value) for name, value in self.best.items() for w in self.half.weights[name]}
 
 
 def _energy(twins: TwinWalk, dense: DenseOutputs, index: int, number: int, real: Tensor | None) -> float:
+    """Returns `DenseOutputs.energy` of a batch, whose tensors may wait on disk until then."""
     with twins.lent(DENSE, number):
         return dense.energy(index, number, real)
 
 
 def _survivors(half: HalfBlock, name: str, value: Tensor) -> Tensor:
-    """Where a parameter may change: the weights of its layers that are not zero. Other experts in it stay."""
+    """Returns where a parameter may change: at the non-zero weights of the half's layers. Other experts in it stay."""
     kept = torch.zeros_like(value, dtype=torch.bool)
     for weight in half.weights[name]:
         where = ... if weight.expert is None else weight.expert
@@ -247,4 +249,5 @@ def _survivors(half: HalfBlock, name: str, value: Tensor) -> Tensor:
 
 
 def _rms(value: Tensor, kept: Tensor) -> float:
+    """Returns the root mean square of the kept weights; 0 if there are none."""
     return float(value.to(torch.float32)[kept].square().mean().sqrt()) if kept.any() else 0.0

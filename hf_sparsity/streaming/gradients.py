@@ -24,35 +24,36 @@ from ..model.offload import onload
 
 
 class BlocksNotAlone(ValueError):
-    """A block tells others more than it returns, so it cannot be computed a second time by itself."""
+    """Raised when a block passes more to other blocks than it returns, so that it cannot be computed again by itself."""
 
 
 class Gradients:
-    """Who wants them: a `taker` gets each parameter's as it is completed, and frees it."""
+    """Receives the gradient of each prunable parameter as soon as it is complete, through `taker`, and frees it."""
 
     def __init__(self) -> None:
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     def lends(self, block: Block) -> bool:
-        """Whether the block's weights are lent."""
+        """Returns whether the block's weights are lent: here, whether they are kept elsewhere."""
         return any(parameter.device.type == "meta" for parameter in block.module.parameters())
 
     def lend(self, block: Block) -> AbstractContextManager[Any]:
-        """Inside, the block has its weights."""
+        """Returns a context inside which the block has its weights."""
         return onload(block.module)
 
     def visit(self, block: Block, by: int) -> None:
-        """Told of the runs of a lent block: +1 in the forward pass, -1 in the backward pass."""
+        """Takes note of a run of a lent block: `by` is +1 in the forward pass, -1 in the backward pass."""
 
     def taker(self, block: Block, weights: list[Weight]) -> Callable[[Tensor], None]:
-        """What is called with the parameter of these weights when its `grad`, of one run of the block, is complete.
+        """Returns a function to be called with the parameter of these weights when its `grad` is complete.
 
-        It sets that to None. Asked for while the block has its weights.
+        The `grad` is of one run of the block, and the function sets it to None. This is called while the block has
+        its weights.
         """
         raise NotImplementedError
 
     def watch(self, block: Block) -> None:
-        """Asks for the gradients of a block's prunable parameters, which must be there; again if they are others now."""
+        """Asks for the gradients of a block's prunable parameters, which must be in memory; again if they were exchanged."""
         sharing: dict[str, list[Weight]] = {}
         for weight in block.weights.values():
             sharing.setdefault(weight.parameter, []).append(weight)
@@ -71,7 +72,7 @@ class Gradients:
 
 @contextmanager
 def differentiable(model: PreTrainedModel, model_layers: ModelLayers, gradients: Gradients) -> Iterator[None]:
-    """Gradients for the prunable weights only, blocks recomputed, dropout off; everything restored after."""
+    """Lets a backward pass give gradients to the prunable weights only: blocks recomputed, dropout off, all restored after."""
     before = {(module, name): (p.requires_grad, p.grad) for module, name, p in _parameters(model)}
     training = {module: module.training for module in model.modules()}
     forwards = {
@@ -98,7 +99,7 @@ def differentiable(model: PreTrainedModel, model_layers: ModelLayers, gradients:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.forward = forward
-        for module, name, parameter in _parameters(model):  # lent ones have become other objects, but in their places
+        for module, name, parameter in _parameters(model):  # lent parameters are other objects by now, in the same places
             wants, gradient = before[module, name]
             parameter.requires_grad_(wants)
             parameter.grad = gradient
@@ -111,7 +112,7 @@ def _parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def _lent_forward(block: Block, gradients: Gradients) -> Callable[..., Any]:
-    """The forward of a block that borrows its weights, once in the forward and once in the backward pass.
+    """Returns a forward for a block that borrows its weights, once in the forward and once in the backward pass.
 
     It is the reentrant kind of checkpoint, whose recomputation has a graph of its own that begins with the weights
     lent to it. The other kind keeps the first graph, and so every block's first loan until its gradients come.
@@ -140,9 +141,9 @@ def _lent_forward(block: Block, gradients: Gradients) -> Callable[..., Any]:
             return tuple(outputs)
 
         if not block.weights and not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            with gradients.lend(block):  # nothing before or in this block wants a gradient
+            with gradients.lend(block):  # neither this block nor one before it needs a gradient
                 return original(*args, **kwargs)
-        # Embeddings want no gradient: without an input that does, the first block would have no backward pass.
+        # Embeddings need no gradient: without an input that does, the first block would have no backward pass.
         anchor = torch.empty(0, requires_grad=bool(block.weights))
         return tree_unflatten(checkpoint(run, anchor, *inputs, use_reentrant=True, preserve_rng_state=False), shape)
 
@@ -150,5 +151,5 @@ def _lent_forward(block: Block, gradients: Gradients) -> Callable[..., Any]:
 
 
 def _keys(inputs: Sequence[Any]) -> list[list[Any]]:
-    """Of the mappings among the inputs that are not dicts: Gemma-3n's blocks hand on keys and values in one."""
+    """Returns the keys of the inputs that are mappings but no dicts: Gemma-3n's blocks pass keys and values on in one."""
     return [list(x) for x in inputs if isinstance(x, Mapping)]

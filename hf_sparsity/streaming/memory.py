@@ -1,4 +1,4 @@
-"""What pruning will touch, and the memory and disk it will take, before it starts."""
+"""Estimates, before pruning starts: what it will touch, and the memory and disk it will take."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from ..model.inference import Batch
 from ..model.layers import Block, ModelLayers
 from ..model.offload import weight_store
 
-GROUPS = Path("/sys/fs/cgroup")  # limits of a container
+GROUPS = Path("/sys/fs/cgroup")  # where Linux tells the limits of a container
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of memory: `model` of weights that stay (all of them, or what is outside the blocks and one block when
-    streamed or offloaded), `hidden` of the calibration batches' hidden states, `block` of one block's statistics,
-    scores and the largest matrix' working copies. `disk`: of the output."""
+    """Bytes of memory and disk that a run takes.
+
+    `model`: weights that stay in memory: all of them, or what is outside the blocks and one block when streamed or
+    offloaded. `hidden`: hidden states of the calibration batches. `block`: one block's statistics, scores and working
+    copies of its largest matrix. `disk`: the output. `resident`: the part of `model` that is in memory already.
+    """
 
     model: int
     hidden: int
     block: int
     disk: int
-    resident: int = 0  # of `model`, what is in memory already
+    resident: int = 0
 
     @property
     def peak(self) -> int:
@@ -41,7 +44,7 @@ class Estimate:
         return self.model + self.hidden + self.block
 
     def check(self, output: str | os.PathLike[str] | None = None, *, memory: int | None = None) -> None:
-        """Raises `ValueError` with advice when memory (by default what is free) or the output's disk cannot hold it."""
+        """Raises ValueError with advice when memory (by default what is free) or the output's disk cannot hold the run."""
         free = available_memory() if memory is None else memory
         if (need := self.peak - self.resident) > free:
             advice = (
@@ -72,10 +75,12 @@ def estimate_memory(
     hidden_limit: int | None = None,
     journal: bool = False,
 ) -> Estimate:
-    """What `prune` will hold at once, from shapes alone; activations inside one block call come on top.
+    """Returns what `prune` will hold at once, from shapes alone; activations inside one block call come on top.
 
-    `needs`: facts of the inputs. `hidden_limit`: see `prune`. `journal`: whether the run is written to a folder, which
-    also keeps the hidden states on disk.
+    Args:
+        needs: the facts of the inputs that are collected.
+        hidden_limit: see `prune`.
+        journal: whether the run is written to a folder, which also keeps the hidden states on disk.
     """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     whole = _bytes(model.parameters())
@@ -109,9 +114,9 @@ def check_room(
     hidden_limit: int | None,
     output: Path | None,
 ) -> None:
-    """`ValueError` with advice, before anything starts, when memory or disk cannot hold the run.
+    """Raises ValueError with advice, before anything starts, when memory or disk cannot hold the run.
 
-    Memory is not looked at when the model is on an accelerator, whose own errors are plain.
+    Memory is not checked when the model is on an accelerator, whose own errors are plain.
     """
     estimate = estimate_memory(
         model, model_layers, batches, needs, hidden_limit=hidden_limit, journal=output is not None
@@ -121,7 +126,7 @@ def check_room(
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: what the system has free, within the container's limit if there is one."""
+    """Returns the bytes that this process may still take: free memory, within the container's limit if there is one."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):
         limit = (GROUPS / "memory.max").read_text().strip()
@@ -135,7 +140,10 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _block_bytes(block: Block, needs: frozenset[str], sequences: int) -> int:
-    """Layers fed by the same tensor share a Gram matrix; before the model has run, layers of one width and one parent count as such."""
+    """Returns the bytes of one block's statistics and working copies.
+
+    Layers fed by the same tensor share a Gram matrix; layers of one width and one parent are taken for such.
+    """
     if not block.weights:
         return 0
     total = 0
@@ -153,7 +161,10 @@ def _block_bytes(block: Block, needs: frozenset[str], sequences: int) -> int:
 
 
 def describe(model_layers: ModelLayers, model: PreTrainedModel) -> dict[str, Any]:
-    """`{"layers", "weights", "share", "dense": {reason: number of matrices}}` of what will be pruned and what not."""
+    """Returns `{"layers", "blocks", "weights", "share", "dense": {reason: number of matrices}}` of what can be pruned.
+
+    `share`: of all the model's parameters, those in prunable layers.
+    """
     weights = sum(weight.size for weight in model_layers.weights.values())
     return {
         "layers": len(model_layers.weights),

@@ -1,4 +1,4 @@
-"""Hidden states of waiting batches, beyond a limit, wait on disk.
+"""Hidden states of waiting batches are kept on disk beyond a limit of memory.
 
 While a batch waits at a block, its inputs are also held by the local variables of the model's own
 forward, so letting go of them would free nothing. Their storages are emptied in place instead, as
@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, UntypedStorage, nn
 
-SMALLEST = 1 << 16  # bytes of a storage that is worth a file
+SMALLEST = 1 << 16  # bytes; a smaller storage is not worth a file
 
-Key: TypeAlias = "int | tuple[str, int]"  # a batch, or something recorded of a batch
+Key: TypeAlias = "int | tuple[str, int]"  # the number of a batch, or (name, number) of something recorded of it
 
 
 class Spill:
@@ -32,12 +32,12 @@ class Spill:
         self._limit = limit
         self._folder = Path(tempfile.mkdtemp(prefix="hidden_", dir=folder))
         self._shared = _storages(t for t in shared if t.device.type != "meta")
-        self._held: dict[Key, dict[int, UntypedStorage]] = {}  # of each waiting batch
-        self._on_disk: dict[Key, dict[int, int]] = {}  # of each batch: storage -> bytes
-        self._last: Key | None = None  # rests once the next has shown that it shares nothing with it
+        self._held: dict[Key, dict[int, UntypedStorage]] = {}  # waiting batch -> address -> storage
+        self._on_disk: dict[Key, dict[int, int]] = {}  # batch -> address of a storage -> its bytes
+        self._last: Key | None = None  # leaves memory once the next batch has shown which storages both share
 
     def arrive(self, batch: Key, call: Any) -> None:
-        """A batch has come to a block and waits there with these inputs."""
+        """Takes note that a batch has come to a block and waits there with these inputs."""
         self._held[batch] = {k: s for k, s in _storages(tensors(call)).items() if s.nbytes() >= SMALLEST}
         if self._last is not None and self._last in self._held:
             common = self._held[self._last].keys() & self._held[batch].keys() if self._last != batch else set()
@@ -46,7 +46,7 @@ class Spill:
         self._last = batch
 
     def rest(self, batch: Key) -> None:
-        """The inputs of a waiting batch are not needed for a while; beyond the limit they leave memory."""
+        """Lets the inputs of a waiting batch leave memory if they exceed the limit; `fetch` brings them back."""
         mine = self._private(batch)
         if batch not in self._on_disk:
             if sum(s.nbytes() for other in self._held for s in self._private(other).values()) <= self._limit:
@@ -67,18 +67,18 @@ class Spill:
                 _bytes(storage).copy_(torch.from_file(str(self._file(batch, key)), size=size, dtype=torch.uint8))
 
     def leave(self, batch: Key) -> None:
-        """The batch walks on: its inputs are filled, in case the model looks at them again, and forgotten."""
+        """Forgets a batch that walks on, its inputs filled again in case the model looks at them later."""
         self.fetch(batch)
         self.drop(batch)
 
     def drop(self, batch: Key) -> None:
-        """Nobody will look at these inputs again: they are forgotten as they are."""
+        """Forgets inputs that nothing will look at again, without filling them."""
         del self._held[batch]
         for key in self._on_disk.pop(batch, {}):
             self._file(batch, key).unlink()
 
     def close(self) -> None:
-        """Fills everything, so that no tensor stays behind without its data, and removes the files."""
+        """Fills everything, so that no tensor is left without its data, and removes the files."""
         for batch in list(self._held):
             self.leave(batch)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -92,7 +92,7 @@ class Spill:
 
 
 def _storages(values: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-    """By address; whoever keeps the result keeps the addresses from being used again."""
+    """Returns the storages of tensors by address; while the result lives, no address is used again."""
     return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in values)}
 
 
@@ -101,13 +101,13 @@ def _bytes(storage: UntypedStorage) -> Tensor:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments, in order."""
+    """Yields all tensors in nested arguments that are no parameters, in order."""
     if isinstance(value, Tensor):
         if not isinstance(value, nn.Parameter):
             yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors(one)
+        for item in value.values():
+            yield from tensors(item)
     elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from tensors(one)
+        for item in value:
+            yield from tensors(item)
