@@ -16,7 +16,9 @@ SPREADS = ((0.5, 0.04), (0.6, 0.1), (0.7, 0.15), (0.8, 0.12))
 def check_spread(name: str, spread: float | None) -> None:
     """Raises ValueError unless `spread` is None or in [0, 0.5)."""
     if spread is not None and not 0 <= spread < 0.5:
-        raise ValueError(f"{name}: spread={spread!r} must be at least 0 and below 0.5, or None to choose it by the target")
+        raise ValueError(
+            f"{name}: spread={spread!r} must be at least 0 and below 0.5, or None to choose it by the target"
+        )
 
 
 def usual_spread(target: float) -> float:

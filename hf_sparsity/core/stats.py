@@ -117,7 +117,6 @@ class InputStats:
             raise ValueError("input samples were not collected: the algorithm must name SAMPLES in `needs`")
         return torch.cat(self._samples)
 
-
     # What merging the statistics of several processes needs.
 
     @property

@@ -158,7 +158,9 @@ class Reconstruction:
 
     def summary(self, model_layers: ModelLayers, journal: Journal | None = None) -> dict[str, Any]:
         """Returns what the model's config records: options, halves that became better, mean relative held-out error."""
-        earlier = {b.name: journal.recall("reconstructed", b.name) or [] for b in model_layers.blocks} if journal else {}
+        earlier = (
+            {b.name: journal.recall("reconstructed", b.name) or [] for b in model_layers.blocks} if journal else {}
+        )
         records = [
             record
             for block in model_layers.blocks

@@ -99,7 +99,9 @@ def differentiable(model: PreTrainedModel, model_layers: ModelLayers, gradients:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.forward = forward
-        for module, name, parameter in _parameters(model):  # lent parameters are other objects by now, in the same places
+        for module, name, parameter in _parameters(
+            model
+        ):  # lent parameters are other objects by now, in the same places
             wants, gradient = before[module, name]
             parameter.requires_grad_(wants)
             parameter.grad = gradient
