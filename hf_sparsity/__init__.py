@@ -42,6 +42,9 @@ _HOME = {
     "BlockReconstruction": "pruning.reconstruction",
     "DistillationTrainer": "recovery.distillation",
     "recover": "recovery.recover",
+    "MaskedLora": "recovery.methods",
+    "FullFineTuning": "recovery.methods",
+    "Reconstruction": "recovery.methods",
     "sparse_lora": "recovery.lora",
     "load_sparse_lora": "recovery.lora",
     "merge_lora": "recovery.lora",
@@ -55,11 +58,14 @@ __all__ = [
     "Allocator",
     "BlockReconstruction",
     "DistillationTrainer",
+    "FullFineTuning",
     "Layer",
+    "MaskedLora",
     "Output",
     "Plan",
     "PlanFile",
     "Pruner",
+    "Reconstruction",
     "Report",
     "RowAllocator",
     "Source",
@@ -114,6 +120,7 @@ if TYPE_CHECKING:
     from .recovery.callback import SparsityCallback
     from .recovery.distillation import DistillationTrainer
     from .recovery.lora import load_sparse_lora, merge_lora, sparse_lora
+    from .recovery.methods import FullFineTuning, MaskedLora, Reconstruction
     from .recovery.recover import recover
     from .sparse_model import SparseModel
 

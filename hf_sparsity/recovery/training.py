@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,84 +17,84 @@ from ..checkpoint.journal import Journal
 from ..model.sparsity import planned_layers
 from .callback import SparsityCallback
 from .distillation import DistillationTrainer
+from .methods import MaskedLora
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to train: what `recover` was given, with the defaults filled in."""
+def retrain(model: Any, teacher: Any, rows: Tensor, method: Any, seed: int, journal: Journal) -> Any:
+    """Trains a sparse model in the Trainer, from the last checkpoint if there is one.
 
-    method: str
-    steps: int
-    batch: int
-    length: int
-    lr: float
-    seed: int
-    rank: int
-    accumulation: int
-    hard: float
-    soft: float
-    hidden: float
-    temperature: float
-    training: Mapping[str, Any]
+    Args:
+        model: the sparse model, changed in place.
+        teacher: the dense model to distil from, or None.
+        rows: token ids `[n, length]` to train on.
+        method: `MaskedLora` or `FullFineTuning` with its defaults filled in.
+        seed: decides the order of the rows and the adapters' first values.
+        journal: the record of the run; checkpoints lie beside it.
 
-
-def retrain(model: Any, teacher: Any, rows: Tensor, options: Options, journal: Journal) -> Any:
-    """Trains a sparse model in the Trainer, from the last checkpoint if there is one; returns it with its own dtypes."""
+    Returns:
+        The model with its zeros, without adapters, in the dtypes it had.
+    """
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    arguments = training_arguments(options, journal.folder / "trainer")
-    if options.method == "full" or arguments.device.type == "cpu":
+    arguments = training_arguments(method, seed, journal.folder / "trainer")
+    lora = isinstance(method, MaskedLora)
+    if not lora or arguments.device.type == "cpu":
         # In 16 bits most updates are smaller than a weight's rounding; and CPUs are slow at it.
         _cast(model, dict.fromkeys(dtypes, torch.float32))
-    if options.method == "lora":
-        from peft import LoraConfig  # an optional dependency
-
-        from .lora import sparse_lora
-
-        set_seed(options.seed)
-        trained: Any = sparse_lora(model, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, **_targets(model)))
-        callbacks: list[TrainerCallback] = [_Journaled(journal)]
+    callbacks: list[TrainerCallback] = [_Checkpoints(journal)]
+    if lora:
+        trained = _with_adapters(model, method.rank, seed)
     else:
-        trained, callbacks = model, [SparsityCallback(), _Journaled(journal)]
-    trainer = make_trainer(trained, teacher, rows, options, arguments, callbacks)
+        trained, callbacks = model, [SparsityCallback(), *callbacks]
+    trainer = make_trainer(trained, teacher, rows, method, arguments, callbacks)
     trainer.train(resume_from_checkpoint=_last_checkpoint(journal))
-    result = trained.merge_and_unload() if options.method == "lora" else trained
+    result = trained.merge_and_unload() if lora else trained
     _cast(result, dtypes)
     for name, parameter in result.named_parameters():
         parameter.requires_grad_(trains[name])  # peft froze them
     return result.eval()
 
 
-def _targets(model: Any) -> dict[str, Any]:
-    """Every planned layer by its full name; peft's "all-linear" would take routers along and leave fused experts out."""
+def _with_adapters(model: Any, rank: int, seed: int) -> Any:
+    """Returns a PeftModel with masked adapters on every planned layer.
+
+    The layers are given by their full names: peft's "all-linear" would include routers and leave fused experts out.
+    """
+    from peft import LoraConfig  # an optional dependency
+
+    from .lora import sparse_lora
+
+    set_seed(seed)
     weights = planned_layers(model).weights.values()
     experts = sorted({weight.parameter for weight in weights if weight.expert is not None})
-    linear = [weight.name for weight in weights if weight.expert is None]
-    return {"target_modules": linear} | ({"target_parameters": experts} if experts else {})
+    targets: dict[str, Any] = {"target_modules": [weight.name for weight in weights if weight.expert is None]}
+    if experts:
+        targets["target_parameters"] = experts
+    return sparse_lora(model, LoraConfig(r=rank, lora_alpha=2 * rank, **targets))
 
 
-def training_arguments(options: Options, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments; checkpoints go to `folder`."""
-    given: dict[str, Any] = {
-        "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch // options.accumulation,
-        "gradient_accumulation_steps": options.accumulation,
-        "learning_rate": options.lr,
+def training_arguments(method: Any, seed: int, folder: Path) -> TrainingArguments:
+    """Returns the Trainer's arguments; checkpoints go to `folder`."""
+    options: dict[str, Any] = {
+        "max_steps": method.steps,
+        "per_device_train_batch_size": method.batch // method.accumulation,
+        "gradient_accumulation_steps": method.accumulation,
+        "learning_rate": method.lr,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": options.steps // 20,
+        "warmup_steps": method.steps // 20,
         "weight_decay": 0.0,
-        "save_steps": max(1, options.steps // 10),
+        "save_steps": max(1, method.steps // 10),
         "save_total_limit": 2,  # the last may be cut short by a crash
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "seed": options.seed,
+        "seed": seed,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     }
-    arguments = TrainingArguments(str(folder), **given | dict(options.training))
-    _ = arguments.device
-    arguments._n_gpu = min(1, arguments.n_gpu)  # never DataParallel
+    arguments = TrainingArguments(str(folder), **options | dict(method.training))
+    _ = arguments.device  # sets the number of devices,
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of which one is used: DataParallel copies the masks' parameters
     return arguments
 
 
@@ -103,27 +102,27 @@ def make_trainer(
     model: Any,
     teacher: Any,
     rows: Tensor,
-    options: Options,
+    method: Any,
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """A Trainer over `steps * batch` rows: a new order of all rows in each pass over them."""
-    order = torch.Generator().manual_seed(options.seed)
-    count = options.steps * options.batch
+    """Returns a Trainer over `steps * batch` rows, which come in a new order in each pass over all of them."""
+    order = torch.Generator().manual_seed(arguments.seed)
+    count = method.steps * method.batch
     passes = [torch.randperm(len(rows), generator=order) for _ in range(-(-count // len(rows)))]
     data = [{"input_ids": rows[i], "labels": rows[i]} for i in torch.cat(passes)[:count].tolist()]
-    given: dict[str, Any] = {"args": arguments, "train_dataset": data, "callbacks": callbacks}
+    options: dict[str, Any] = {"args": arguments, "train_dataset": data, "callbacks": callbacks}
     if teacher is None:
-        trainer = Trainer(model, **given)
+        trainer = Trainer(model, **options)
     else:
-        names = ("hard", "soft", "hidden", "temperature")
-        trainer = DistillationTrainer(model, teacher=teacher, **given, **{n: getattr(options, n) for n in names})
+        losses = {name: getattr(method, name) for name in ("hard", "soft", "hidden", "temperature")}
+        trainer = DistillationTrainer(model, teacher=teacher, **options, **losses)
     trainer.remove_callback(PrinterCallback)  # standard output is the command's
     return trainer
 
 
-class _Journaled(TrainerCallback):
-    """Records a checkpoint when it is whole, and shows how far the training is."""
+class _Checkpoints(TrainerCallback):
+    """Records in the journal each checkpoint that is whole, and shows a progress bar."""
 
     def __init__(self, journal: Journal):
         self.journal, self.bar = journal, None
@@ -144,15 +143,15 @@ class _Journaled(TrainerCallback):
 
 
 def _last_checkpoint(journal: Journal) -> str | None:
-    """The newest whole checkpoint; those that a crash cut short are removed."""
-    found: dict[int, Path] = {}
+    """Returns the newest whole checkpoint, or None; those that a crash cut short are removed."""
+    whole: dict[int, Path] = {}
     for path in (journal.folder / "trainer").glob("checkpoint-*"):
         step = path.name.rpartition("-")[2]
         if journal.recall("checkpoint", step):
-            found[int(step)] = path
+            whole[int(step)] = path
         else:
             shutil.rmtree(path)
-    return str(found[max(found)]) if found else None
+    return str(whole[max(whole)]) if whole else None
 
 
 def _cast(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -38,8 +38,10 @@ from hf_sparsity import (
     prune,
     text_windows,
 )
-from hf_sparsity.recovery.recover import RATE, recover
-from hf_sparsity.recovery.training import Options, make_trainer, training_arguments
+from hf_sparsity.recovery.methods import MaskedLora
+from hf_sparsity.recovery.preparation import prepare
+from hf_sparsity.recovery.recover import recover
+from hf_sparsity.recovery.training import make_trainer, training_arguments
 
 LENGTH, BATCH, SEQUENCES, RANK = 128, 8, 128, 16
 PRUNINGS = ((0.7, "wanda"), (0.8, "sparsegpt"))
@@ -118,16 +120,14 @@ class Bench:
         from peft import LoraConfig, get_peft_model
 
         from hf_sparsity.recovery.lora import merge_lora
-        from hf_sparsity.recovery.recover import _rows, _split
 
-        lr = RATE["lora"] / model.config.hidden_size
-        values = {"hard": 1.0, "soft": 1.0, "hidden": 0.0, "temperature": 1.0, "training": {"save_strategy": "no"}}
-        options = Options("lora", self.steps, BATCH, LENGTH, lr, seed, RANK, 1, **values)
-        rows, _ = _split(_rows(self.texts, self.tokenizer, options, None, "train"))
+        method = MaskedLora(steps=self.steps, batch=BATCH, rank=RANK, training={"save_strategy": "no"})
+        where = {"teacher": None, "tokenizer": self.tokenizer, "length": LENGTH, "seed": seed}
+        job = prepare(model, self.texts, method, **where, column=None, split="train")
         torch.manual_seed(seed)
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         adapted = get_peft_model(model, config)
-        make_trainer(adapted, None, rows, options, training_arguments(options, folder), []).train()
+        make_trainer(adapted, None, job.rows, job.method, training_arguments(job.method, seed, folder), []).train()
         return merge_lora(adapted).eval()
 
 

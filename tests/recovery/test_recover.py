@@ -46,14 +46,14 @@ class Cut(Exception):
 
 
 def cut_after(monkeypatch, step, event="on_step_end"):
-    stock = getattr(training._Journaled, event)
+    stock = getattr(training._Checkpoints, event)
 
     def fails(self, args, state, control, **kwargs):
         if state.global_step == step:
             raise Cut
         stock(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training._Journaled, event, fails)
+    monkeypatch.setattr(training._Checkpoints, event, fails)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,9 +126,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, metho
     torch.manual_seed(123)
     steps = []
     with monkeypatch.context() as patch:
-        stock = training._Journaled.on_step_end
+        stock = training._Checkpoints.on_step_end
         patch.setattr(
-            training._Journaled, "on_step_end", lambda self, *a, **k: (steps.append(1), stock(self, *a, **k))[1]
+            training._Checkpoints, "on_step_end", lambda self, *a, **k: (steps.append(1), stock(self, *a, **k))[1]
         )
         result = state(recover(sparse(), IDS, method, output_dir=tmp_path / "cut", **given))
     assert len(steps) < 10, "it began anew"
@@ -314,7 +314,7 @@ def test_reconstruction_of_the_teacher_by_the_plan(tmp_path, monkeypatch):
         distances = [float((dense - one(input_ids=IDS).logits).square().mean()) for one in (model, whole)]
     assert distances[1] < distances[0]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_finish", lambda *a: (_ for _ in ()).throw(Cut))
+        patch.setattr(module, "_write", lambda *a: (_ for _ in ()).throw(Cut))
         with pytest.raises(Cut):
             recover(model, IDS, "reconstruct", output_dir=tmp_path / "cut", **given)
     with pytest.raises(ValueError, match=r"other arguments.*options"):

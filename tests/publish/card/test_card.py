@@ -29,7 +29,7 @@ from hf_sparsity.publish.card.citations import PAPERS, RECOVERY
 from hf_sparsity.publish.card.commands import commands
 from hf_sparsity.publish.card.make_card import CARD, PLOT, make_card
 from hf_sparsity.publish.card.model_facts import read_facts
-from hf_sparsity.recovery.recover import METHODS
+from hf_sparsity.recovery.methods import METHODS
 from tests.conftest import tiny, tiny_batch
 
 CARDS = sorted((Path(__file__).parents[3] / "model_cards").glob("*/README.md"))

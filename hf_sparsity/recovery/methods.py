@@ -1,0 +1,165 @@
+"""The methods of `recover` with their options and defaults.
+
+Standard library only, so that the command reads names and defaults from here without importing torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from ..pruning.reconstruction import BlockReconstruction
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryMethod:
+    """What all methods share: how much of the data is used, as `steps * batch` sequences.
+
+    Raises:
+        ValueError: a number that is not a whole number above 0, or both `steps` and `tokens`.
+    """
+
+    steps: int | None = None  # optimizer steps; the default depends on the method
+    tokens: int | None = None  # tokens to use, instead of `steps`
+    batch: int = 8  # sequences of a step
+
+    name: ClassVar[str]
+    default_steps: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("give steps or tokens, not both")
+        for name in ("steps", "tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_count("batch", self.batch)
+
+    def resolved(self, *, length: int, width: int) -> Any:
+        """Returns a copy with every default filled in, for sequences of `length` tokens and a model of hidden size `width`."""
+        counted = self.default_steps if self.tokens is None else math.ceil(self.tokens / (self.batch * length))
+        return replace(self, steps=self.steps or counted, tokens=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(RecoveryMethod):
+    """The options of the methods that train in transformers' `Trainer`; by default 200 steps.
+
+    `hard`, `soft`, `hidden` and `temperature` weigh the losses when there is a teacher, see `DistillationTrainer`.
+    """
+
+    accumulation: int = 1  # parts that a batch is cut into to save memory
+    lr: float | None = None  # largest learning rate of a cosine schedule; the default is `width_rate / width`
+    hard: float = 1.0
+    soft: float = 1.0
+    hidden: float = 0.0
+    temperature: float = 1.0
+    training: Mapping[str, Any] = field(default_factory=dict)  # more `TrainingArguments`
+
+    default_steps = 200
+    width_rate: ClassVar[float]  # learning rate times the model's width
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("accumulation", self.accumulation)
+        if self.batch % self.accumulation:
+            raise ValueError(f"batch={self.batch} sequences cannot be cut into accumulation={self.accumulation} parts")
+        if self.lr is not None and (not isinstance(self.lr, (int, float)) or not self.lr > 0):
+            raise ValueError(f"lr={self.lr!r}: a number above 0 is expected")
+        object.__setattr__(self, "training", dict(self.training or {}))
+
+    def resolved(self, *, length: int, width: int) -> Any:
+        """Returns a copy with every default filled in."""
+        lr = self.width_rate / width if self.lr is None else self.lr
+        return replace(super().resolved(length=length, width=width), lr=lr)
+
+
+# Adam's best learning rate goes with 1 / width (Yang et al. 2022): `width_rate` divided by the width of the embedded
+# model is 6e-3 and 1e-3, where half and twice as much were worse on calibration text; 2.8e-4 and 4.7e-5 for 4096.
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLora(Training):
+    """Trains adapters that cannot touch a zero (`sparse_lora`) on all planned layers, and merges them at the end."""
+
+    rank: int = 16  # rank of the adapters; their alpha is twice that
+
+    name = "lora"
+    width_rate = 1.152
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("rank", self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFineTuning(Training):
+    """Trains all weights in float32, with every zero held (`SparsityCallback`)."""
+
+    name = "full"
+    width_rate = 0.192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction(RecoveryMethod):
+    """Prunes the teacher again by the model's plan, and trains each half-block towards the dense one.
+
+    The number of zeros is the plan's, but they need not be in the same places. By default 128 sequences are used.
+    """
+
+    blocks: BlockReconstruction | None = None  # how each half-block is trained; by default `BlockReconstruction()`
+
+    name = "reconstruct"
+    default_steps = 16
+
+
+METHODS: dict[str, type[RecoveryMethod]] = {
+    method.name: method for method in (MaskedLora, FullFineTuning, Reconstruction)
+}
+KEYWORDS = {entry.name for method in METHODS.values() for entry in fields(method)} - {"blocks"} | {"reconstruct"}
+
+
+def as_method(method: Any, options: Mapping[str, Any]) -> RecoveryMethod:
+    """Returns the method of a `recover` call.
+
+    Args:
+        method: a method, its name, or a `BlockReconstruction`, which stands for `Reconstruction(blocks=...)`.
+        options: with a name, the method's options as keywords; those of other methods are ignored with a warning.
+
+    Raises:
+        ValueError: an unknown method, bad options, or options beside a method that has its own.
+        TypeError: a keyword that no method has.
+    """
+    if unknown := options.keys() - KEYWORDS:
+        raise TypeError(f"recover() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}: one of {', '.join(METHODS)} is expected")
+        chosen = METHODS[method]
+        values = {"blocks" if name == "reconstruct" else name: value for name, value in options.items()}
+        used = {entry.name for entry in fields(chosen)}
+        if ignored := sorted(name for name in values.keys() - used if values[name] is not None):
+            logger.warning("method=%r has no option %s, which is ignored", method, ", ".join(ignored))
+        return chosen(**{name: value for name, value in values.items() if name in used})
+    if options:
+        name, kind = next(iter(options)), type(method).__name__
+        raise ValueError(f"{name}= belongs to the method: write {kind}({name}=...)")
+    if isinstance(method, RecoveryMethod):
+        return method
+    from ..pruning.reconstruction import BlockReconstruction  # not above, since it imports torch
+
+    if isinstance(method, BlockReconstruction):
+        return Reconstruction(blocks=method)
+    expected = ", ".join(f"{kind.__name__}(...)" for kind in METHODS.values())
+    raise ValueError(f"method is a {type(method).__name__}; one of {expected} or {', '.join(METHODS)} is expected")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: a whole number above 0 is expected")

@@ -1,0 +1,182 @@
+"""Everything that `recover` loads and checks before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import random
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..calibration.batches import data_fingerprint, prepare_batches
+from ..calibration.calibration import calibration_batches, default_length, read_documents
+from ..calibration.mixture import SELF, Mixture, sources_in
+from ..calibration.sequences import packed_rows
+from ..files import check_finished
+from ..model.fingerprint import versions, weights_fingerprint
+from ..model.loading import find_tokenizer, load_sparse
+from ..model.offload import weight_store
+from ..model.sparsity import check_zeros
+from ..pruning.reconstruction import BlockReconstruction
+from .distillation import check_teacher, check_weights
+from .methods import MaskedLora, Reconstruction, RecoveryMethod, Training, check_count
+
+HELD_OUT = 16  # one sequence of this many is never trained on,
+MOST_HELD_OUT = 128  # up to this number of sequences
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a recovery works with: models in memory, a method with its defaults filled in, and token ids `[n, length]`."""
+
+    model: Any
+    teacher: Any
+    tokenizer: Any
+    method: Any
+    rows: Tensor  # to train on
+    held_out: Tensor  # to measure the loss by
+    seed: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.rows.shape[1]
+
+    def facts(self) -> dict[str, Any]:
+        """What an interrupted run must share with the one that goes on; the config keeps it as what was done."""
+        method = self.method
+        trains = isinstance(method, Training)
+        used = versions()
+        if isinstance(method, MaskedLora):
+            used["peft"] = metadata.version("peft")
+        return {
+            "method": method.name,
+            "options": self._options(),
+            "steps": method.steps if trains else None,
+            "tokens": method.steps * method.batch * self.length if trains else self.rows.numel(),
+            "data": data_fingerprint([{"input_ids": torch.cat([self.rows, self.held_out])}])
+            | {"heldout": len(self.held_out)},
+            "model": weights_fingerprint(self.model),
+            "teacher": _describe(self.teacher) if self.teacher is not None else None,
+            "versions": used,
+        }
+
+    def _options(self) -> dict[str, Any]:
+        if isinstance(self.method, Reconstruction):
+            assert self.method.blocks is not None
+            return {"length": self.length, "seed": self.seed, "reconstruct": self.method.blocks.to_dict()}
+        options = dataclasses.asdict(self.method) | {"length": self.length, "seed": self.seed}
+        without = {"steps", "tokens"} | (
+            set() if self.teacher is not None else {"hard", "soft", "hidden", "temperature"}
+        )
+        return {name: value for name, value in options.items() if name not in without}
+
+
+def prepare(
+    model: Any,
+    data: Any,
+    method: RecoveryMethod,
+    *,
+    teacher: Any,
+    tokenizer: Any,
+    length: int | None,
+    seed: int,
+    column: str | None,
+    split: str,
+) -> Preparation:
+    """Loads the models, cuts the data into sequences, and checks that all of it fits together; see `recover`."""
+    if isinstance(method, Reconstruction):
+        method = dataclasses.replace(method, blocks=_checked_blocks(method.blocks))
+    if tokenizer is None and isinstance(model, (str, os.PathLike)):
+        tokenizer = find_tokenizer(model)
+    model, teacher = _load_model(model), _load_teacher(teacher)
+    length = length or (data.shape[1] if isinstance(data, Tensor) else default_length(model, tokenizer))
+    check_count("length", length)
+    method = method.resolved(length=length, width=model.config.get_text_config().hidden_size)
+    _check(method, model, teacher)
+    writer = model if teacher is None else teacher
+    rows, held_out = _split(_sequences(data, tokenizer, method, length, seed, column, split, writer))
+    prepare_batches(model, torch.cat([rows, held_out]))  # raises ValueError for ids that the model does not have
+    return Preparation(model, teacher, tokenizer, method, rows, held_out, seed)
+
+
+def _checked_blocks(blocks: Any) -> BlockReconstruction:
+    if blocks is not None and not isinstance(blocks, BlockReconstruction):
+        raise ValueError(f"reconstruct is a {type(blocks).__name__}; a BlockReconstruction is expected")
+    return blocks or BlockReconstruction()
+
+
+def _load_model(model: Any) -> Any:
+    """Returns the model, loaded if it is a folder; raises ValueError unless it has its planned zeros and is in memory."""
+    if isinstance(model, (str, os.PathLike)):
+        return load_sparse(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a sparse transformers model or its folder is expected, not a {type(model).__name__}")
+    if weight_store(model) is not None or any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError("the model is offloaded or streamed; what is trained must be in memory")
+    check_zeros(model)
+    return model
+
+
+def _load_teacher(teacher: Any) -> Any:
+    if not isinstance(teacher, (str, os.PathLike)):
+        return teacher
+    if os.path.isdir(teacher):
+        check_finished(teacher)
+    return AutoModelForCausalLM.from_pretrained(teacher)
+
+
+def _check(method: RecoveryMethod, model: Any, teacher: Any) -> None:
+    if isinstance(method, MaskedLora) and importlib.util.find_spec("peft") is None:
+        raise ValueError("method='lora' needs peft: pip install 'hf_sparsity[recovery]', or use method='full'")
+    if model.config.is_encoder_decoder:
+        raise ValueError("recover is for causal language models; train others in a Trainer with SparsityCallback")
+    if teacher is not None:
+        check_teacher(model, teacher)
+        if isinstance(method, Training):
+            check_weights(method.hard, method.soft, method.hidden, method.temperature)
+
+
+def _sequences(
+    data: Any, tokenizer: Any, method: Any, length: int, seed: int, column: str | None, split: str, writer: Any
+) -> Tensor:
+    """Returns token ids `[n, length]`: the number the method needs, or fewer if the data are short.
+
+    `writer` is the model that writes the samples of a source `"self"`.
+    """
+    if isinstance(data, Tensor):
+        return calibration_batches(data, length=length)
+    wanted = math.ceil(method.steps * method.batch * HELD_OUT / (HELD_OUT - 1)) + 1
+    if sources_in(data, column) is not None or (isinstance(data, str) and data == SELF):
+        options = {"seed": seed, "column": column, "split": split, "model": writer}
+        batches = calibration_batches(data, tokenizer, sequences=wanted, length=length, **options)
+        return batches.ids if isinstance(batches, Mixture) else batches
+    documents = read_documents(data, tokenizer, column, split, seed, random.Random(seed))
+    rows = packed_rows(documents, tokenizer, wanted, length)
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, length)
+
+
+def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (rows to train on, rows held out): the last sixteenth is held out, at least one sequence."""
+    if len(rows) < 2:
+        raise ValueError(
+            f"the data fill {len(rows)} sequences; at least one to train on and one to judge by are needed"
+        )
+    count = min(MOST_HELD_OUT, max(1, len(rows) // HELD_OUT))
+    return rows[:-count], rows[-count:]
+
+
+def _describe(teacher: Any) -> dict[str, Any]:
+    """Returns a teacher's name, and a hash of its weights if they are in memory."""
+    offloaded = any(p.device.type == "meta" for p in teacher.parameters())
+    return {
+        "name": teacher.config._name_or_path or None,
+        "weights": None if offloaded else weights_fingerprint(teacher),
+    }
