@@ -88,10 +88,12 @@ def prepare(
     tokenizer: Any,
     length: int | None,
     seed: int,
-    column: str | None,
-    split: str,
+    **dataset: Any,
 ) -> Preparation:
-    """Loads the models, cuts the data into sequences, and checks that all of it fits together; see `recover`."""
+    """Loads the models, cuts the data into sequences, and checks that all of it fits together.
+
+    The arguments are those of `recover`; `dataset` has `column` and `split`.
+    """
     if isinstance(method, Reconstruction):
         method = dataclasses.replace(method, blocks=_checked_blocks(method.blocks))
     if tokenizer is None and isinstance(model, (str, os.PathLike)):
@@ -102,7 +104,7 @@ def prepare(
     method = method.resolved(length=length, width=model.config.get_text_config().hidden_size)
     _check(method, model, teacher)
     writer = model if teacher is None else teacher
-    rows, held_out = _split(_sequences(data, tokenizer, method, length, seed, column, split, writer))
+    rows, held_out = _split(_sequences(data, tokenizer, method, length, writer, seed, **dataset))
     prepare_batches(model, torch.cat([rows, held_out]))  # raises ValueError for ids that the model does not have
     return Preparation(model, teacher, tokenizer, method, rows, held_out, seed)
 
@@ -145,7 +147,7 @@ def _check(method: RecoveryMethod, model: Any, teacher: Any) -> None:
 
 
 def _sequences(
-    data: Any, tokenizer: Any, method: Any, length: int, seed: int, column: str | None, split: str, writer: Any
+    data: Any, tokenizer: Any, method: Any, length: int, writer: Any, seed: int, *, column: str | None, split: str
 ) -> Tensor:
     """Returns token ids `[n, length]`: the number the method needs, or fewer if the data are short.
 
