@@ -1,6 +1,6 @@
 """Names, layouts and data types of a checkpoint -> those of the model, by transformers' own converter.
 
-The functions of transformers used here are not part of its documented interface; nothing else uses them.
+The functions of transformers used here are not part of its documented interface; see `transformers_internals.py`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from .safetensors_index import Stored, opened
+from .transformers_internals import (
+    LoadStateDictConfig,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    conversions_of,
+    convert_and_load_state_dict_in_model,
+    dtype_plan,
+    get_model_conversion_mapping,
+    rename_source_key,
+    revert_weight_conversion,
+    set_conversions,
+)
 
 
 def slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -69,7 +72,7 @@ def rehearse(model: PreTrainedModel, stored: Mapping[str, Stored]) -> set[str]:
         )
     if info.conversion_errors:
         raise ValueError(f"the checkpoint cannot be converted: {some(info.conversion_errors)}")
-    model.__dict__["_weight_conversions"] = _undoing_prefix(model, stored, used)
+    set_conversions(model, _undoing_prefix(model, stored, used))
     return set(info.missing_keys)
 
 
@@ -78,21 +81,19 @@ def convert(model: PreTrainedModel, tensors: dict[str, Any], device: torch.devic
 
     Returns what the converter says, and the conversions that were used.
     """
-    known = model.__dict__.get("_weight_conversions")
+    before = conversions_of(model)
     dtype: Any = model.config.dtype
     conversions: Any = get_model_conversion_mapping(model)  # they carry state: new ones for each run
     config = LoadStateDictConfig(
-        device_map={"": device}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=conversions
+        device_map={"": device}, dtype=dtype, dtype_plan=dtype_plan(model, dtype), weight_mapping=conversions
     )
     hook = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: transformers_logging.EmptyTqdm(*args, **kwargs))
     try:
         info, _ = convert_and_load_state_dict_in_model(model, tensors, config, None)
-        return info, model.__dict__["_weight_conversions"]
+        return info, conversions_of(model) or []
     finally:
         transformers_logging.set_tqdm_hook(hook)
-        model.__dict__["_weight_conversions"] = known  # the whole checkpoint's; None: as before loading
-        if known is None:
-            del model.__dict__["_weight_conversions"]
+        set_conversions(model, before)  # those of the whole checkpoint
 
 
 def targets(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -119,7 +120,7 @@ def _undoing_prefix(model: PreTrainedModel, keys: Mapping[str, Any], used: list[
     prefix, state = model.base_model_prefix, model.state_dict()
 
     def agreeing(conversions: list[Any]) -> int:
-        model.__dict__["_weight_conversions"] = conversions
+        set_conversions(model, conversions)
         return len(keys & revert_weight_conversion(model, state).keys())
 
     options = [used]

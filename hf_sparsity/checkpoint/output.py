@@ -21,8 +21,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..distributed import Processes
@@ -34,6 +32,7 @@ from .atomic import disk_errors, sync_folder, write_tensors
 from .journal import Journal
 from .packed_folder import check_layout, pack_into
 from .streamed import read_blocks
+from .transformers_internals import custom_object_save, revert_weight_conversion
 from .zeros import REPORT_FILE, check_written
 
 PACKED = "packed"  # the dense files, under the name that says that they are needed no more

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .bitmask import codec
 from .packed_folder import METHOD, check_description, check_headers, check_index, check_tensors
 from .safetensors_index import prefetch, read_headers
+from .transformers_internals import (
+    ASKS_FOR_DTYPES,
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    ConversionOps,
+    HfQuantizer,
+    QuantizationConfigMixin,
+    WeightConverter,
+    WeightRenaming,
+    call_after_loading,
+    conversions_of,
+    dot_natural_key,
+    rename_source_key,
+    set_conversions,
+    wanted_dtypes,
+)
 
 logger = logging.getLogger(__name__)
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -65,13 +72,15 @@ class Unpack(ConversionOps):
     `whole`: the operation is alone in its converter, for one tensor, and names what it returns.
     """
 
-    def __init__(self, whole: bool = False) -> None:
+    def __init__(self, whole: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         self.whole = whole
+        self.dtypes = dtypes or {}  # of the model's parameters by name, where transformers does not tell
         self.dtype: torch.dtype | None = None  # set for each parameter by `BitmaskQuantizer.get_new_dtype`
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Any]:  # type: ignore[override]
         """`input_dict`: {pattern of names: tensor or list of tensors}, as all of transformers' operations take it."""
+        self.dtype = self.dtype or self.dtypes.get(full_layer_name)
         unpacked = {
             pattern: [self._dense(t) for t in (tensors if isinstance(tensors, list) else [tensors])]
             for pattern, tensors in input_dict.items()
@@ -96,6 +105,8 @@ class BitmaskQuantizer(HfQuantizer):
         self.packed: dict[str, bool] = {}  # {name in the files: whether it is packed}
         self.environment: dict[str, str | None] = {}  # what to restore in it
         self.originals: dict[int, WeightConverter | None] = {}  # id of each converter of ours -> the one it replaced
+        self.used: list[Any] | None = None  # the conversions that were used
+        self.dtypes: dict[str, torch.dtype] = {}  # of the parameters, for releases that do not ask `get_new_dtype`
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The one hook before files are looked for: says which they are, refuses what cannot work."""
@@ -107,6 +118,8 @@ class BitmaskQuantizer(HfQuantizer):
         check_index(Path(config._name_or_path), vars(self.quantization_config))
         config.transformers_weights = vars(self.quantization_config)["weights_file"]
         return config
+
+    update_tp_plan = update_attn_implementation  # its place in older releases
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -120,17 +133,20 @@ class BitmaskQuantizer(HfQuantizer):
         # would wait for the disk there; and on a GPU the packed model would be in memory beside the dense one.
         self.environment = {_ONE_BY_ONE: os.environ.get(_ONE_BY_ONE)}
         os.environ[_ONE_BY_ONE] = "1"
-        adjust = model._adjust_missing_and_unexpected_keys
+        self.model = model
+        if not ASKS_FOR_DTYPES:
+            self.dtypes = wanted_dtypes(model)
 
-        def adjust_and_check(loading_info: Any) -> None:
+        def check(loading_info: Any) -> None:
             self._restore_environment()
-            adjust(loading_info)
             _check_loaded(model, loading_info, self.packed)
+            self.used = conversions_of(model)  # transformers 5.24 forgets them before it calls us again
 
-        # The only place that sees what transformers would fill with random numbers; undone after loading.
-        vars(model)["_adjust_missing_and_unexpected_keys"] = adjust_and_check
+        self.undo = call_after_loading(model, check)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """Puts `Unpack` before the model's own conversions, and adds it for packed names that have none."""
         updated = []
         for conversion in weight_conversions:
@@ -138,13 +154,13 @@ class BitmaskQuantizer(HfQuantizer):
                 ours = conversion.copy(
                     conversion._original_source_patterns.copy(),
                     conversion._original_target_patterns.copy(),
-                    operations=[Unpack(), *conversion.operations],
+                    operations=[Unpack(dtypes=self.dtypes), *conversion.operations],
                 )
                 self.originals[id(ours)] = conversion
                 conversion = ours
             updated.append(conversion)
-        for name in self._unconverted(updated, model):
-            ours = WeightConverter([re.escape(name)], [name], [Unpack(whole=True)])
+        for name in self._unconverted(updated, model or self.model):  # before 5.2x it is not told the model
+            ours = WeightConverter([re.escape(name)], [name], [Unpack(whole=True, dtypes=self.dtypes)])
             self.originals[id(ours)] = None
             updated.append(ours)
         return updated
@@ -183,9 +199,12 @@ class BitmaskQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         """Leaves nothing of the loading behind, so that the model saves as any other."""
-        del model._adjust_missing_and_unexpected_keys
-        used = [self.originals.get(id(c), c) for c in vars(model)["_weight_conversions"]]
-        vars(model)["_weight_conversions"] = [c for c in used if c is not None]
+        self.undo()
+        for name, dtype in self.dtypes.items():
+            tensor = model.get_parameter_or_buffer(name)
+            tensor.data = tensor.data.to(dtype)
+        used = [self.originals.get(id(c), c) for c in self.used or ()]
+        set_conversions(model, [c for c in used if c is not None])
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
 

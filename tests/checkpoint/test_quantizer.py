@@ -209,7 +209,7 @@ def test_codes_of_the_plan(name, tmp_path):
     codes = 0
     for key, stored in load_file(tmp_path / "packed/sparse.safetensors").items():
         if stored.dtype == torch.uint8:
-            header = packs.packing.read_header(stored)
+            header = packs.codec.read_header(stored)
             assert header.group == (2, 4), key
             assert len(stored) <= header.size * 8.75 / 8 + 64 + 14
             codes += 1
@@ -499,8 +499,8 @@ def hostile(folder, kind):
     elif kind == "wrong shape":
         state = load_file(folder / first)
         name = next(k for k, v in state.items() if v.dtype == torch.uint8)
-        state[name] = packs.packing.pack(torch.eye(3))
-        checks = {k: packs.packing.checksum(v) for k, v in state.items() if v.dtype != torch.uint8}
+        state[name] = packs.codec.pack(torch.eye(3))
+        checks = {k: packs.codec.checksum(v) for k, v in state.items() if v.dtype != torch.uint8}
         save_file(state, folder / first, metadata={"format": "pt", packs.CHECKS: json.dumps(checks)})
         described["files"][first] = packs._header_digest(folder / first)
     (folder / "config.json").write_text(json.dumps(config))
