@@ -83,15 +83,11 @@ ONLY_IN = {
     "torch.distributed": {"core/shards.py", "distributed.py", "recovery/zero_masks.py"},
     "accelerate.hooks": {"model/offload.py", "checkpoint/streamed.py"},
     # modules of transformers that promise nothing to others
-    "transformers.core_model_loading": {
-        "checkpoint/conversion.py",
-        "checkpoint/quantizer.py",
-        "checkpoint/output.py",
-    },
-    "transformers.conversion_mapping": {"checkpoint/conversion.py"},
-    "transformers.modeling_utils": {"checkpoint/conversion.py"},
-    "transformers.quantizers": {"checkpoint/quantizer.py"},
-    "transformers.dynamic_module_utils": {"checkpoint/output.py"},
+    "transformers.core_model_loading": {"checkpoint/transformers_internals.py"},
+    "transformers.conversion_mapping": {"checkpoint/transformers_internals.py"},
+    "transformers.modeling_utils": {"checkpoint/transformers_internals.py"},
+    "transformers.quantizers": {"checkpoint/transformers_internals.py"},
+    "transformers.dynamic_module_utils": {"checkpoint/transformers_internals.py"},
 }
 # Functions of more than 60 lines: none is added here, and none is to be left.
 TOO_LONG = {
