@@ -132,6 +132,30 @@ class Layer:
             raise ValueError(f"{self.name}: {asker} needs the norms of the layer's inputs: give calibration data")
         return self.weight.abs().to(torch.float32) * self.stats.norms
 
+    def is_pruned(self, *, by_row: bool = True) -> bool:
+        """True if the weight already has the zeros that are wanted: in each group or row, or else in the whole matrix."""
+        kept = self.weight != 0
+        if self.pattern.kept is not None and self.pattern.group is not None:
+            whole = kept.shape[1] % self.pattern.group == 0
+            return whole and bool((kept.unflatten(1, (-1, self.pattern.group)).sum(2) <= self.pattern.kept).all())
+        width = self.weight.shape[1]
+        if by_row or self.rows is not None:
+            return bool((width - kept.sum(1) >= torch.as_tensor(self.counts, device=kept.device)).all())
+        return int((~kept).sum()) >= int(kept.numel() * self.sparsity)
+
+    def gram(self, asker: str) -> Tensor:
+        """The Gram matrix of the inputs, float32 `[in, in]`; the identity if no token came, so that magnitude decides.
+
+        Raises:
+            ValueError: it was not collected; the message names the asker.
+        """
+        if self.stats is None or GRAM not in self.stats.needs:
+            raise ValueError(f"{self.name}: {asker} needs the Gram matrix of the inputs; collect it by naming GRAM")
+        gram = self.stats.gram
+        if gram is None or not gram.diagonal().any():
+            return torch.eye(self.weight.shape[1], device=self.weight.device)
+        return gram
+
     def trace(self, asker: str) -> float:
         """The Fisher information; `ValueError` that names the asker when there is none."""
         if self.fisher is None or not math.isfinite(self.fisher):
@@ -296,10 +320,24 @@ class Pruner(Algorithm, ABC):
 
     def prune(self, layer: Layer) -> Tensor:
         """The new weight `[out, in]`, in the layer's dtype, zero where pruned."""
+        return self.prune_by_scores(layer)
+
+    def prune_by_scores(self, layer: Layer) -> Tensor:
+        """The weight with what the mask of its scores removes set to zero; no other weight changes."""
         scores = self.scores(layer) if layer.scores is None else layer.scores
         return layer.weight.masked_fill(~self.mask(layer, scores), 0)
 
     def prune_together(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """`prune` for several layers, in their order: those that share their `stats` by one `prune_sharing`."""
+        groups: dict[int, list[int]] = {}
+        for index, layer in enumerate(layers):
+            groups.setdefault(id(layer.stats), []).append(index)
+        results: dict[int, Tensor] = {}
+        for same in groups.values():
+            results.update(zip(same, self.prune_sharing([layers[i] for i in same]), strict=True))
+        return [results[i] for i in range(len(layers))]
+
+    def prune_sharing(self, layers: Sequence[Layer]) -> list[Tensor]:
         """`prune` for layers that share one `stats`; override it where sharing saves work."""
         return [self.prune(layer) for layer in layers]
 

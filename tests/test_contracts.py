@@ -232,6 +232,10 @@ def documented_zeros(name: str, layer: Layer, dead: tuple[int, ...] = ()) -> int
         step = PRUNERS[name]().block_size
         blocks = [range(e, min(e + step, width)) for e in range(0, width, step)]
         return sum(max(int(out * len(b) * layer.sparsity) + 1, out * len(set(b) & set(dead))) for b in blocks)
+    if name == "alps":  # of the whole matrix, the authors' rounding; and all of what has no input
+        return max(out * width - round((1 - layer.sparsity) * out * width), out * len(dead))
+    if name == "admm":  # of the whole matrix
+        return int(out * width * layer.sparsity)
     return out * int(width * layer.sparsity)
 
 

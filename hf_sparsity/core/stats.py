@@ -30,6 +30,7 @@ class InputStats:
 
     def __init__(self, needs: frozenset[str]):
         self.needs = needs
+        self.is_flat = False  # made by `flat`: nothing is known about the inputs
         self.tokens = 0
         self.sequences = 0
         self.mean_sq: Tensor | None = None
@@ -41,7 +42,7 @@ class InputStats:
     def flat(cls, needs: frozenset[str], width: int, norm: float, device: torch.device, tokens: int = 0) -> InputStats:
         """Returns statistics of uncorrelated columns that all have the same `norm`: scores become magnitudes."""
         stats = cls(needs)
-        stats.sequences, stats.tokens = 1, tokens
+        stats.sequences, stats.tokens, stats.is_flat = 1, tokens, True
         if GRAM in needs:
             stats._gram = torch.eye(width, device=device) * norm**2
         else:

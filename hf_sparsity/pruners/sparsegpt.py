@@ -91,17 +91,11 @@ class SparseGPT(Pruner):
 
         Weights of dead inputs go as well, as in the authors' code; at sparsity 0 nothing changes.
         """
-        return self.prune_together([layer])[0]
+        return self.prune_sharing([layer])[0]
 
-    def prune_together(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """`prune` for several layers; those that share their `stats` share one factorisation."""
-        results: dict[int, Tensor] = {}
-        for stats in {id(layer.stats): layer.stats for layer in layers}.values():
-            same = [i for i, layer in enumerate(layers) if layer.stats is stats]
-            group = [layers[i] for i in same]
-            new = solve(group, hessian(group[0]), damping=self.damping, block_size=self.block_size)
-            results.update(zip(same, new, strict=True))
-        return [results[i] for i in range(len(layers))]
+    def prune_sharing(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """`prune` for layers that share their `stats`, and so one factorisation."""
+        return solve(layers, hessian(layers[0]), damping=self.damping, block_size=self.block_size)
 
 
 def hessian(layer: Layer) -> Tensor:
