@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import hf_sparsity
-from hf_sparsity.allocators import ALLOCATORS, ROW_ALLOCATORS
 from hf_sparsity.cli.main import COMMANDS, build_parser
-from hf_sparsity.pruners import PRUNERS
+from hf_sparsity.cli.tables import algorithms_markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
@@ -47,17 +46,8 @@ def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 def algorithms() -> str:
-    """One row for each algorithm: role, name, its docstring's first sentence, its paper."""
-    rows = []
-    for role, entries in (("allocator", ALLOCATORS), ("row allocator", ROW_ALLOCATORS), ("pruner", PRUNERS)):
-        for number, (name, algorithm) in enumerate(entries.items()):
-            sentence = inspect.cleandoc(algorithm.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-            sentence = re.split(r"(?<=[a-z)`])\. ", sentence)[0].rstrip(".")
-            identifier = algorithm.paper.rstrip("/").rsplit("/", 1)[-1].removeprefix("forum?id=")
-            sentence = sentence.replace("|", "\\|")
-            paper = f"[{identifier}]({algorithm.paper})" if algorithm.paper else ""
-            rows.append([role if number == 0 else "", f"`{name}`", sentence, paper])
-    return table(["role", "name", "what it does", "paper"], rows, left=4)
+    """One row for each algorithm: role, name, what it does, paper; from what stands on its class."""
+    return algorithms_markdown().strip()
 
 
 def commands_table() -> str:
