@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..model.classes import text_config
 from ..model.inference import Batch
 from ..model.offload import input_device
 
@@ -35,7 +36,7 @@ def prepare_batches(model: PreTrainedModel, batches: Tensor | Iterable[Mapping[s
         if batches.ndim != 2:
             raise ValueError(f"calibration ids must have shape [sequences, tokens], not {list(batches.shape)}")
         batches = [{"input_ids": row[None]} for row in batches]
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model.config)
     prepared: list[Batch] = []
     for number, batch in enumerate(batches):
         if isinstance(batch, Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..model.classes import text_config
 from ..model.loading import find_tokenizer
 from .mixture import LEAST, SELF, Mixture, Source, counts, interleaved, names, sources_in
 from .sequences import packed_rows, random_windows
@@ -363,6 +364,6 @@ def model_batches(
 
 def default_length(model: PreTrainedModel, tokenizer: Any = None) -> int:
     """2048 tokens, or the model's or tokenizer's limit if that is smaller."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model.config)
     limits = [LENGTH, getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     return min(int(limit) for limit in limits if limit)

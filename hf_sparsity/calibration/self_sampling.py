@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..distributed import Processes
+from ..model.classes import text_config
 from ..model.inference import evaluating
 from ..model.offload import input_device, weight_store
 from .sequences import packed_rows
@@ -67,14 +68,14 @@ def _check(model: Any) -> None:
 def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Tokens that end a text, the tokenizer's first."""
     found: list[int] = []
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     for given in (getattr(one, "eos_token_id", None) for one in (tokenizer, model.generation_config, config)):
         found += given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     return list(dict.fromkeys(int(one) for one in found))
 
 
 def _start(model: PreTrainedModel, tokenizer: Any, ends: list[int]) -> int:
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     begins = [getattr(one, "bos_token_id", None) for one in (tokenizer, model.generation_config, config)]
     start = next((int(one) for one in [*begins, *ends[:1]] if one is not None), None)
     if start is None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
+from ..model.accepted import quantization_of, quantized_message
 from .bitmask import codec
 from .packed_folder import METHOD, check_description, check_headers, check_tensors
 from .safetensors_index import Stored, find_files, read_headers
@@ -29,14 +30,11 @@ def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[s
     Raises:
         ValueError: no safetensors, a file that is missing or damaged, or weights quantized by another method.
     """
-    found = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
-    described = next((one for one in found if one is not None), None)
+    described = quantization_of(config)
     if described is None:
         return read_headers(find_files(source, config, location))
     if not isinstance(described, Mapping) or described.get("quant_method") != METHOD:
-        raise ValueError(
-            f"{str(source)!r} is quantized; its weights cannot be pruned. Prune the original, then quantize: zeros stay zero"
-        )
+        raise ValueError(quantized_message(repr(str(source))))
     checked = check_description(described)
     files = [Path(str(cached_file(source, name, **location))) for name in checked["files"]]
     check_headers(files, checked)

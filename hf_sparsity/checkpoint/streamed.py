@@ -23,15 +23,16 @@ from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from ..model.layers import find_stacks
+from ..model.accepted import check_source
+from ..model.classes import LOCATION, from_config
+from ..model.layers import find_stacks, no_blocks
 from ..model.offload import WeightStore, attach_store
 from .conversion import convert, read_parameters, rehearse, slots, some, targets
 from .locate import find_stored
 from .safetensors_index import Stored, opened, prefetch, read_headers
 
-_LOCATION = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "trust_remote_code")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -257,7 +258,7 @@ def open_streamed(
 
     Args:
         source: a folder or Hub id with safetensors, dense or packed.
-        auto_class: by default `AutoModelForCausalLM`.
+        auto_class: the class to open it with, or its name; by default the one that `config.json` names.
         dtype: of the weights; "auto": as the config says, else as stored.
         device: where blocks and everything around them are computed; by default the CPU.
         **location: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `force_download` and
@@ -271,16 +272,15 @@ def open_streamed(
         ValueError: no safetensors, files that are not whole, parameters missing or of another shape than the config
             says, a quantized checkpoint, or a model without blocks.
     """
-    if unknown := set(location) - set(_LOCATION):
-        raise ValueError(f"unknown arguments {sorted(unknown)}; a source is found by {', '.join(_LOCATION)}")
+    if unknown := set(location) - set(LOCATION):
+        raise ValueError(f"unknown arguments {sorted(unknown)}; a source is found by {', '.join(LOCATION)}")
     location = {name: value for name, value in location.items() if value is not None}
+    check_source(source, location)
     trust = bool(location.pop("trust_remote_code", False))
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **location)
     stored = find_stored(source, config, location)
     with init_empty_weights(include_buffers=False):
-        model = (auto_class or AutoModelForCausalLM).from_config(
-            config, dtype=_choose_dtype(dtype, config, stored), trust_remote_code=trust
-        )
+        model = from_config(config, auto_class, dtype=_choose_dtype(dtype, config, stored), trust_remote_code=trust)
     model.eval()
     target = torch.device("cpu" if device is None else device)
     missing = rehearse(model, stored)
@@ -299,9 +299,7 @@ def open_streamed(
 def _check_blocks(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> None:
     """`ValueError` for a model without blocks, or with a module that is used both in a block and around them."""
     if not blocks:
-        raise ValueError(
-            f"no stack of blocks was found in {type(model).__name__}: hf_sparsity prunes models made of repeated blocks"
-        )
+        raise ValueError(no_blocks(model))
     whole = {id(module) for module in blocks.values()}
     inside = {id(m) for module in blocks.values() for m in module.modules() if m._parameters}
     around: list[tuple[str, nn.Module]] = [("", model)]

@@ -10,19 +10,32 @@ _MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """Which model, and how it is loaded."""
+    """Adds which model a command works on, and how it is loaded."""
     command.add_argument("model", help=_MODEL)
-    command.add_argument("--dtype", default="auto", help="of the loaded weights (default: the checkpoint's)")
+    add_model_class(command)
+    command.add_argument("--dtype", default="auto", help="type of the loaded weights (default: the checkpoint's)")
     command.add_argument("--device-map", metavar="MAP", help="as in transformers: 'auto', 'cpu', 'cuda:0'")
-    command.add_argument("--offload-folder", metavar="FOLDER", help="for weights that device-map puts on disk")
-    command.add_argument("--revision", help="of a Hub model")
+    command.add_argument(
+        "--offload-folder", metavar="FOLDER", help="folder for the weights that --device-map puts on disk"
+    )
+    command.add_argument("--revision", help="branch, tag or commit of a Hub model")
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
     )
 
 
+def add_model_class(command: argparse.ArgumentParser) -> None:
+    """Adds by which class a model is opened."""
+    command.add_argument(
+        "--model-class",
+        metavar="CLASS",
+        help="class of transformers to open the model with, such as AutoModelForSequenceClassification (default: the one "
+        "that its config.json names)",
+    )
+
+
 def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> None:
-    """What a `SparsityConfig` says."""
+    """Adds the fields of a `SparsityConfig`."""
     command.add_argument("--sparsity", type=float, help="fraction of weights to remove, in [0, 1)")
     command.add_argument(
         "--pattern", default="unstructured", help="unstructured, N:M (N kept of M), or *:M (default: %(default)s)"
@@ -36,7 +49,10 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
         )
     command.add_argument("--row-allocator", metavar="NAME[:KEY=VALUE,...]", help="how sparse each row is")
     command.add_argument(
-        "--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]", help="which weights go (default: %(default)s)"
+        "--pruner",
+        default="wanda",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="which weights are removed (default: %(default)s)",
     )
     command.add_argument(
         "--ignore",
@@ -45,11 +61,11 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
         metavar="NAME",
         help="leave these layers dense: names, module paths or globs; repeatable",
     )
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
-    """The calibration text, and what may be held of it."""
+    """Adds the calibration text, and how much of its hidden states may stay in memory."""
     add_text(command)
     command.add_argument(
         "--hidden-limit",
@@ -60,7 +76,7 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
 
 
 def add_text(command: argparse.ArgumentParser) -> None:
-    """The calibration text."""
+    """Adds the calibration text."""
     command.add_argument(
         "--calibration",
         nargs="+",
@@ -69,13 +85,13 @@ def add_text(command: argparse.ArgumentParser) -> None:
         help="a local text, jsonl or parquet file, a Hub dataset ('c4', 'wikitext2'), or 'self' for samples of the model; "
         "several are mixed: NAME=DATA@WEIGHT, both NAME= and @WEIGHT may be left out",
     )
-    command.add_argument("--column", help="of a dataset; of several, of each")
+    command.add_argument("--column", help="column of a dataset that holds the text; with several datasets, of each")
     command.add_argument("--sequences", type=int, help="number of calibration sequences (default: 128)")
-    command.add_argument("--length", type=int, help="tokens of each (default: 2048 or the model's limit)")
+    command.add_argument("--length", type=int, help="tokens of each sequence (default: 2048 or the model's limit)")
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    """A folder that is resumable: see `checkpoint/output.py`."""
+    """Adds the output folder of a run that can be resumed: see `checkpoint/output.py`."""
     command.add_argument(
         "--output",
         required=True,
@@ -88,7 +104,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
 
 
 def add_plan_file(command: argparse.ArgumentParser) -> None:
-    """A file for a plan, resumable: see `checkpoint/plan_file.py`."""
+    """Adds the file for a plan whose making can be resumed: see `checkpoint/plan_file.py`."""
     command.add_argument(
         "--output",
         required=True,
@@ -99,7 +115,10 @@ def add_plan_file(command: argparse.ArgumentParser) -> None:
 
 
 def parse_algorithm(text: str | None) -> Any:
-    """`name:key=value,...` -> `{"name": ..., ...}`; values are numbers, true, false, none or strings."""
+    """Turns `name:key=value,...` into `{"name": ..., ...}`; values are numbers, true, false, none or strings.
+
+    Returns a name without a colon, or None, as it is. Raises ValueError for a part that is not `key=value`.
+    """
     if text is None or ":" not in text:
         return text
     name, _, rest = text.partition(":")
@@ -113,31 +132,31 @@ def parse_algorithm(text: str | None) -> Any:
 
 
 def parse_source(text: str) -> dict[str, Any]:
-    """`[NAME=]DATA[@WEIGHT]` -> the fields of a `Source` that it gives.
+    """Turns `[NAME=]DATA[@WEIGHT]` into fields of a `Source`: "data", and "name" and "weight" where they are given.
 
-    A path that exists is a path, whatever is in it. `ValueError` for a weight that is no number.
+    Text that is the path of a file is that path, also with `=` or `@` in it. Raises ValueError for a weight that is no number.
     """
     readings = [{"data": text}]
     name, equals, rest = text.partition("=")
     readings += [{"data": rest, "name": name}] if equals and name and rest else []
-    for one in list(readings):
-        data, at, weight = one["data"].rpartition("@")
-        readings += [one | {"data": data, "weight": weight}] if at and data else []
-    found: dict[str, Any] = next((one for one in readings if _exists(one["data"])), readings[-1])
-    if "weight" in found:
-        number = _value(found["weight"])
+    for reading in list(readings):
+        data, at, weight = reading["data"].rpartition("@")
+        readings += [reading | {"data": data, "weight": weight}] if at and data else []
+    source: dict[str, Any] = next((reading for reading in readings if _exists(reading["data"])), readings[-1])
+    if "weight" in source:
+        number = _value(source["weight"])
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise ValueError(
-                f"--calibration {text}: {found['weight']!r} is no weight, and there is no file of that name; write DATA@0.5"
+                f"--calibration {text}: {source['weight']!r} is no weight, and there is no file of that name; write DATA@0.5"
             )
-        found["weight"] = number
-    return found
+        source["weight"] = number
+    return source
 
 
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:  # too long to be one
+    except OSError:  # the text is too long for a path
         return False
 
 

@@ -1,4 +1,4 @@
-"""`hf-sparsity inspect`: what a sparse model or plan says, and what is there; in words, or as a picture."""
+"""`hf-sparsity inspect`: compare what a sparse model's plan says with what its weights hold; as a table or a picture."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import add_model_class
+
 if TYPE_CHECKING:
     from ..pictures.grid import Grid
     from ..plan import Plan, Report
 
-HELP = "what a sparse model or plan has by block and projection, reached against planned; two are compared"
+HELP = "show the sparsity of a model or plan by block and projection, reached against planned; or compare two"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of the command."""
     command.add_argument("path", help="a sparse model's folder, or a plan.json")
     command.add_argument("second", nargs="?", help="another version of the same model, to see the difference")
     command.add_argument(
@@ -22,13 +24,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw it: a .png (needs matplotlib) or an .html page that needs nothing; an existing file is replaced",
     )
+    add_model_class(command)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """A table by block and projection, or two and their difference; and the picture of it.
+    """Prints a table by block and projection, for two models also their difference; draws the picture that is asked for.
 
     Raises:
-        ValueError, FileNotFoundError: no such folder or plan, models that cannot be compared, nowhere to draw.
+        FileNotFoundError: no such folder or plan.
+        ValueError: models that cannot be compared, or a picture that cannot be drawn.
     """
     from ..pictures.files import check_picture
     from ..pictures.grid import check_alike, make_grid
@@ -38,7 +42,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     plans = [_plan(path) for path in paths]
     if len(plans) > 1:
         check_alike(*plans)
-    reports = [_count(path, plan) for path, plan in zip(paths, plans, strict=True)]
+    reports = [_count(path, plan, options.model_class) for path, plan in zip(paths, plans, strict=True)]
     results = []
     for plan, report in zip(plans, reports, strict=True):
         if not options.json:
@@ -47,7 +51,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = results[0] if len(results) == 1 else {"first": results[0], "second": results[1]}
     if len(paths) > 1 or plot:
         names = _names(paths) if len(paths) > 1 else [None]
-        grids = [make_grid(*one) for one in zip(plans, reports, names, strict=True)]
+        grids = [make_grid(*model) for model in zip(plans, reports, names, strict=True)]
         if len(grids) > 1 and not options.json:
             _show_difference(*grids)
         if plot:
@@ -56,6 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(path: Path) -> Plan:
+    """The plan in a finished folder or a file."""
     from ..files import check_finished
     from ..plan import Plan
 
@@ -65,24 +70,23 @@ def _plan(path: Path) -> Plan:
     return Plan.load(path)
 
 
-def _count(path: Path, plan: Plan) -> Report | None:
-    """The zeros that are in a folder's weights, counted; None for a plan that stands alone."""
+def _count(path: Path, plan: Plan, model_class: str | None) -> Report | None:
+    """Counts the zeros in the weights of a folder; None for a plan that stands alone."""
     if not path.is_dir():
         return None
     from transformers.utils import CONFIG_NAME
 
     from ..checkpoint.streamed import open_streamed
     from ..checkpoint.zeros import REPORT_FILE
+    from ..model.loading import load_model
     from ..model.sparsity import measure_sparsity
     from ..pictures.grid import check_report
     from ..plan import Report, read_json
-    from .loading import auto_class
 
     if (path / REPORT_FILE).exists():
         Report.load(path / REPORT_FILE)  # a damaged report is an error, not something to look past
-    kind = auto_class(path)
     packed = "quantization_config" in read_json(path / CONFIG_NAME)
-    report = measure_sparsity(kind.from_pretrained(path) if packed else open_streamed(path, auto_class=kind))
+    report = measure_sparsity((load_model if packed else open_streamed)(path, auto_class=model_class))
     check_report(plan, report)
     return report
 
@@ -114,7 +118,7 @@ def _numbers(plan: Plan, report: Report | None) -> dict[str, Any]:
 
 
 def _names(paths: list[Path]) -> list[str | None]:
-    """The last parts of two paths, as far as they differ."""
+    """Names for two paths: as few of their last components as tell them apart."""
     first, second = (path.resolve() for path in paths)
     for end in (1, 2, 3):
         names: list[str | None] = ["/".join(path.parts[-end:]) for path in (first, second)]
@@ -129,13 +133,14 @@ def _show_difference(first: Grid, second: Grid) -> None:
     rows = []
     for block, cells in first.cells.items():
         after = second.cells[block]
-        by = {p: 100 * (after[p].shown - cell.shown) for p, cell in cells.items()}
-        rows.append([block, *(f"{by[p]:+.1f}" if p in by else "" for p in first.projections)])
+        change = {p: 100 * (after[p].shown - cell.shown) for p, cell in cells.items()}
+        rows.append([block, *(f"{change[p]:+.1f}" if p in change else "" for p in first.projections)])
     print(f"{second.name} minus {first.name}, in percentage points")
     print(tables.render(["block", *first.projections], rows))
 
 
 def _draw(grids: list[Grid], plot: Path, *, speak: bool) -> str:
+    """Draws the picture and returns its path."""
     from ..pictures.html import draw_html
     from ..pictures.panels import make_picture
     from ..pictures.png import draw_png

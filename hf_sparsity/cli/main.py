@@ -1,8 +1,8 @@
 """`hf-sparsity COMMAND`: the commands and their exit codes.
 
-0: done. 1: it went wrong on the way. 2: the input was wrong; nothing was started or written.
-A command is a file: `HELP`, `add_arguments(command)`, and `run(options)`, which prints for people and returns what `--json`
-prints. Heavy imports happen when it runs, so that `--help` is quick.
+Exit code 0: done. 1: something failed on the way. 2: the input was wrong; nothing was started or written.
+Each command is a file with `HELP`, `add_arguments(command)` and `run(options)`, which prints tables and returns what `--json`
+prints. It imports what is heavy when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pathlib import Path
 from types import ModuleType
 
 from .. import __version__
+from ..files import MARKER
 
 COMMANDS = ("plan", "race", "prune", "recover", "eval", "inspect", "verify", "card", "pack", "unpack", "push", "demo")
 RESUMABLE = ("plan", "race", "prune", "recover")
-UNFINISHED = "UNFINISHED"  # checkpoint/journal.py's, which is too heavy to import for --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
+    """Runs the command that `arguments` name, by default those of the process; returns the exit code."""
     return execute(build_parser().parse_args(arguments))
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Runs the command of parsed arguments; returns the exit code."""
+    """Runs the command that was parsed; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         with _ended_like_ctrl_c():
@@ -60,20 +60,24 @@ def _run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM, a scheduler's notice and a launcher's when another of its processes died, ends a command as Ctrl-C does."""
+    """Makes SIGTERM end the command as Ctrl-C does.
+
+    A scheduler sends it before it stops a job, and a launcher when another of its processes has died.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _interrupted(options: argparse.Namespace) -> str:
+    """What is said after Ctrl-C: how to go on, if there is an unfinished run."""
     output = getattr(options, "output", None)
-    for marker in (Path(output) / UNFINISHED, Path(f"{output}.{UNFINISHED}")) if output else ():
+    for marker in (Path(output) / MARKER, Path(f"{output}.{MARKER}")) if output else ():
         if options.command in RESUMABLE and marker.is_dir():
             return f"interrupted; what is finished is safe in {marker}. Start the same command again to go on"
     return "interrupted; nothing was written"
@@ -87,7 +91,7 @@ def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands and options."""
+    """Returns the parser of all commands and options."""
     parser = argparse.ArgumentParser(
         prog="hf-sparsity", description="Decide how sparse each layer of a language model should be, and prune it."
     )
@@ -101,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_arguments(command: argparse.ArgumentParser, name: str) -> None:
-    """The arguments of a command, and the one that all have."""
+    """Adds the arguments of a command, and `--json`, which all commands have."""
     command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     _module(name).add_arguments(command)
 

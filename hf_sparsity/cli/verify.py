@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import add_text, parse_source
+from .arguments import add_model_class, add_text, parse_source
 
 HELP = "check a sparse model's folder against its plan, its report and the dense model"
 LINES = 20  # problems that are printed
@@ -26,6 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score the plan's certificate again, on the calibration text that it was made with: give that again",
     )
+    add_model_class(command)
     add_text(command)
 
 
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     against = demo.PATH if options.against == "demo" else options.against
     location = {"revision": options.revision} if options.revision else {}
-    result = verify(options.folder, against, **location)
+    result = verify(options.folder, against, auto_class=options.model_class, **location)
     found = result.to_dict()
     certificate = _certificate(options) if options.certificate else None
     if certificate is not None:
@@ -49,18 +50,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _certificate(options: argparse.Namespace) -> dict[str, Any]:
+    from .. import demo
     from ..calibration.mixture import SELF
     from ..evaluation.certificate import check
-    from ..model.loading import find_tokenizer
+    from ..model.loading import find_tokenizer, load_model
     from ..plan import Plan
     from ..planning.checks import plan_config
-    from .loading import DEMO, auto_class, calibration, load_demo
+    from .loading import DEMO, calibration
 
-    model = auto_class(options.folder).from_pretrained(options.folder)
-    if options.against == DEMO:
-        dense = load_demo()[0]
-    else:
-        dense = auto_class(options.against).from_pretrained(options.against) if options.against else None
+    model = load_model(options.folder, auto_class=options.model_class)
+    against = demo.PATH if options.against == DEMO else options.against
+    dense = load_model(against, auto_class=options.model_class) if against else None
     options.model = options.against
     config = plan_config(Plan.load(options.folder))
     if dense is None and any(parse_source(text)["data"] == SELF for text in options.calibration or ()):

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from ..calibration.batches import data_fingerprint, prepare_batches
 from ..core.bootstrap import interval, paired_bootstrap, resampled_means
 from ..model.inference import Batch, evaluating
-from ..model.layers import ModelLayers, find_layers
+from ..model.layers import ModelLayers
+from ..model.loading import load_model
+from ..model.sparsity import planned_layers
 from ..plan import Plan, read_json
 from ..records import Comparison, PlanPair
 from .divergence import HIGHEST, DenseReference, PlanScores, compared, joined
@@ -117,15 +119,12 @@ def check(
             f"{folder} has no certificate: it was not pruned by a plan of allocator 'race' or 'search' on the data that "
             "the plan was made with"
         )
-    if model is None:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder)
+    model = model if model is not None else load_model(folder)
     batches = prepare_batches(model, texts)
     if len(batches) < count:
         raise ValueError(f"the certificate is of {count} sequences, and {len(batches)} were given")
     batches = batches[-count:]
-    model_layers: ModelLayers = find_layers(model, tuple(plan.config.get("ignore", ())))
+    model_layers = planned_layers(model, plan)
     scores = (
         _against(dense, model, batches)
         if dense is not None

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..model.classes import text_config
 from ..model.inference import Batch, prepared
 from ..model.layers import Block, ModelLayers
 from ..model.masked import masked
@@ -143,7 +144,7 @@ class DenseReference:
 
 def joined(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Batch]:
     """Plain text of equal lengths, several sequences at a time."""
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 2**17
+    vocabulary = getattr(text_config(model.config), "vocab_size", None) or 2**17
     most = min(TOGETHER, LOGITS // vocabulary)
     made: list[Batch] = []
     for batch in batches:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from ..calibration.batches import data_fingerprint as data_fingerprint
 from ..calibration.calibration import default_length
 from ..files import check_finished
+from ..model.classes import location_of
 from ..model.fingerprint import versions, weights_fingerprint
-from ..model.loading import LOCATION, find_tokenizer
+from ..model.loading import find_tokenizer, load_model
 from ..plan import read_json
 from .metrics import Metrics, TextAgainst, TextRecord
 from .perplexity import score_windows
@@ -191,16 +192,12 @@ def _record(folder: Path | None, metrics: Metrics) -> Metrics:
 
 
 def _load(model: Any, loading: dict[str, Any]) -> PreTrainedModel:
-    if isinstance(model, PreTrainedModel):
-        return model
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **loading})
+    return load_model(model, **{"dtype": "auto", **loading}) if isinstance(model, (str, os.PathLike)) else model
 
 
 def _tokenizer(model: Any, loading: dict[str, Any]) -> Any:
     source = model.name_or_path if isinstance(model, PreTrainedModel) else model
-    return find_tokenizer(source, **{k: v for k, v in loading.items() if k in LOCATION}) if source else None
+    return find_tokenizer(source, **location_of(loading)) if source else None
 
 
 def _name(model: Any) -> str:

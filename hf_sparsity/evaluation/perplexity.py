@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration.batches import prepare_batches
+from ..model.classes import text_config
 from ..model.inference import Batch, evaluating
 
 Array = np.ndarray[Any, Any]
@@ -75,7 +76,7 @@ class WindowScores:
 
 def score_windows(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> WindowScores:
     """Scores each window by itself; arguments and errors as `evaluate_text`."""
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 2**17)
+    vocabulary = getattr(text_config(model.config), "vocab_size", 2**17)
     size = max(1, LOGITS // (ids.shape[1] * vocabulary))
     batches = prepare_batches(model, [{"input_ids": rows} for rows in ids.split(size)])
     columns: list[list[Tensor]] = []

@@ -1,4 +1,4 @@
-"""Fingerprints: of weights, of data-independent facts of a model, of library versions."""
+"""Fingerprints of a model: its layers, its weights, and the versions of the libraries that made them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .offload import onload, weight_store
 
 
 def model_fingerprint(model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, Any]:
-    """`{"type", "name", "layers", "weights"}`: names and shapes of the layers, and a sample of their weights, hashed.
+    """Returns `{"type", "name", "layers", "weights"}`, what tells one model from another.
 
-    `weights` is None while any layer is offloaded by accelerate, since reading it would load the model; of a streamed
-    model they are those of its checkpoint, read once.
+    `layers` is a hash of the names and shapes of the layers, `weights` of a sample of their weights: None while any layer is
+    offloaded by accelerate, since reading it would load the model. A streamed model's checkpoint is read for it, once.
     """
-    streamed = weight_store(model)
-    if streamed is None:
-        weights = _sampled(model_layers)
+    store = weight_store(model)
+    if store is None:
+        weights = _weights_hash(model_layers)
     else:
         key = tuple(model_layers.weights)
-        if key not in streamed.fingerprints:
-            streamed.reads_ahead = False  # it looks at few pages only
-            streamed.fingerprints[key] = _sampled(model_layers, lend=True)
-            streamed.reads_ahead = True
-        weights = streamed.fingerprints[key]
+        if key not in store.fingerprints:
+            store.reads_ahead = False  # few pages of each block are looked at
+            store.fingerprints[key] = _weights_hash(model_layers, lend=True)
+            store.reads_ahead = True
+        weights = store.fingerprints[key]
     return {
         "type": getattr(model.config, "model_type", type(model).__name__),
         "name": getattr(model.config, "_name_or_path", "") or "",
@@ -41,15 +41,15 @@ def model_fingerprint(model: PreTrainedModel, model_layers: ModelLayers) -> dict
 
 
 def shapes_hash(model_layers: ModelLayers) -> str:
-    """The names and shapes of the layers, hashed."""
+    """Returns a SHA-256 over the names and shapes of the layers."""
     shapes = hashlib.sha256()
     for name, weight in model_layers.weights.items():
         shapes.update(f"{name}{weight.shape}".encode())
     return shapes.hexdigest()
 
 
-def _sampled(model_layers: ModelLayers, *, lend: bool = False) -> str | None:
-    """Up to 64 values of each parameter, hashed; None if some are not in memory and shall not be lent."""
+def _weights_hash(model_layers: ModelLayers, *, lend: bool = False) -> str | None:
+    """A SHA-256 over a sample of each parameter; None if some are not in memory and `lend` does not allow to load them."""
     values = hashlib.sha256()
     sampled: set[str] = set()
     for block in model_layers.blocks:
@@ -64,24 +64,24 @@ def _sampled(model_layers: ModelLayers, *, lend: bool = False) -> str | None:
 
 
 def sample(parameter: Tensor) -> bytes:
-    """At least 64 values, evenly spread (all, if there are fewer), as float64: for a fingerprint."""
+    """Returns at least 64 values of a tensor as float64 bytes, evenly spread; all of them where there are fewer."""
     flat = parameter.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64).numpy().tobytes()
 
 
 def versions() -> dict[str, str]:
-    """Versions that could change a result."""
-    found = {}
+    """Returns the versions of the packages that could change a result, "unknown" for one without metadata."""
+    installed = {}
     for package in ("hf_sparsity", "torch", "transformers"):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
-    """A hash of a sample of all parameters, buffers left out; None when they are sharded or offloaded."""
+    """Returns a SHA-256 over a sample of each parameter, buffers left out; None when some are sharded or offloaded."""
     values = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) or parameter.is_meta:

@@ -1,4 +1,4 @@
-"""A model in evaluation mode, and what a batch is."""
+"""The evaluation mode of a model, and the type of a batch."""
 
 from __future__ import annotations
 
@@ -15,25 +15,36 @@ Batch = Mapping[str, Any]
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside, the previous modes after."""
-    before: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
+    """Puts the model in evaluation mode; after, each module is in the mode it was in before."""
+    modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, mode in before.items():
+        for module, mode in modes.items():
             module.training = mode
 
 
 @contextmanager
 def prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and experts computed one by one so that each one's inputs can be seen; restored after."""
+    """Puts the model in evaluation mode with experts computed one by one, so that the inputs of each can be seen.
+
+    What `model.compile()` compiled runs uncompiled, since compiled code passes by what looks at its inputs. After, all is as
+    it was before.
+    """
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    compiled = {
+        module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None
+    }
     with evaluating(model):
         try:
+            for module in compiled:
+                module._compiled_call_impl = None
             if experts:
                 model.set_experts_implementation("eager")
             yield
         finally:
             if experts:
                 model.set_experts_implementation(experts)
+            for module, call in compiled.items():
+                module._compiled_call_impl = call

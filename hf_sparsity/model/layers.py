@@ -1,16 +1,15 @@
-"""Find blocks and prunable weights.
+"""Find the blocks and the prunable weights of a model.
 
-There is no table of architectures. Blocks are found by three rules that hold for nearly all of
-transformers; a prunable weight is a *view*: a parameter, perhaps one expert of it, perhaps
-transposed, read as `[out, in]`. So `nn.Linear`, GPT-2's `Conv1D` and the fused experts of
-transformers 5 are the same thing to an algorithm.
+There is no table of architectures. Blocks are found by three rules that hold for nearly all of transformers. A prunable
+weight is a *view*: a parameter, or one expert of it, read as `[out, in]` also where it is stored transposed. So `nn.Linear`,
+GPT-2's `Conv1D` and the fused experts of transformers 5 look the same to an algorithm.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +18,22 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-# Path components of modules that route tokens; `gate_proj` and the like are not among them.
+from .accepted import check_model, quantized_message
+from .classes import text_config
+
+# Path components of modules that route tokens to experts; `gate_proj` and the like are not among them.
 _ROUTER = re.compile(r"(^|_)(router|gating|gate|wg)$|router|gating", re.IGNORECASE)
-_PATCH_ATTRIBUTES = ("vision_config", "audio_config")
+# Attributes of a config that describe a tower beside the language model, and the paths of towers that hear.
+_TOWER_CONFIGS = ("vision_config", "audio_config")
+_AUDIO = re.compile(r"audio|speech|sound", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Weight:
     """A prunable weight `[out, in]`: where it is stored and how to look at it.
 
-    `parameter` is the full name of the parameter, `module` and `attribute` its owner and name there;
-    `expert` the index in a fused parameter `[experts, ·, ·]`; `transposed` tells storage as `[in, out]`.
+    `parameter` is the full name of the parameter, `module` the module that owns it and `attribute` its name there;
+    `expert` is the index in a fused parameter `[experts, ·, ·]`; `transposed` is True where it is stored as `[in, out]`.
     """
 
     name: str
@@ -42,22 +46,22 @@ class Weight:
 
     @property
     def size(self) -> int:
-        """Number of weights."""
+        """The number of weights, zeros included."""
         return self.shape[0] * self.shape[1]
 
     @property
     def stored(self) -> nn.Parameter:
-        """The parameter that holds the weight now: while it is lent or masked another object than before."""
+        """The parameter that holds the weight now; while a block is lent or masked it is another object than before."""
         parameter = self.module._parameters[self.attribute]
         assert parameter is not None
         return parameter
 
     def read(self) -> Tensor:
-        """The weight as a view `[out, in]` of the parameter, which must be on a device (see `onload`)."""
+        """Returns the weight as a view `[out, in]` of the parameter, which must be on a device (see `onload`)."""
         return self.part(self.stored.detach())
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The view `[out, in]` that is this weight's of a tensor of the parameter's shape, such as its gradient."""
+        """Returns this weight's view `[out, in]` of a tensor of the parameter's shape, such as its gradient."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         return tensor.T if self.transposed else tensor
@@ -74,7 +78,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """What of a model can be pruned (`blocks`, in definition order) and what not (`skipped`: name -> reason)."""
+    """The prunable weights of a model by block, in definition order, and what stays dense (`skipped`: name -> reason)."""
 
     blocks: list[Block]
     skipped: dict[str, str]
@@ -85,67 +89,65 @@ class ModelLayers:
         return {name: weight for block in self.blocks for name, weight in block.weights.items()}
 
 
-def find_layers(model: PreTrainedModel, ignore: Sequence[str] = ()) -> ModelLayers:
-    """Names every matrix of the model as prunable or not.
+def find_layers(model: PreTrainedModel, ignore: Sequence[str] = (), include: Sequence[str] = ()) -> ModelLayers:
+    """Returns every matrix of a model, as prunable or as skipped with the reason.
 
     Args:
         model: any transformers model, on any device, offloaded or on the meta device.
         ignore: see `SparsityConfig.ignore`.
+        include: see `SparsityConfig.include`.
 
     Raises:
-        ValueError: no blocks or no prunable weight found, a quantized model, or an `ignore` that matches nothing.
+        ValueError: what `check_model` refuses, a model without blocks or without prunable weights, an `ignore` that matches
+            nothing, an `include` of a part that the model does not have.
     """
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise ValueError(
-            "the model is quantized; its weights cannot be pruned. Prune the original, then quantize: zeros stay zero"
-        )
-    stacks = find_stacks(model)
+    check_model(model)
+    stacks = find_stacks(model, include)
     if not stacks:
-        raise ValueError(
-            f"no stack of blocks was found in {type(model).__name__}: hf_sparsity prunes models made of repeated blocks"
-        )
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
+        raise ValueError(no_blocks(model))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_names = {*tied, *tied.values()}
     blocks: list[Block] = []
     skipped: dict[str, str] = {}
-    seen: dict[int, str] = {}
-    inside: set[int] = set()
+    first_paths: dict[int, str] = {}  # id of a parameter -> the path at which it was met first
     for name, module, reason in stacks:
         weights: dict[str, Weight] = {}
         for path, parameter, owner in _matrices(module, name):
-            inside.add(id(parameter))
-            if id(parameter) in seen:
-                if seen[id(parameter)] != path:
-                    skipped[path] = f"is the same parameter as {seen[id(parameter)]}"
+            first = first_paths.get(id(parameter))
+            if first is not None:
+                if first != path:
+                    skipped[path] = f"is the same parameter as {first}"
                 continue
-            seen[id(parameter)] = path
-            why = reason or _reason_to_skip(path[len(name) + 1 :], parameter, owner, path in tied, model)
-            if why:
+            first_paths[id(parameter)] = path
+            inner = path[len(name) + 1 :]
+            if why := reason or _reason_to_skip(inner, parameter, owner, path in tied_names, model):
                 skipped[path] = why
                 continue
             if not parameter.is_floating_point():
-                raise ValueError(
-                    f"{path} has dtype {parameter.dtype}: a quantized model cannot be pruned; prune the original first"
-                )
+                raise ValueError(quantized_message(f"{path} (dtype {parameter.dtype})"))
             weights |= {w.name: w for w in _views(path, parameter, owner, model)}
         blocks.append(Block(name, module, weights))
     for path, parameter, _ in _matrices(model, ""):
-        if id(parameter) not in inside:
+        if id(parameter) not in first_paths:
             skipped[path] = "outside the blocks (embedding, head, projector)"
     model_layers = _without(ModelLayers(blocks, skipped), ignore)
     if not model_layers.weights:
-        raise ValueError(
-            f"nothing to prune in {type(model).__name__}: "
-            + "; ".join(f"{k}: {v}" for k, v in list(model_layers.skipped.items())[:5])
-        )
+        reasons = "; ".join(f"{path}: {why}" for path, why in list(model_layers.skipped.items())[:5])
+        raise ValueError(f"nothing to prune in {type(model).__name__}: {reasons}")
     return model_layers
 
 
-def find_stacks(model: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
-    """All blocks as (name, module, reason to skip or ""), outermost stacks only, in definition order.
+def no_blocks(model: nn.Module) -> str:
+    """Returns what is said of a model that has no repeated blocks."""
+    return f"no stack of blocks was found in {type(model).__name__}: hf_sparsity prunes models made of repeated blocks"
 
-    Rules, first match wins: a `ModuleList` of transformers' `GradientCheckpointingLayer`; one of
-    classes named in `_no_split_modules`; one of equal modules that holds over 30 % of the parameters.
+
+def find_stacks(model: PreTrainedModel, include: Sequence[str] = ()) -> list[tuple[str, nn.Module, str]]:
+    """Returns all blocks as (name, module, reason to skip or ""), outermost stacks only, in definition order.
+
+    The first of three rules that finds any decides: a `ModuleList` of transformers' `GradientCheckpointingLayer`; one of
+    classes that `_no_split_modules` names; one of equal modules that holds over 30 % of the parameters. Of a model that also
+    sees or hears, blocks outside the language model have a reason to be skipped, unless `include` names their part.
     """
     no_split = set(getattr(model, "_no_split_modules", None) or ())
     total = sum(p.numel() for p in model.parameters())
@@ -159,45 +161,58 @@ def find_stacks(model: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
     def homogeneous(stack: nn.Module) -> bool:
         kinds = {type(child) for child in stack.children()}
         size = sum(p.numel() for p in stack.parameters())
-        return (
-            len(kinds) == 1
-            and len(list(stack.children())) > 1
-            and size > 0.3 * total
-            and not kinds & {nn.Linear, nn.Embedding}
-        )
+        several = len(kinds) == 1 and len(list(stack.children())) > 1
+        return several and size > 0.3 * total and not kinds & {nn.Linear, nn.Embedding}
 
-    found: dict[str, nn.Module] = {}
+    stacks: dict[str, nn.Module] = {}
     for rule in (checkpointed, named, homogeneous):
         for name, module in model.named_modules():
             if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
                 continue
-            related = any(name == f or name.startswith(f + ".") or f.startswith(name + ".") for f in found)
+            related = any(name == s or name.startswith(s + ".") or s.startswith(name + ".") for s in stacks)
             if not related and rule(module):
-                found[name] = module
+                stacks[name] = module
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    language = _language_prefix(model)
+    reasons = _reasons_by_part(model, stacks, include)
     return [
-        (
-            f"{stack}.{key}",
-            child,
-            "" if language is None or f"{stack}.".startswith(language) else "not part of the language model",
-        )
-        for stack in sorted(found, key=order.__getitem__)
-        for key, child in found[stack].named_children()
+        (f"{stack}.{key}", child, reasons[stack])
+        for stack in sorted(stacks, key=order.__getitem__)
+        for key, child in stacks[stack].named_children()
     ]
 
 
+def _reasons_by_part(model: PreTrainedModel, stacks: Iterable[str], include: Sequence[str]) -> dict[str, str]:
+    """Why the blocks of each stack stay dense, or "": those of towers do, unless their part is included."""
+    language = _language_prefix(model)
+    parts = {
+        stack: ""
+        if language is None or f"{stack}.".startswith(language)
+        else "audio"
+        if _AUDIO.search(stack)
+        else "vision"
+        for stack in stacks
+    }
+    for part in include:
+        if part not in parts.values():
+            there = ", ".join(sorted({p for p in parts.values() if p})) or "no towers beside its language model"
+            raise ValueError(f"include={part!r}: {type(model).__name__} has no such part; it has {there}")
+    return {
+        stack: "" if not part or part in include else f'not part of the language model (include="{part}" prunes it)'
+        for stack, part in parts.items()
+    }
+
+
 def _language_prefix(model: PreTrainedModel) -> str | None:
-    """Path of the language model inside a model that also sees or hears, else None."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    if text is config or not any(getattr(config, a, None) is not None for a in _PATCH_ATTRIBUTES):
+    """The path of the language model inside a model that also sees or hears, with a dot at its end; else None."""
+    config = model.config
+    if text_config(config) is config or not any(getattr(config, name, None) is not None for name in _TOWER_CONFIGS):
         return None
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = model.get_decoder()
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), None)
 
 
 def _matrices(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Yields all parameters of two or more dimensions as (path, parameter, the module that owns it)."""
     for path, owner in module.named_modules(prefix=prefix, remove_duplicate=False):
         for attribute, parameter in owner._parameters.items():
             if parameter is not None and parameter.ndim >= 2:
@@ -205,7 +220,7 @@ def _matrices(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Paramete
 
 
 def _reason_to_skip(path: str, parameter: nn.Parameter, owner: nn.Module, tied: bool, model: PreTrainedModel) -> str:
-    """Why a matrix inside a block stays dense, or ""; `path` is relative to the block."""
+    """Returns why a matrix inside a block stays dense, or "" for a prunable one; `path` is relative to the block."""
     if tied:
         return "tied to another weight"
     if isinstance(owner, nn.Embedding):
@@ -227,13 +242,14 @@ def _reason_to_skip(path: str, parameter: nn.Parameter, owner: nn.Module, tied: 
 
 
 def _expert_counts(config: Any) -> set[int]:
-    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
-    return {v for c in configs for k, v in vars(c).items() if "expert" in k and isinstance(v, int) and v > 1}
+    """The numbers above 1 in a config that may be a number of experts."""
+    entries = (entry for part in (config, text_config(config)) for entry in vars(part).items())
+    return {value for key, value in entries if "expert" in key and isinstance(value, int) and value > 1}
 
 
 def _is_experts(components: list[str], owner: nn.Module, parameter: nn.Parameter) -> bool:
-    called = "expert" in type(owner).__name__.lower() or any("expert" in c.lower() for c in components)
-    return called or hasattr(owner, "is_transposed") or getattr(owner, "num_experts", None) == parameter.shape[0]
+    by_name = "expert" in type(owner).__name__.lower() or any("expert" in c.lower() for c in components)
+    return by_name or hasattr(owner, "is_transposed") or getattr(owner, "num_experts", None) == parameter.shape[0]
 
 
 def _views(path: str, parameter: nn.Parameter, owner: nn.Module, model: PreTrainedModel) -> Iterator[Weight]:
@@ -251,11 +267,10 @@ def _views(path: str, parameter: nn.Parameter, owner: nn.Module, model: PreTrain
 
 
 def _experts_are_transposed(path: str, parameter: nn.Parameter, owner: nn.Module, model: PreTrainedModel) -> bool:
-    """Whether fused experts are stored `[experts, in, out]`; the tap checks the answer on real products."""
+    """Whether fused experts are stored as `[experts, in, out]`; the input observer checks the answer on real products."""
     if hasattr(owner, "is_transposed"):
         return bool(owner.is_transposed)
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    width = getattr(config, "hidden_size", None)
+    width = getattr(text_config(model.config), "hidden_size", None)
     first, second = parameter.shape[1] == width, parameter.shape[2] == width
     if first == second:
         return False
@@ -264,7 +279,7 @@ def _experts_are_transposed(path: str, parameter: nn.Parameter, owner: nn.Module
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a layer is meant: its full name, the end of it, a module path above it, or a glob."""
+    """Whether a pattern means a layer: its full name, the end of it, the path of a module around it, or a glob."""
     bare = name.split("[")[0]
     return (
         pattern in (name, bare)
@@ -275,6 +290,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _without(model_layers: ModelLayers, ignore: Sequence[str]) -> ModelLayers:
+    """Moves the layers that `ignore` means from the prunable to the skipped ones."""
     if not ignore:
         return model_layers
     skipped, used = dict(model_layers.skipped), set()
@@ -290,7 +306,7 @@ def _without(model_layers: ModelLayers, ignore: Sequence[str]) -> ModelLayers:
                 kept[name] = weight
         blocks.append(Block(block.name, block.module, kept))
     for pattern in ignore:
-        # Naming what is dense anyway (lm_head) is a harmless wish, not a mistake.
+        # A pattern for what is dense anyway, such as lm_head, is no mistake.
         if pattern not in used and not any(
             matches(n, pattern) or matches(n.removesuffix(".weight"), pattern) for n in model_layers.skipped
         ):

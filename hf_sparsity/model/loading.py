@@ -1,39 +1,56 @@
-"""Load what belongs to a model: its tokenizer, its class."""
+"""Load a model by the class that its checkpoint names; and its tokenizer."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from ..files import check_finished
+from .accepted import check_source
+from .classes import find_class, location_of
 from .sparsity import check_zeros
 
-# Keywords that say where a checkpoint is; the tokenizer is found with the same.
-LOCATION = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "trust_remote_code")
 
-
-def load_sparse(source: str | os.PathLike[str], *, auto_class: Any = None, **options: Any) -> PreTrainedModel:
-    """Loads a sparse model and checks its zeros against its plan.
+def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **options: Any) -> PreTrainedModel:
+    """Loads a model, complete: no weight of it is new.
 
     Args:
         source: a folder or Hub id.
-        auto_class: by default `AutoModelForCausalLM`.
-        **options: to transformers' `from_pretrained`.
+        auto_class: the class to load it with, or its name; by default the one that `config.json` names, see `model_class`.
+        **options: to transformers' `from_pretrained`. `trust_remote_code` is off unless given.
 
     Raises:
-        ValueError: an unfinished folder, a model without a plan, or zeros that do not match it.
+        ValueError: an unfinished folder, an adapter, a class that does not go with the checkpoint, or one that has weights
+            that the checkpoint does not have.
     """
-    if os.path.isdir(source):
-        check_finished(source)
-    model = (auto_class or AutoModelForCausalLM).from_pretrained(source, **options)
+    options = {"trust_remote_code": False} | options
+    location = location_of(options)
+    check_source(source, location)
+    kind = find_class(source, auto_class, **location)
+    model, info = kind.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise ValueError(
+            f"{str(source)!r} has no weights for {len(missing)} parameters of {type(model).__name__}, such as {missing[0]}, "
+            "so they would be random. Leave the class out (--model-class, auto_class=) if you gave one, or train "
+            "and save the model first"
+        )
+    return model
+
+
+def load_sparse(source: str | os.PathLike[str], *, auto_class: Any = None, **options: Any) -> PreTrainedModel:
+    """Loads a sparse model as `load_model` does, and checks its zeros against its plan.
+
+    Raises:
+        ValueError: what `load_model` refuses, a model without a plan, or zeros that do not match it.
+    """
+    model = load_model(source, auto_class=auto_class, **options)
     check_zeros(model)
     return model
 
 
 def find_tokenizer(source: str | os.PathLike[str], **location: Any) -> Any:
-    """The checkpoint's tokenizer; None where there is none: a model can be pruned by its weights without one."""
+    """Returns the checkpoint's tokenizer, or None where it has none: a model can be pruned by its weights alone."""
     try:
         return AutoTokenizer.from_pretrained(source, **location)
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
 """Lend a block's offloaded weights to its device, and write changes back to where they came from.
 
-accelerate loads each leaf at each call and drops what was changed. Everything that knows its hooks is here.
+accelerate loads the parameters of each module at each call and drops what was changed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _STORE = "_hf_sparsity_source"  # the attribute of a model that holds its `Weigh
 
 
 class WeightStore(Mapping[str, Tensor], ABC):
-    """Where a model whose blocks come and go reads their weights: full parameter name -> tensor on its device.
+    """The place from which a model reads the weights of its blocks: full parameter name -> tensor on its device.
 
-    `order`: the indices of the blocks in the order of their visits, once somebody has watched a forward pass.
-    `fingerprints`: those already computed of the stored weights, by the names of the layers looked at.
-    `reads_ahead`: whether reading a block also asks for the next one.
+    `order` has the indices of the blocks in the order of their visits, once a forward pass was watched, else None.
+    `fingerprints` has those that were computed of the stored weights, by the names of the layers that were sampled.
+    `reads_ahead` says whether reading a block also asks the system for the next one.
     """
 
     order: list[int] | None = None
@@ -38,24 +38,24 @@ class WeightStore(Mapping[str, Tensor], ABC):
 
     @abstractmethod
     def is_written(self, name: str) -> bool:
-        """True if a changed parameter is already stored where it will be read next."""
+        """Returns whether a changed parameter is already stored where it will be read next."""
 
     @abstractmethod
     def release(self) -> None:
-        """Drops the block that is held, so that the next use reads it again."""
+        """Drops the block that is in memory, so that its next use reads it again."""
 
     @abstractmethod
     def redirect(self, block: str, folder: str | os.PathLike[str], weight_map: Mapping[str, str]) -> None:
-        """From now on reads a block from the files in `folder`; `weight_map`: name of a tensor -> its file."""
+        """Reads a block from other files from now on; `weight_map`: name of a tensor -> its file in `folder`."""
 
 
 def attach_store(model: nn.Module, store: WeightStore) -> None:
-    """Makes `store` the one that `weight_store(model)` returns."""
+    """Makes a store the one that `weight_store(model)` returns."""
     setattr(model, _STORE, store)
 
 
 def weight_store(model: nn.Module) -> WeightStore | None:
-    """Returns where a streamed model reads its blocks from; None for any other model."""
+    """Returns the store that a streamed model reads its blocks from; None for any other model."""
     return getattr(model, _STORE, None)
 
 
@@ -69,7 +69,7 @@ class Onloaded:
 
     @torch.no_grad()
     def write(self, weight: Weight, value: Tensor) -> None:
-        """Replaces a weight, `value` `[out, in]`; an offloaded one goes to its store when the block leaves."""
+        """Replaces a weight by `value` `[out, in]`; an offloaded one is stored when the block leaves its device."""
         weight.read().copy_(value)
         key = (id(weight.module), weight.attribute)
         if key in self.owners:
@@ -80,13 +80,13 @@ class Onloaded:
 def onload(module: nn.Module) -> Iterator[Onloaded]:
     """Lends a block's offloaded weights to its device, and keeps them there over any number of calls.
 
-    accelerate loads each leaf at each call and drops what was changed. While lent, the hooks only
-    move inputs. On leaving, changed parameters go back to where they came from: into the CPU map in
-    place (ties stay), or to a **new** file of the offload folder; a source checkpoint is never touched.
-    Without hooks this does nothing.
+    Meanwhile accelerate's hooks only move inputs. At the end, changed parameters go back to where they came from: in place
+    into the CPU's map (tied names stay tied), or to a **new** file of the offload folder; a source checkpoint is never
+    touched. A block without hooks is left as it is.
 
     Raises:
-        RuntimeError: a block from `open_streamed` was changed and nobody has written it to a folder.
+        ValueError: a parameter is on the meta device and no hook can load it.
+        RuntimeError: a block from `open_streamed` was changed and not written to a folder.
     """
     loaded = Onloaded()
     hooks: list[tuple[AlignDevicesHook, nn.Module]] = []
@@ -109,7 +109,7 @@ def onload(module: nn.Module) -> Iterator[Onloaded]:
             if parameter.device.type == "meta":
                 raise ValueError(f"weight {name} is on the meta device and no offload hook of its block owns it")
         yield loaded
-        _check_written(loaded)  # not when something else went wrong, which this must not hide
+        _check_written(loaded)  # not in `finally`: there it would hide the error of the caller
     finally:
         for key in sorted(loaded.changed, key=str):
             hook, name = loaded.owners[key]
@@ -128,15 +128,14 @@ def onload(module: nn.Module) -> Iterator[Onloaded]:
 
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    hook = getattr(module, "_hf_hook", None)
-    for one in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
-        if isinstance(one, AlignDevicesHook) and one.offload:
-            return one
-    return None
+    """The hook that loads the parameters of a module at each call, if it has one."""
+    attached = getattr(module, "_hf_hook", None)
+    hooks = attached.hooks if isinstance(attached, SequentialHook) else [attached]
+    return next((hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload), None)
 
 
 def _source_of(hook: AlignDevicesHook, name: str) -> tuple[Any, str]:
-    """(the map in which a hook's parameter is, its key there)."""
+    """The map that holds a hook's parameter, and its key there."""
     store, key = hook.weights_map, name
     while isinstance(store, PrefixedDataset):
         store, key = store.dataset, store.prefix + key
@@ -144,6 +143,7 @@ def _source_of(hook: AlignDevicesHook, name: str) -> tuple[Any, str]:
 
 
 def _check_written(loaded: Onloaded) -> None:
+    """Raises RuntimeError if a changed parameter of a streamed model is not in a file yet."""
     for owner in loaded.changed:
         store, key = _source_of(*loaded.owners[owner])
         if isinstance(store, WeightStore) and not store.is_written(key):
@@ -151,9 +151,10 @@ def _check_written(loaded: Onloaded) -> None:
 
 
 def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
+    """Puts a changed parameter where its hook will load it from."""
     store, key = _source_of(hook, name)
     if isinstance(store, WeightStore):
-        return  # it is on disk already, see `_check_written`
+        return  # `_check_written` saw that it is on disk
     in_memory = store.state_dict if isinstance(store, OffloadedWeightsLoader) else store
     if key in in_memory:
         in_memory[key].copy_(value)
@@ -167,17 +168,16 @@ def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
     partial = f"{file}.{os.getpid()}.partial"  # processes of one run may share the folder
     save_file({key: value.to("cpu", dtype).contiguous()}, partial)
     os.replace(partial, file)
-    new = {"safetensors_file": file, "weight_name": key, "dtype": str(dtype).removeprefix("torch.")}
+    new_entry = {"safetensors_file": file, "weight_name": key, "dtype": str(dtype).removeprefix("torch.")}
     place = (entry.get("safetensors_file"), entry.get("weight_name", key))
-    for other, known in list(store.index.items()):  # names tied to this tensor follow it
-        if known is entry or (
-            entry.get("safetensors_file") and (known.get("safetensors_file"), known.get("weight_name", other)) == place
-        ):
-            store.index[other] = new
+    for other, tied in list(store.index.items()):  # other names of the same tensor follow it
+        same_place = (tied.get("safetensors_file"), tied.get("weight_name", other)) == place
+        if tied is entry or (entry.get("safetensors_file") and same_place):
+            store.index[other] = new_entry
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the embeddings are computed; accelerate's hooks move inputs on from there."""
+    """Returns the device of the embeddings, to which inputs go; accelerate's hooks move them on from there."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and getattr(hook, "execution_device", None) is not None:

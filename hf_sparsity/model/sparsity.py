@@ -9,27 +9,46 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..plan import LARGEST_DEVIATION, LayerReport, Plan, Report
+from .accepted import check_model
 from .layers import ModelLayers, find_layers
 from .offload import onload
 
 
 def mask_hash(weight: Tensor) -> str:
-    """Where the zeros of a weight `[out, in]` are, as 32 hex digits: BLAKE2b over its mask, row-major.
+    """Returns a hash of the places of a weight's zeros, 32 hex digits: BLAKE2b over its mask `[out, in]`, row by row.
 
-    One bit a weight, 1 = kept, the first weight in the highest bit of the first byte, zeros after the last.
+    The mask has one bit a weight, 1 = kept; the first weight is the highest bit of the first byte, and the last byte is
+    filled with zeros.
     """
     bits = np.packbits((weight != 0).cpu().numpy())
     return hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()
 
 
-def measure_sparsity(model: PreTrainedModel, ignore: tuple[str, ...] | None = None, *, masks: bool = False) -> Report:
-    """Counts the zeros of every prunable layer; `planned` and `target` come from the model's plan if it has one.
+def measure_sparsity(
+    model: PreTrainedModel,
+    ignore: tuple[str, ...] | None = None,
+    *,
+    include: tuple[str, ...] = (),
+    masks: bool = False,
+) -> Report:
+    """Counts the zeros of every prunable layer.
 
-    `.sparsity` is the whole's, `.layers[name].sparsity` a layer's. `ignore` defaults to the plan's. `masks`: with a hash of
-    each layer's mask.
+    Args:
+        model: any transformers model, sparse or not.
+        ignore: layers that are not counted, see `SparsityConfig`; by default those of the model's plan.
+        include: parts that are counted as well, see `SparsityConfig`; only with `ignore`.
+        masks: adds a hash of each layer's mask, see `mask_hash`.
+
+    Returns:
+        A report: `.sparsity` is the model's, `.layers[name].sparsity` a layer's. What was planned, and the target, are those
+        of the model's plan if it has one, else what was counted.
+
+    Raises:
+        ValueError: what `find_layers` refuses, or a malformed plan.
     """
+    check_model(model, "counted")
     plan = model_plan(model)
-    model_layers = planned_layers(model) if ignore is None else find_layers(model, ignore)
+    model_layers = planned_layers(model) if ignore is None else find_layers(model, ignore, include)
     layers = {}
     for block in model_layers.blocks:
         with onload(block.module):
@@ -43,19 +62,21 @@ def measure_sparsity(model: PreTrainedModel, ignore: tuple[str, ...] | None = No
 
 
 def model_plan(model: PreTrainedModel) -> Plan | None:
-    """The plan in the model's config, or None; `ValueError` when it is malformed."""
+    """Returns the plan in the model's config, or None; raises ValueError when it is malformed."""
     stored = getattr(model.config, "sparsity_config", None)
     return None if stored is None else Plan.from_dict(stored)
 
 
-def planned_layers(model: PreTrainedModel) -> ModelLayers:
-    """What the model's plan is about; without one, everything that can be pruned."""
-    plan = model_plan(model)
-    return find_layers(model, tuple(plan.config.get("ignore", ())) if plan is not None else ())
+def planned_layers(model: PreTrainedModel, plan: Plan | None = None) -> ModelLayers:
+    """Returns the layers that a plan is about, by default the model's; without a plan, all that can be pruned."""
+    plan = plan or model_plan(model)
+    if plan is None:
+        return find_layers(model)
+    return find_layers(model, tuple(plan.config.get("ignore", ())), tuple(plan.config.get("include", ())))
 
 
 def check_zeros(model: PreTrainedModel) -> None:
-    """`ValueError` unless the model has a plan and every layer at least the zeros it promises."""
+    """Raises ValueError unless the model has a plan, and every layer at least the zeros that the plan promises."""
     plan = model_plan(model)
     if plan is None:
         raise ValueError(
@@ -63,10 +84,10 @@ def check_zeros(model: PreTrainedModel) -> None:
             "pass sparsity_config=SparsityConfig(...) to make it sparse, or load it with transformers"
         )
     report = measure_sparsity(model)
-    missing = set(plan.layers) ^ set(report.layers)
-    if missing:
+    different = set(plan.layers) ^ set(report.layers)
+    if different:
         raise ValueError(
-            f"the plan in config.json is for another model: {len(missing)} layers differ, such as {sorted(missing)[0]}"
+            f"the plan in config.json is for another model: {len(different)} layers differ, such as {sorted(different)[0]}"
         )
     lost, weights = [], planned_layers(model).weights
     for name, layer in report.layers.items():

@@ -22,9 +22,10 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from ..config import SparsityConfig
 from ..core.shards import is_sharded
 from ..core.stats import STATS
+from ..model.accepted import refuse_quantized
 from ..model.fingerprint import weights_fingerprint
-from ..model.layers import ModelLayers, find_layers
-from ..model.sparsity import model_plan
+from ..model.layers import ModelLayers
+from ..model.sparsity import model_plan, planned_layers
 from ..plan import Plan
 from ..planning.checks import check_plan
 from ..planning.make_plan import make_plan
@@ -197,7 +198,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def _fit(self, model: PreTrainedModel, plan: Plan | None) -> tuple[ModelLayers, Plan | None]:
         """The layers that are meant, and the plan checked against them."""
-        model_layers = find_layers(model, tuple(plan.config.get("ignore", ())) if plan is not None else ())
+        model_layers = planned_layers(model, plan)
         if plan is not None:
             # Without the hash of the weights, which are the dense ones': every pruned model would be warned about.
             check_plan(replace(plan, model={**plan.model, "weights": None}), model, model_layers)
@@ -281,8 +282,7 @@ def _check_supported(model: Any, args: TrainingArguments) -> None:
             "SparsityCallback holds the zeros of weights that train, but in a PeftModel the base is frozen. "
             "Use sparse_lora(model, LoraConfig(...)) without this callback: its adapters keep every zero"
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise ValueError("the model is quantized; its weights cannot be trained. Load it in bfloat16 or float32")
+    refuse_quantized(model, "trained")
     if getattr(args, "deepspeed", None):
         raise ValueError("DeepSpeed keeps copies of the weights that are out of reach here; use DDP or FSDP2")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):

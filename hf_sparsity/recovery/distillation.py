@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..model.classes import text_config
 from ..model.inference import evaluating
 from ..model.offload import input_device
 
@@ -229,7 +230,7 @@ def check_teacher(model: Any, teacher: Any) -> None:
         raise ValueError(
             f"teacher and model share weights ({shared[0]}), so training would change the teacher; load it anew"
         )
-    sizes = [getattr(m.config.get_text_config(), "vocab_size", None) for m in (model, teacher)]
+    sizes = [getattr(text_config(m.config), "vocab_size", None) for m in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the model has a vocabulary of {sizes[0]} and the teacher of {sizes[1]}; they do not compare")
 

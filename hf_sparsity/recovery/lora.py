@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
+from ..model.accepted import refuse_quantized
 from ..model.sparsity import model_plan
 from ..plan import Plan, read_json
 from .lora_layers import PEFT_TYPE, Masked, SparseLoraConfig
@@ -166,8 +167,7 @@ def planned_parameters(base: Any) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: there are none, the plan does not fit, or the model is quantized.
     """
-    if getattr(base, "hf_quantizer", None) is not None or getattr(base, "is_quantized", False):
-        raise ValueError("the base is quantized; load the sparse model in bfloat16 or float32 (quantize after merging)")
+    refuse_quantized(base, "merged with an adapter")
     plan = model_plan(base)
     wanted = _plan_sizes(plan) if plan is not None else None
     found: dict[str, nn.Parameter] = {}

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..calibration.batches import data_fingerprint, prepare_batches
 from ..calibration.calibration import calibration_batches, default_length, read_documents
 from ..calibration.mixture import SELF, Mixture, sources_in
 from ..calibration.sequences import packed_rows
-from ..files import check_finished
+from ..model.accepted import check_model
+from ..model.classes import require_next_token, text_config
 from ..model.fingerprint import versions, weights_fingerprint
-from ..model.loading import find_tokenizer, load_sparse
+from ..model.loading import find_tokenizer, load_model, load_sparse
 from ..model.offload import weight_store
 from ..model.sparsity import check_zeros
 from ..pruning.reconstruction import BlockReconstruction
@@ -101,7 +101,7 @@ def prepare(
     model, teacher = _load_model(model), _load_teacher(teacher)
     length = length or (data.shape[1] if isinstance(data, Tensor) else default_length(model, tokenizer))
     check_count("length", length)
-    method = method.resolved(length=length, width=model.config.get_text_config().hidden_size)
+    method = method.resolved(length=length, width=text_config(model.config).hidden_size)
     _check(method, model, teacher)
     writer = model if teacher is None else teacher
     rows, held_out = _split(_sequences(data, tokenizer, method, length, writer, seed, **dataset))
@@ -119,8 +119,7 @@ def _load_model(model: Any) -> Any:
     """Returns the model, loaded if it is a folder; raises ValueError unless it has its planned zeros and is in memory."""
     if isinstance(model, (str, os.PathLike)):
         return load_sparse(model)
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"a sparse transformers model or its folder is expected, not a {type(model).__name__}")
+    check_model(model, "trained")
     if weight_store(model) is not None or any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("the model is offloaded or streamed; what is trained must be in memory")
     check_zeros(model)
@@ -128,18 +127,19 @@ def _load_model(model: Any) -> Any:
 
 
 def _load_teacher(teacher: Any) -> Any:
-    if not isinstance(teacher, (str, os.PathLike)):
-        return teacher
-    if os.path.isdir(teacher):
-        check_finished(teacher)
-    return AutoModelForCausalLM.from_pretrained(teacher)
+    if isinstance(teacher, (str, os.PathLike)):
+        return load_model(teacher)
+    if teacher is not None:
+        check_model(teacher, "used as a teacher")
+    return teacher
 
 
 def _check(method: RecoveryMethod, model: Any, teacher: Any) -> None:
     if isinstance(method, MaskedLora) and importlib.util.find_spec("peft") is None:
         raise ValueError("method='lora' needs peft: pip install 'hf_sparsity[recovery]', or use method='full'")
-    if model.config.is_encoder_decoder:
-        raise ValueError("recover is for causal language models; train others in a Trainer with SparsityCallback")
+    require_next_token(
+        model, "recover (other models are trained in a Trainer with SparsityCallback)", decoder_only=True
+    )
     if teacher is not None:
         check_teacher(model, teacher)
         if isinstance(method, Training):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.stats import GRAM, SAMPLES
+from ..model.classes import text_config
 from ..model.inference import Batch
 from ..model.layers import Block, ModelLayers
 from ..model.offload import weight_store
@@ -82,7 +83,7 @@ def estimate_memory(
         hidden_limit: see `prune`.
         journal: whether the run is written to a folder, which also keeps the hidden states on disk.
     """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model.config)
     whole = _bytes(model.parameters())
     resident = _bytes(p for p in model.parameters() if p.device.type != "meta")
     inside = [_bytes(block.module.parameters()) for block in model_layers.blocks]

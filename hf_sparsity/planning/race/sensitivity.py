@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...core.nested_masks import Ranks
 from ...evaluation.divergence import DenseReference, by_token
+from ...model.classes import text_config
 from ...model.inference import Batch, prepared
 from ...model.layers import Block, Weight
 from ...model.masked import masked
@@ -69,7 +70,7 @@ def _parts(reference: DenseReference, number: int) -> list[tuple[Batch, Tensor]]
     """A batch and the dense model's logits, some sequences at a time: a backward pass keeps what goes into every block."""
     model, model_layers = reference.model, reference.model_layers
     batch, dense = reference.batches[number], reference.dense_logits(number)
-    width = getattr(model.config.get_text_config(), "hidden_size", None) or 1
+    width = getattr(text_config(model.config), "hidden_size", None) or 1
     each = len(model_layers.blocks) * dense.shape[1] * width * model.dtype.itemsize
     limit = max(INPUTS, sum(weight.size for weight in model_layers.weights.values()) // SHARE)
     count = max(limit // each, 1)

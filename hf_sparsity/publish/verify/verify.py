@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
@@ -19,24 +18,12 @@ from ...checkpoint.packed_folder import METHOD
 from ...checkpoint.streamed import open_streamed
 from ...checkpoint.zeros import REPORT_FILE
 from ...files import check_finished
-from ...model.layers import ModelLayers, find_layers
+from ...model.layers import ModelLayers
 from ...model.sparsity import planned_layers
 from ...plan import LayerReport, Plan, Report, read_json
 from . import checks
 from .checks import Finding
 from .walk import Measured, measure
-
-# A model is opened with the head it was saved with.
-_HEADS = (
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForMaskedLM",
-    "AutoModelForImageClassification",
-    "AutoModelForSequenceClassification",
-    "AutoModel",
-)
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ def verify(
         folder: a sparse model, dense or packed. One block of it is in memory at a time.
         against: the dense model, a folder or Hub id: the weights that are left must be those of it, unless the pruner
             updates them or they were trained; they are compared in the dtype of `folder`.
-        auto_class: with which both are opened; by default the one of the head that the config names.
+        auto_class: the class to open both with, or its name; by default the one that each `config.json` names.
         **location: `revision`, `token`, ... of `against`, as for `open_streamed`.
 
     Returns:
@@ -103,7 +90,6 @@ def verify(
     """
     path = Path(folder)
     plan, config = _plan(path), AutoConfig.from_pretrained(path)
-    auto_class = auto_class or _auto_class(config)
     dense = _dense(against, auto_class, location) if against is not None else None
     try:
         model = open_streamed(path, auto_class=auto_class)
@@ -159,16 +145,6 @@ def _dense(source: str | os.PathLike[str], auto_class: Any, location: Mapping[st
         raise ValueError(f"against={str(source)!r} cannot be read: {error}") from None
 
 
-def _auto_class(config: Any) -> Any:
-    """The Auto class of the head that a config names."""
-    named = set(config.architectures or ())
-    for auto in (getattr(transformers, name) for name in _HEADS):
-        kinds = auto._model_mapping.get(type(config), None) or ()
-        if named & {kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))}:
-            return auto
-    return transformers.AutoModelForCausalLM
-
-
 def _report(path: Path, plan: Plan) -> tuple[list[Finding], Report | None]:
     """What is to be said about the report, and the report if it is of use."""
     if not (path / REPORT_FILE).exists():
@@ -189,7 +165,7 @@ def _same(model: PreTrainedModel, dense: PreTrainedModel, plan: Plan) -> ModelLa
             f"against is another model: {len(different)} parameters have other names or shapes, such as {name}, "
             f"{_shape(ours.get(name))} in the sparse model and {_shape(theirs.get(name))} in the dense one"
         )
-    return find_layers(dense, tuple(plan.config.get("ignore", ())))
+    return planned_layers(dense, plan)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

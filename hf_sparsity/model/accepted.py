@@ -1,0 +1,170 @@
+"""Which models are accepted, and what is said to those who hand in something else.
+
+Everything that takes a model calls `check_model` before it does any work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..files import check_finished, read_json
+from .classes import text_config
+
+# Packages whose linear layers hold quantized weights.
+_QUANTIZERS = ("bitsandbytes", "optimum.quanto", "torchao", "torch.ao.nn", "gptqmodel", "auto_gptq", "awq", "hqq")
+
+
+def check_model(model: Any, doing: str = "pruned") -> None:
+    """Raises ValueError unless `model` is a transformers model whose weights are its own, with what to do instead.
+
+    Refused: paths, wrappers (peft, DataParallel, torch.compile, a module around a transformers model), adapters inside the
+    model, masks of `torch.nn.utils.prune` and other reparametrisations, quantized weights.
+
+    `doing`: what shall happen to the weights, for the message.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(_what_to_do(model))
+    compiled = next((name for name, module in model.named_modules() if hasattr(module, "_orig_mod")), None)
+    if compiled is not None:
+        raise ValueError(
+            f"{compiled} of {type(model).__name__} was replaced by torch.compile; hand in the model as it was loaded, and "
+            "compile it afterwards"
+        )
+    refuse_adapters(model)
+    refuse_quantized(model, doing)
+    _refuse_reparametrised(model)
+
+
+def _what_to_do(model: Any) -> str:
+    """The message for something that is not a transformers model."""
+    kind = type(model).__name__
+    if isinstance(model, (str, os.PathLike)):
+        return (
+            f"a loaded model is expected, not the path {str(model)!r}: load it first, as "
+            f"SparseModel.from_pretrained does, or by AutoModelForCausalLM.from_pretrained({str(model)!r})"
+        )
+    if isinstance(model, type):
+        return f"a model is expected, not the class {model.__name__}: call {model.__name__}.from_pretrained(...)"
+    if _from(type(model), "peft"):
+        return (
+            f"a {kind} of peft is not pruned: its adapters are no part of the model. Merge them first, "
+            "model = model.merge_and_unload() (merge_lora(model) where the base is sparse already)"
+        )
+    inner = next(_inside(model), None)
+    if inner is not None:
+        path, found = inner
+        return (
+            f"a transformers model is expected, not a module around one ({kind}): pass model{_accessor(path)}, the "
+            f"{type(found).__name__} in it, which is changed in place"
+        )
+    if isinstance(model, nn.Module):
+        return f"a transformers model (PreTrainedModel) is expected; {kind} is none, and has none inside"
+    return f"a transformers model (PreTrainedModel) is expected, not a {kind}"
+
+
+def _accessor(path: str) -> str:
+    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
+
+
+def _inside(model: Any) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The transformers models inside an object (a wrapper, a pipeline, a Trainer), as (attribute path, model)."""
+    if isinstance(model, nn.Module):
+        for path, module in model.named_modules():
+            if isinstance(module, PreTrainedModel):
+                yield path, module
+    elif isinstance(getattr(model, "model", None), PreTrainedModel):
+        yield "model", model.model
+
+
+def _from(kind: type, package: str) -> bool:
+    """Whether a class, or one that it is derived from, stands in a package."""
+    return any(f"{base.__module__}.".startswith(f"{package}.") for base in kind.__mro__)
+
+
+def _is_injected(module: nn.Module) -> bool:
+    """Whether a module was put into a model by peft: a wrapped layer with its adapters."""
+    return _from(type(module), "peft")
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError for a model that holds adapters of peft, with the line that merges them."""
+    adapted = next((name for name, module in model.named_modules() if _is_injected(module)), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{type(model).__name__} holds adapters of peft, such as the one on {adapted!r}, which are no part of the model. "
+            "Merge them first: model = peft_model.merge_and_unload(), or merge_lora(peft_model) where the base is sparse "
+            "already"
+        )
+
+
+def quantization_of(config: Any) -> Any:
+    """Returns the `quantization_config` of a config or of its text part; None where there is none."""
+    parts = (getattr(part, "quantization_config", None) for part in (config, text_config(config)))
+    return next((part for part in parts if part is not None), None)
+
+
+def refuse_quantized(model: Any, doing: str = "pruned") -> None:
+    """Raises ValueError for a model with quantized weights; `doing` is what cannot be done to them."""
+    quantized = getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False)
+    kinds = {type(module) for module in model.modules()} | {type(p.data) for p in model.parameters()}
+    by = next((package for package in _QUANTIZERS for kind in kinds if _from(kind, package)), None)
+    if quantized or by:
+        raise ValueError(quantized_message("the model", doing, by))
+
+
+def quantized_message(what: str, doing: str = "pruned", by: str | None = None) -> str:
+    """Returns what is said of a quantized model or checkpoint."""
+    return (
+        f"{what} is quantized{f' ({by})' if by else ''}; its weights cannot be {doing}. Take the original in bfloat16 or "
+        "float32, and quantize what comes of it: zeros stay zero"
+    )
+
+
+def _refuse_reparametrised(model: nn.Module) -> None:
+    """Raises ValueError for a linear layer whose weight is computed from other parameters at each call."""
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or module._parameters.get("weight") is not None:
+            continue
+        if any(isinstance(hook, torch_prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{name} is masked by torch.nn.utils.prune. Make the mask permanent first, for each such module: "
+                "torch.nn.utils.prune.remove(module, 'weight')"
+            )
+        undo = "undo that first"
+        if parametrize.is_parametrized(module):
+            undo = "first call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+        raise ValueError(f"the weight of {name} is computed from other parameters (a reparametrisation); {undo}")
+
+
+def check_source(source: str | os.PathLike[str], location: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError for a checkpoint that is no model of its own: an unfinished folder, or an adapter.
+
+    `location`: `revision`, `token`, ... as in transformers.
+    """
+    if os.path.isdir(source):
+        check_finished(source)
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    where = {name: value for name, value in (location or {}).items() if name in names and value is not None}
+    file = find_adapter_config_file(str(source), **where)
+    if file is None:
+        return
+    config = read_json(file)
+    config = config if isinstance(config, Mapping) else {}
+    base = config.get("base_model_name_or_path") or "a model that it does not name"
+    merge = (
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(source)!r}).merge_and_unload().save_pretrained('merged')"
+    )
+    if "sparse_base" in config:
+        merge = f"hf_sparsity.merge_lora(hf_sparsity.load_sparse_lora(base, {str(source)!r})).save_pretrained('merged')"
+    raise ValueError(
+        f"{str(source)!r} is an adapter of {str(base)!r}, not a model. Merge it first, and use the result: {merge}"
+    )
