@@ -324,7 +324,7 @@ except (OSError, ValueError) as error:
 import hf_sparsity
 from hf_sparsity import Plan
 from hf_sparsity.cli.main import main
-from hf_sparsity.checkpoint.packed_folder import pack, unpack
+from hf_sparsity.publish.layouts import pack, unpack
 
 AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))  # what is imported on first use
 sys.addaudithook(hook)
