@@ -1,7 +1,7 @@
-"""Story: what a race or search saw beyond the plan it chose, for a page to look at. JSON, standard library only.
+"""What a race or search writes down: the record that stands in the plan's JSON, and the details that stay beside it.
 
-It hangs on the plan in memory and is no part of its JSON: a `config.json` stays small, and seconds, which differ from run
-to run, would make two plans of one seed differ.
+The details hang on the plan in memory and are no part of its JSON: a `config.json` stays small, and seconds, which differ
+from run to run, would make two plans of one seed differ. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,14 +10,127 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .records import Comparison, Interval
+
+
+@dataclass(frozen=True)
+class CandidateRecord:
+    """How one plan did.
+
+    Args:
+        name: tells the plan apart, such as `"owl(outlier=5.0, spread=0.08)"`.
+        kind: "uniform", "single" (one allocator), "mixture", "descent" or "search".
+        origin: how it was made: the allocator's `to_dict`, the names of a mixture's parts, or what a search did.
+        scores: the race's metric after each round that the plan took part in, lower is better.
+        perplexity: on the slice of its last round.
+        uniform_minus: by how much uniform's metric is higher there.
+    """
+
+    name: str
+    kind: str
+    origin: Mapping[str, Any]
+    scores: tuple[float, ...]
+    perplexity: float
+    uniform_minus: Interval
+
+    def to_dict(self, metric: str) -> dict[str, Any]:
+        """Returns plain JSON types; `scores` stand under the metric's name."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "origin": dict(self.origin),
+            metric: list(self.scores),
+            "perplexity": self.perplexity,
+            "uniform_minus": self.uniform_minus.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], metric: str) -> CandidateRecord:
+        """The reverse of `to_dict`."""
+        same = {name: data[name] for name in ("name", "kind", "origin", "perplexity")}
+        return cls(**same, scores=tuple(data[metric]), uniform_minus=Interval.from_dict(data["uniform_minus"]))
+
+
+@dataclass(frozen=True)
+class RaceRecord:
+    """How a race or search came to its plan; `Plan.chosen` is its `to_dict`.
+
+    Args:
+        by: "race" or "search".
+        metric: what plans were judged by: "kl" or "loss", per token.
+        winner: name of the chosen plan, and `kind`, its kind.
+        slices: tokens of each round's text.
+        confidence: of the intervals.
+        seed: of the run.
+        candidates: all plans, the best first.
+        spent: `{"evals", "tokens"}`.
+        data: how many calibration sequences served for what, and their hash.
+        certificate: the winner against uniform, on text that nothing before has seen.
+        descent: where a descent began, and its steps; `search`: of a search the generations; `sources`: of a calibration
+            mix both plans by source. Each None where there was none.
+    """
+
+    by: str
+    metric: str
+    winner: str
+    kind: str
+    slices: tuple[int, ...]
+    confidence: float
+    seed: int
+    candidates: tuple[CandidateRecord, ...]
+    spent: Mapping[str, int]
+    data: Mapping[str, Any]
+    certificate: Comparison
+    descent: Mapping[str, Any] | None = None
+    search: Mapping[str, Any] | None = None
+    sources: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON types, without what there was none of."""
+        optional = {name: getattr(self, name) for name in ("descent", "search", "sources")}
+        return {
+            "by": self.by,
+            "metric": self.metric,
+            "winner": self.winner,
+            "kind": self.kind,
+            "slices": list(self.slices),
+            "confidence": self.confidence,
+            "seed": self.seed,
+            "candidates": [candidate.to_dict(self.metric) for candidate in self.candidates],
+            "spent": dict(self.spent),
+            **{name: dict(value) for name, value in optional.items() if value is not None},
+            "data": dict(self.data),
+            "certificate": self.certificate.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> RaceRecord:
+        """The reverse of `to_dict`; `ValueError` when `data` is something else."""
+        try:
+            metric = data["metric"]
+            return cls(
+                **{
+                    name: data[name]
+                    for name in ("by", "metric", "winner", "kind", "confidence", "seed", "spent", "data")
+                },
+                slices=tuple(data["slices"]),
+                candidates=tuple(CandidateRecord.from_dict(candidate, metric) for candidate in data["candidates"]),
+                certificate=Comparison.from_dict(data["certificate"]),
+                **{name: data.get(name) for name in ("descent", "search", "sources")},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is not the record of a race or search: {error!r}") from None
+
 
 @dataclass(frozen=True)
 class RaceDetails:
-    """What became of the contestants.
+    """What a race or search saw beyond its record, for a page to look at.
 
-    `plans`: the winner, then the best others -> {layer: sparsity}. `measures`: what an allocator measured -> {layer: number}.
-    `curve`: (tokens spent, the best metric so far, seconds since the start) at each gain of the search and at its end.
-    `seconds`: all that the choice took, measuring too; of a part that was interrupted, what it took until its last gain.
+    Args:
+        plans: name -> {layer: sparsity}: the winner first, then the best others.
+        measures: allocator -> {layer: the number that it measured}.
+        curve: (tokens spent, the best metric so far, seconds since the start) at each gain of a search and at its end.
+        seconds: the whole choice, measuring included; of a part that was interrupted, what it took until its last gain.
     """
 
     plans: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -26,7 +139,7 @@ class RaceDetails:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         return {
             "plans": {name: dict(layers) for name, layers in self.plans.items()},
             "measures": {name: dict(layers) for name, layers in self.measures.items()},

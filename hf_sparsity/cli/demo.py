@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from .arguments import parse_algorithm
 
+if TYPE_CHECKING:
+    from ..config import SparsityConfig
+    from ..plan import Plan, Report
+
 HELP = "prune the embedded model with every allocator, compare, save the best, draw it"
-SEQUENCES = 32  # of calibration; eight more are the text by which the best is chosen
+SEQUENCES = 32  # calibration sequences
+SELECTION = 8  # further sequences, by which the best allocator is chosen
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -23,7 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Every allocator on the embedded model; the best by calibration text is saved and drawn."""
+    """Prunes the embedded model with every allocator; the best by calibration text is saved and drawn."""
     from .. import demo as demo_model
     from ..allocators import ALLOCATORS
     from ..calibration.calibration import calibration_batches
@@ -32,8 +38,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..config import SparsityConfig
     from ..evaluation.perplexity import evaluate_text, text_windows
     from ..pictures.png import check_matplotlib, draw_plans
-    from ..planning.make_plan import make_plan
-    from ..pruning.prune import prune
     from . import tables
     from .loading import DEMO_LENGTH, heldout_text, load_demo
 
@@ -42,41 +46,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     base = SparsityConfig(sparsity=options.sparsity, pruner=parse_algorithm(options.pruner))
     start = time.perf_counter()
     dense, tokenizer = load_demo()
-    calibration = calibration_batches(
-        [text for _, text in demo_model.texts("calibration")],
-        tokenizer,
-        sequences=SEQUENCES + 8,
-        length=DEMO_LENGTH,
-        seed=0,
-    )
-    calibration, selection = calibration[:SEQUENCES], calibration[SEQUENCES:]
+    texts = [text for _, text in demo_model.texts("calibration")]
+    data = calibration_batches(texts, tokenizer, sequences=SEQUENCES + SELECTION, length=DEMO_LENGTH, seed=0)
     heldout = text_windows(heldout_text(), tokenizer, DEMO_LENGTH)
     before = evaluate_text(dense, heldout).perplexity
+
     rows: list[dict[str, Any]] = []
-    plans = {}
+    plans: dict[str, Plan] = {}
     for name, allocator, row_allocator in _runs():
-        config = SparsityConfig(
-            sparsity=base.sparsity, pruner=base.pruner, allocator=allocator, row_allocator=row_allocator
-        )
-        model, _ = load_demo()
-        began = time.perf_counter()
-        plans[name] = make_plan(model, config, calibration)
-        report = prune(model, plans[name], calibration)
-        seconds = time.perf_counter() - began
-        chosen_by = evaluate_text(model, selection).perplexity
-        rows.append(
-            {
-                "allocator": name,
-                "sparsity": report.sparsity,
-                "selection": chosen_by,
-                "heldout": evaluate_text(model, heldout).perplexity,
-                "seconds": seconds,
-            }
-        )
+        config = replace(base, allocator=allocator, row_allocator=row_allocator)
+        model, plans[name], report, row = _try(name, config, data, heldout)
+        rows.append(row)
         if not options.json:
-            print(f"{name}: held-out perplexity {rows[-1]['heldout']:.2f} in {seconds:.0f} s", file=sys.stderr)
-        if min(rows, key=lambda row: row["selection"]) is rows[-1]:
+            print(f"{name}: held-out perplexity {row['heldout']:.2f} in {row['seconds']:.0f} s", file=sys.stderr)
+        if min(rows, key=lambda row: row["selection"]) is row:
             best, best_report = model, report
+
     winner = min(rows, key=lambda row: row["selection"])["allocator"]
     save_sparse(best, output, report=best_report, tokenizer=tokenizer)
     plans[winner].save(output / "plan.json")
@@ -84,10 +69,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     picture = draw_plans(by_layer, output / "sparsities.png")
     if not options.json:
         print(tables.demo_table(rows, before, winner, base))
-        print(
-            f"saved {winner} to {output}, the picture of all plans to {picture} ({time.perf_counter() - start:.0f} s in all)"
-        )
+        took = time.perf_counter() - start
+        print(f"saved {winner} to {output}, the picture of all plans to {picture} ({took:.0f} s in all)")
     return {"dense": before, "rows": rows, "best": winner, "output": str(output), "picture": str(picture)}
+
+
+def _try(name: str, config: SparsityConfig, data: Any, heldout: Any) -> tuple[Any, Plan, Report, dict[str, Any]]:
+    """(model, plan, report, row of the table) of the embedded model pruned by one config.
+
+    `data`: token ids `[SEQUENCES + SELECTION, DEMO_LENGTH]`; the last ones judge. `heldout`: windows of another text.
+    """
+    from ..evaluation.perplexity import evaluate_text
+    from ..planning.make_plan import make_plan
+    from ..pruning.prune import prune
+    from .loading import load_demo
+
+    model, _ = load_demo()
+    start = time.perf_counter()
+    plan = make_plan(model, config, data[:SEQUENCES])
+    report = prune(model, plan, data[:SEQUENCES])
+    seconds = time.perf_counter() - start
+    row = {
+        "allocator": name,
+        "sparsity": report.sparsity,
+        "selection": evaluate_text(model, data[SEQUENCES:]).perplexity,
+        "heldout": evaluate_text(model, heldout).perplexity,
+        "seconds": seconds,
+    }
+    return model, plan, report, row
 
 
 def _runs() -> list[tuple[str, Any, Any]]:

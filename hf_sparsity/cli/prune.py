@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from .arguments import add_calibration, add_config, add_model, add_output
+
+if TYPE_CHECKING:
+    from ..plan import Plan, Report
 
 HELP = "prune a model, from a plan or in one go, and save it"
 
@@ -41,61 +45,52 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Plans unless a plan is given, prunes, saves; goes on where an earlier run was interrupted."""
-    from ..calibration.batches import prepare_batches
+    """Plans unless a plan is given, prunes and saves; goes on where an earlier run was interrupted."""
     from ..checkpoint.output import Output
     from ..checkpoint.zeros import folder_bytes
-    from ..core.stats import STATS
-    from ..model.layers import find_layers
     from ..plan import Plan
-    from ..planning.checks import check_plan, plan_config
+    from ..planning.checks import plan_config
     from ..planning.make_plan import make_plan
-    from ..planning.transfer import verdict
-    from ..pruning.prune import prune as prune_model
+    from ..planning.preparation import Prepared
+    from ..pruning.prune import prune
     from ..pruning.reconstruction import BlockReconstruction
-    from ..streaming.memory import describe, estimate_memory
     from . import tables
-    from .loading import calibration, hidden_limit, load, needed, sparsity_config
-    from .race import certificate
+    from .loading import calibration, hidden_limit, load, sparsity_config
 
-    made = Plan.load(options.plan) if options.plan else None
-    if made is not None and options.sparsity is not None:
+    plan = Plan.load(options.plan) if options.plan else None
+    if plan is not None and options.sparsity is not None:
         raise ValueError("give --plan or --sparsity, not both: a plan carries its config")
-    config = plan_config(made) if made else sparsity_config(options)
+    config = plan_config(plan) if plan else sparsity_config(options)
     output = Output(options.output, overwrite=options.overwrite, layout=options.layout)
     speaks = output.processes.main and not options.json
     limit = hidden_limit(options)
     model, tokenizer = load(options)
-    model_layers = find_layers(model, config.ignore)
-    if made is not None:
-        check_plan(made, model, model_layers)
-    reconstruct = BlockReconstruction() if options.reconstruct else None
     # A mix is reported on, and a plan from elsewhere is checked, whatever the pruner needs.
-    always = options.reconstruct or len(options.calibration or ()) > 1 or bool(made and options.calibration)
-    batches = calibration(options, config, model, tokenizer, planning=made is None, always=always)
-    needs = needed(config, planning=made is None) & STATS
-    prepared = output.processes.share(prepare_batches(model, batches)) if batches is not None else []
-    estimate = estimate_memory(model, model_layers, prepared, needs, hidden_limit=limit, journal=True)
-    if speaks:
-        print(tables.before(describe(model_layers, model), estimate))
-    if made is None:
-        made = make_plan(model, config, batches, output_dir=output, hidden_limit=limit)
-    report = prune_model(
-        model, made, batches, output_dir=output, hidden_limit=limit, tokenizer=tokenizer, reconstruct=reconstruct
+    always = options.reconstruct or len(options.calibration or ()) > 1 or bool(plan and options.calibration)
+    batches = calibration(options, config, model, tokenizer, planning=plan is None, always=always)
+
+    def show(run: Prepared) -> None:
+        if speaks:
+            print(tables.before(run.describe(), run.estimate))
+
+    planned_here = plan is None
+    if plan is None:
+        plan = make_plan(model, config, batches, output_dir=output, hidden_limit=limit, on_start=show)
+    report = prune(
+        model,
+        plan,
+        batches,
+        output_dir=output,
+        hidden_limit=limit,
+        tokenizer=tokenizer,
+        reconstruct=BlockReconstruction() if options.reconstruct else None,
+        on_start=None if planned_here else show,
     )
+    size = folder_bytes(output.path)
     if speaks:
-        print(tables.plan_table(made, report))
-        print(tables.after(report))
-        if checked := model.config.sparsity_config["pruned"].get("revalidation"):
-            print(verdict(checked))
-        if report.sources:
-            print(tables.by_source(report))
-        scored = model.config.sparsity_config["pruned"].get("certificate")
-        if made.chosen and scored:
-            print(certificate(made.chosen["certificate"]))
-            print(f"  of the pruned model, there: kl {scored['kl']:.4f}, perplexity {scored['perplexity']:.4f}")
+        print(_outcome(plan, report, model.config.sparsity_config["pruned"]))
         zeros = "zeros are stored like other numbers" if options.layout == "dense" else "zeros are stored as bits"
-        print(f"saved to {output.path} ({folder_bytes(output.path) / 2**20:.1f} MiB: {zeros})")
+        print(f"saved to {output.path} ({size / 2**20:.1f} MiB: {zeros})")
     return {
         "output": str(output.path),
         "sparsity": report.sparsity,
@@ -104,5 +99,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "notes": report.notes,
         "skipped": report.skipped,
         "sources": report.sources,
-        "bytes": folder_bytes(output.path),
+        "bytes": size,
     }
+
+
+def _outcome(plan: Plan, report: Report, pruned: Mapping[str, Any]) -> str:
+    """What pruning did, in tables and sentences; `pruned` is what the model's config keeps of the run."""
+    from ..planning.transfer import verdict
+    from . import tables
+    from .race import certificate
+
+    parts = [tables.plan_table(plan, report), tables.after(report)]
+    if checked := pruned.get("revalidation"):
+        parts.append(verdict(checked))
+    if report.sources:
+        parts.append(tables.by_source(report))
+    if plan.chosen and (scored := pruned.get("certificate")):
+        parts.append(certificate(plan.chosen["certificate"]))
+        parts.append(f"  of the pruned model, there: kl {scored['kl']:.4f}, perplexity {scored['perplexity']:.4f}")
+    return "\n".join(parts)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..records import Comparison, Interval
+from ..race_record import CandidateRecord, RaceRecord
+from ..records import Comparison
 from .arguments import add_calibration, add_config, add_model, add_plan_file
 
 HELP = (
@@ -93,31 +94,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(chosen: Mapping[str, Any], seconds: float) -> str:
-    """The table of the candidates, the winner, its certificate and what it cost."""
+    """Returns the table of the candidates, the winner, its certificate and what it cost; `chosen` as in `Plan`."""
     from .tables import render
 
-    metric, spent, data = chosen["metric"], chosen["spent"], chosen["data"]
-    table = chosen["candidates"]
-    shown = [*table[:ROWS], *(row for row in table[ROWS:] if row["kind"] == "uniform")]
-    tokens = chosen["slices"]
-    header = ["plan", "kind", *(f"{metric} ({n} tokens)" for n in tokens), "perplexity", f"uniform - plan ({metric})"]
-    lines = [render(header, [_row(row, metric, len(tokens)) for row in shown])]
-    if len(table) > len(shown):
-        lines.append(f"and {len(table) - len(shown)} more, all in the plan")
-    if "descent" in chosen:
-        found = chosen["descent"]
-        lines.append(
-            f"descent from {found['from']}: {found['gains']} of {found['steps']} steps taken, {found['stopped']}"
-        )
-    if "search" in chosen:
-        found = chosen["search"]
-        lines.append(f"search: {found['generations']} generations, {found['stopped']}")
-    if "sources" in chosen:
-        lines.append(by_source(chosen["sources"]))
+    race = RaceRecord.from_dict(chosen)
+    shown = [*race.candidates[:ROWS], *(one for one in race.candidates[ROWS:] if one.kind == "uniform")]
+    rounds = [f"{race.metric} ({tokens} tokens)" for tokens in race.slices]
+    header = ["plan", "kind", *rounds, "perplexity", f"uniform - plan ({race.metric})"]
+    lines = [render(header, [_row(one, len(rounds)) for one in shown])]
+    if len(race.candidates) > len(shown):
+        lines.append(f"and {len(race.candidates) - len(shown)} more, all in the plan")
+    if race.descent is not None:
+        gains, steps = race.descent["gains"], race.descent["steps"]
+        lines.append(f"descent from {race.descent['from']}: {gains} of {steps} steps taken, {race.descent['stopped']}")
+    if race.search is not None:
+        lines.append(f"search: {race.search['generations']} generations, {race.search['stopped']}")
+    if race.sources is not None:
+        lines.append(by_source(race.sources))
+    data = race.data
     lines += [
-        f"winner: {chosen['winner']} ({100 * chosen['confidence']:g} % intervals; within noise the simpler plan wins)",
+        f"winner: {race.winner} ({100 * race.confidence:g} % intervals; within noise the simpler plan wins)",
         certificate(chosen["certificate"]),
-        f"cost: {spent['evals']} evaluations, {spent['tokens']} tokens, {seconds:.0f} s; "
+        f"cost: {race.spent['evals']} evaluations, {race.spent['tokens']} tokens, {seconds:.0f} s; "
         f"sequences for statistics {data['statistics']}, choice {data['selection']}, certificate {data['certificate']}",
     ]
     return "\n".join(lines)
@@ -138,14 +136,13 @@ def certificate(made: Mapping[str, Any]) -> str:
     return "\n  ".join([head, *compared.lines()])
 
 
-def _row(row: Mapping[str, Any], metric: str, rounds: int) -> Sequence[str]:
-    values = [f"{value:.4f}" for value in row[metric]]
-    interval = "" if row["kind"] == "uniform" else str(Interval.from_dict(row["uniform_minus"]))
+def _row(candidate: CandidateRecord, rounds: int) -> Sequence[str]:
+    scores = [f"{score:.4f}" for score in candidate.scores]
     return [
-        row["name"],
-        row["kind"],
-        *values,
-        *[""] * (rounds - len(values)),
-        f"{row['perplexity']:.2f}",
-        interval,
+        candidate.name,
+        candidate.kind,
+        *scores,
+        *[""] * (rounds - len(scores)),
+        f"{candidate.perplexity:.2f}",
+        "" if candidate.kind == "uniform" else str(candidate.uniform_minus),
     ]

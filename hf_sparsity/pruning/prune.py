@@ -5,37 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..algorithm import Pattern, Pruner
-from ..calibration.batches import data_fingerprint, prepare_batches
-from ..calibration.mixture import Mixture
-from ..calibration.splits import hold_out, split_of
-from ..checkpoint.journal import digest
-from ..checkpoint.output import Output, open_output
-from ..checkpoint.packed_folder import check_worth
-from ..core.stats import NORMS, STATS
-from ..distributed import Processes, share
-from ..evaluation.by_source import SourceScores
-from ..evaluation.certificate import CertificateScore
-from ..model.fingerprint import model_fingerprint, versions
-from ..model.inference import Batch
-from ..model.layers import ModelLayers, find_layers
-from ..model.offload import weight_store
+from ..checkpoint.output import Output
+from ..distributed import share
+from ..model.fingerprint import versions
 from ..plan import LayerReport, Plan, Report
-from ..planning.checks import check_plan, plan_config
-from ..planning.transfer import made_on_other_weights, revalidate
+from ..planning.preparation import Prepared
 from ..streaming.fallback import check_finite, fall_back
-from ..streaming.memory import check_room
 from ..streaming.run import PassOptions, Progress
 from ..streaming.stream import stream_blocks
+from .evidence import Evidence
+from .preparation import PruningJob, prepare_pruning
 from .prune_block import prune_block
-from .reconstruction import STREAMS, BlockReconstruction, Reconstruction
+from .reconstruction import BlockReconstruction
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +39,7 @@ def prune(
     hidden_limit: int | None = None,
     tokenizer: Any = None,
     reconstruct: BlockReconstruction | None = None,
+    on_start: Callable[[Prepared], None] | None = None,
 ) -> Report:
     """Carries out a plan, in place; the plan then stands in `model.config.sparsity_config`.
 
@@ -75,6 +64,8 @@ def prune(
         reconstruct: train what is left of each half-block, zeros held, until it does again what the dense one did. The
             model has to be dense, and one process does it all. The batches' hidden states are held about seven times,
             which `hidden_limit` is for, too.
+        on_start: called with what was prepared, such as the memory it will take, once all is checked and before the
+            first block.
 
     Raises:
         ValueError: a plan for another model or that misses its target; bad or missing data; an output folder with
@@ -83,122 +74,90 @@ def prune(
         OSError: the disk is full; what is finished is safe.
     """
     start = time.perf_counter()
-    config = plan_config(plan, pruner)
-    pruner, rows = config.pruner, config.row_allocator
-    model_layers = find_layers(model, config.ignore)
-    check_plan(plan, model, model_layers)
-    needs = (pruner.needs | (rows.needs if rows else frozenset())) & STATS
-    if needs and batches is None:
-        raise ValueError(
-            f"pruner {pruner.name!r}{f' with {rows.name!r}' if rows else ''} needs calibration data: pass batches"
-        )
-    recovery = Reconstruction.of(reconstruct, config.seed)
-    if recovery and batches is None:
-        raise ValueError("reconstruction needs calibration data: pass batches")
-    if output_dir is None and weight_store(model) is not None:
-        raise ValueError("a streamed model is pruned into a folder: pass output_dir")
-    facts: dict[str, Any] = {"model": model_fingerprint(model, model_layers)}
-    travelled = made_on_other_weights(plan, facts["model"])
-    useful = needs or recovery or plan.chosen
-    looked_at = useful or travelled or isinstance(batches, Mixture)
-    given = prepare_batches(model, batches) if looked_at and batches is not None else []
-    data, kept = split_of(plan.chosen, given)
-    data, apart = hold_out(batches, data, kept)
-    data = data if useful else []
-    if recovery:
-        recovery.check(len(data))
-    _check_resident_weights(model_layers)
-    processes = Processes.current()
-    output = open_output(output_dir, overwrite, processes)
-    place = output.path if output else None
-    if recovery:
-        check_room(model, model_layers, data * STREAMS, needs | {NORMS}, hidden_limit=hidden_limit, output=place)
-    else:
-        check_room(model, model_layers, share(data, processes), needs, hidden_limit=hidden_limit, output=place)
-    facts["data"] = data_fingerprint(data) if data else None
-    processes.agree("model, data and plan", {**facts, "plan": plan.to_dict()["layers"]})
-    if output is not None:
-        if output.layout == "bitmask":
-            check_worth(plan, model.dtype)
-        done = {
-            "layout": output.layout,
-            "plan": digest(plan.to_dict()),
-            "pruner": pruner.to_dict(),
-            "versions": versions(),
-            **facts,
-        }
-        output.begin("prune", done | {"reconstruct": recovery.options.to_dict() if recovery else None})
-    validated = _revalidate(model, model_layers, plan, pruner, given, output, processes) if travelled else None
-    witness = CertificateScore(model, model_layers, kept) if kept else None
-    by_source = SourceScores(model, model_layers, apart) if apart else None
-    if output is not None:
-        output.resume(model, model_layers)
-
-    reports: dict[str, LayerReport] = output.report() if output else {}
-    run = PassOptions(processes, hidden_limit, output.journal if output else None)
-    twins = recovery is not None
-    stream = stream_blocks(model, model_layers, share(data, processes), needs, rewrites=True, run=run, twins=twins)
-    progress = Progress("Pruning", model_layers, run, data)
-    for block in progress.over(stream):
-        check_finite(block)
-        fallbacks = fall_back(block, model_layers, needs)
-        for layer in block.layers.values():
-            layer.sparsity = plan.layers[layer.name].sparsity
-            layer.pattern = Pattern.parse(plan.layers[layer.name].pattern)
-        dense = recovery.watch(block, model_layers.blocks[block.index]) if recovery else None
-        made = prune_block(block, pruner, rows, fallbacks, processes, progress)
-        reports |= made
-        if recovery and dense:
-            recovery.train(block, dense, progress, run.journal)
-        if output is not None:
-            output.write_block(model, model_layers, model_layers.blocks[block.index], made)
-    scored = witness.report() if witness else None
-    promised = (plan.chosen or {}).get("certificate")
-    report = Report(
-        target=plan.target,
-        layers={name: reports[name] for name in model_layers.weights},
-        skipped=model_layers.skipped,
-        seconds=time.perf_counter() - start,
-        sources=by_source.report() if by_source else {},
-        certificate={"masks": promised, "pruned": scored} if promised else None,
-        revalidation=validated,
+    job = prepare_pruning(
+        model,
+        plan,
+        batches,
+        pruner=pruner,
+        output_dir=output_dir,
+        overwrite=overwrite,
+        hidden_limit=hidden_limit,
+        reconstruct=reconstruct,
     )
-    pruned = {"sparsity": report.sparsity, "data": data_fingerprint(data) if data else None, "versions": versions()}
-    if recovery:
-        pruned["reconstruction"] = recovery.summary(model_layers, run.journal)
-    if validated:
-        pruned["revalidation"] = validated
-    if scored:
-        pruned["certificate"] = scored
-    model.config.sparsity_config = plan.to_dict() | {"pruned": pruned}
-    if output is not None:
-        output.finish(model, model_layers, report, tokenizer)
+    if on_start is not None:
+        on_start(job.run)
+    job.begin()
+    evidence = Evidence(job)
+    if job.output is not None:
+        job.output.resume(model, job.run.model_layers)
+
+    layers = _prune_blocks(job)
+
+    evidence.measure_pruned()
+    report = _report(job, layers, evidence, seconds=time.perf_counter() - start)
+    model.config.sparsity_config = plan.to_dict() | {"pruned": _record(job, report, evidence)}
+    if job.output is not None:
+        job.output.finish(model, job.run.model_layers, report, tokenizer)
     for name, note in report.notes.items():
         logger.warning("%s: %s", name, note)
     return report
 
 
-def _revalidate(
-    model: PreTrainedModel,
-    model_layers: ModelLayers,
-    plan: Plan,
-    pruner: Pruner,
-    data: list[Batch],
-    output: Output | None,
-    processes: Processes,
-) -> dict[str, Any] | None:
-    """Each process does it alone; the main one's counts. Known from before an interruption, if it was."""
-    known: dict[str, Any] | None = output.journal.recall("revalidation") if output else None
-    if known is None:
-        folder = output.journal.folder if output else None
-        known = processes.gather(revalidate(model, model_layers, plan, pruner, data, folder))[0]
-        if output and known:
-            output.journal.remember("revalidation", "", known)
-    return known
+def _prune_blocks(job: PruningJob) -> dict[str, LayerReport]:
+    """The loop: prunes one block after the other on its real inputs, trains it if asked, writes it to the output."""
+    run, recovery, output = job.run, job.recovery, job.output
+    reports: dict[str, LayerReport] = output.report() if output else {}
+    options = PassOptions(run.processes, run.hidden_limit, run.journal)
+    stream = stream_blocks(
+        run.model,
+        run.model_layers,
+        share(run.data, run.processes),
+        job.needs,
+        rewrites=True,
+        run=options,
+        twins=recovery is not None,
+    )
+    progress = Progress("Pruning", run.model_layers, options, run.data)
+    for block in progress.over(stream):
+        check_finite(block)
+        fallbacks = fall_back(block, run.model_layers, job.needs)
+        for layer in block.layers.values():
+            layer.sparsity = job.plan.layers[layer.name].sparsity
+            layer.pattern = Pattern.parse(job.plan.layers[layer.name].pattern)
+        dense = recovery.watch(block, run.model_layers.blocks[block.index]) if recovery else None
+        pruned = prune_block(block, job.pruner, job.rows, fallbacks, run.processes, progress)
+        reports |= pruned
+        if recovery and dense:
+            recovery.train(block, dense, progress, run.journal)
+        if output is not None:
+            output.write_block(run.model, run.model_layers, run.model_layers.blocks[block.index], pruned)
+    return reports
 
 
-def _check_resident_weights(model_layers: ModelLayers) -> None:
-    """Before anything is changed: no NaN or infinity in the weights that are at hand."""
-    for name, weight in model_layers.weights.items():
-        if weight.stored.device.type != "meta" and not torch.isfinite(weight.read()).all():
-            raise ValueError(f"{name} has NaN or infinite weights; the checkpoint is damaged")
+def _report(job: PruningJob, layers: Mapping[str, LayerReport], evidence: Evidence, *, seconds: float) -> Report:
+    promised = (job.plan.chosen or {}).get("certificate")
+    return Report(
+        target=job.plan.target,
+        layers={name: layers[name] for name in job.run.model_layers.weights},
+        skipped=job.run.model_layers.skipped,
+        seconds=seconds,
+        sources=evidence.sources,
+        certificate={"masks": promised, "pruned": evidence.certificate} if promised else None,
+        revalidation=evidence.revalidation,
+    )
+
+
+def _record(job: PruningJob, report: Report, evidence: Evidence) -> dict[str, Any]:
+    """What the model's config keeps of the run, under `sparsity_config["pruned"]`."""
+    recovery = job.recovery
+    optional = {
+        "reconstruction": recovery.summary(job.run.model_layers, job.run.journal) if recovery else None,
+        "revalidation": evidence.revalidation,
+        "certificate": evidence.certificate,
+    }
+    return {
+        "sparsity": report.sparsity,
+        "data": job.run.fingerprints["data"],
+        "versions": versions(),
+        **{key: value for key, value in optional.items() if value},
+    }

@@ -114,8 +114,8 @@ def check_room(
     *,
     hidden_limit: int | None,
     output: Path | None,
-) -> None:
-    """Raises ValueError with advice, before anything starts, when memory or disk cannot hold the run.
+) -> Estimate:
+    """Returns what the run will take; raises ValueError with advice when memory or disk cannot hold it.
 
     Memory is not checked when the model is on an accelerator, whose own errors are plain.
     """
@@ -124,6 +124,7 @@ def check_room(
     )
     on_host = all(p.device.type in ("cpu", "meta") for p in model.parameters())
     estimate.check(output, memory=None if on_host else estimate.peak)
+    return estimate
 
 
 def available_memory() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...algorithm import LOSS, REMEASURE, Allocator, ModelOracle, Pattern
+from ...algorithm import Allocator, Pattern
 from ...allocators import ALLOCATORS
 from ..budget import meet
 
@@ -52,30 +52,6 @@ def measurement_key(allocator: Allocator) -> Allocator:
     """
     default = type(allocator)()
     return replace(allocator, **{key: getattr(default, key) for key in allocator.only_in_assign})  # type: ignore[type-var]
-
-
-def enter(
-    name: str,
-    allocator: Allocator,
-    measures: Sequence[Mapping[str, Any]],
-    sizes: Mapping[str, int],
-    target: float,
-    *,
-    pattern: Pattern,
-    probe: ModelOracle,
-) -> Candidate:
-    """What an allocator assigns, at the exact budget."""
-    asked = probe if allocator.needs & {LOSS, REMEASURE} else None
-    assigned = allocator.assign(measures, sizes, target, group=pattern.group, probe=asked)
-    if set(assigned) != set(sizes):
-        raise ValueError(f"allocator {allocator.name!r} returned other layers than it was given")
-    kind = "uniform" if allocator.name == "uniform" else "single"
-    return Candidate(
-        name,
-        kind,
-        meet(assigned, sizes, target, pattern, group_multiples=allocator.returns_group_multiples),
-        allocator.to_dict(),
-    )
 
 
 def mixtures(best: Sequence[Candidate], sizes: Mapping[str, int], target: float, pattern: Pattern) -> list[Candidate]:

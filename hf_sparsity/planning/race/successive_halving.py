@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -107,22 +106,3 @@ def winner(race: Race, runners: Sequence[ScoredCandidate], seed: int) -> ScoredC
             return first
         simpler = first.last.mean(race.metric)
     return best
-
-
-def results(race: Race, contest: Evaluator, runners: Sequence[ScoredCandidate], seed: int) -> list[dict[str, Any]]:
-    """The table of a race, in JSON types: each one's metric by round, perplexity, and what uniform has more."""
-    uniform = next(r for r in runners if r.entrant.kind == "uniform")
-    return [_result(race, r, uniform, seed) for r in ranking(race, runners)]
-
-
-def _result(race: Race, runner: ScoredCandidate, uniform: ScoredCandidate, seed: int) -> dict[str, Any]:
-    rounds = len(runner.scores)
-    origin: Mapping[str, Any] = runner.entrant.origin
-    return {
-        "name": runner.entrant.name,
-        "kind": runner.entrant.kind,
-        "origin": dict(origin),
-        race.metric: [scores.mean(race.metric) for scores in runner.scores],
-        "perplexity": runner.last.perplexity,
-        "uniform_minus": difference(race, uniform.scores[rounds - 1], runner.last, seed).to_dict(),
-    }

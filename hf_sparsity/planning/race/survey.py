@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +27,7 @@ def survey(
     model_layers: ModelLayers,
     data: Sequence[Batch],
     *,
-    allocators: Mapping[Allocator, str],
+    allocators: Collection[Allocator],
     pruner: Pruner,
     pattern: Pattern,
     hidden_limit: int | None = None,

@@ -39,7 +39,7 @@ def prepared(name, model=None, sequences=4):
     model = model or tiny(name)
     layout = find_layers(model)
     data = prepare_batches(model, [tiny_batch(name, sequences=sequences)])
-    _, ranks = survey(tiny(name), find_layers(tiny(name)), data, allocators={}, pruner=Wanda(), pattern=Pattern())
+    _, ranks = survey(tiny(name), find_layers(tiny(name)), data, allocators=(), pruner=Wanda(), pattern=Pattern())
     steps = {n: len(r.zeros) * (4 + i % 3) // 8 for i, (n, r) in enumerate(ranks.items())}
     steps |= dict(zip(steps, (0, 1), strict=False))  # of one layer nothing was taken, of another hardly anything
     return model, layout, ranks, steps, DenseReference(model, layout, data)
@@ -138,7 +138,7 @@ def test_the_model_is_as_it_was():
 def contest(tokens: int = 24, count: int = 4, processes: Processes | None = None, journal=None) -> Evaluator:
     model = tiny("llama")
     layout, data = find_layers(model), prepare_batches(model, texts(count, tokens))
-    _, ranks = survey(model, layout, data, allocators={}, pruner=Wanda(), pattern=Pattern())
+    _, ranks = survey(model, layout, data, allocators=(), pruner=Wanda(), pattern=Pattern())
     sizes = {n: r.size for n, r in ranks.items()}
     made = Grid({n: r.zeros for n, r in ranks.items()}, sizes, {n: r.cells for n, r in ranks.items()}, 0.6)
     pieces = [DenseReference(model, layout, part) for part in (data[: count // 2], data[count // 2 :])]

@@ -14,12 +14,12 @@ from hf_sparsity import SparsityConfig, make_plan, prune
 from hf_sparsity.algorithm import Pattern
 from hf_sparsity.allocators.race import Search
 from hf_sparsity.calibration.batches import prepare_batches
+from hf_sparsity.calibration.splits import FEWEST_SEQUENCES
 from hf_sparsity.core.budget_grid import Grid
 from hf_sparsity.core.nested_masks import rank_rows
 from hf_sparsity.distributed import Processes
 from hf_sparsity.evaluation.divergence import DenseReference, PlanScores
 from hf_sparsity.model.layers import find_layers
-from hf_sparsity.planning.race import choose as choosing
 from hf_sparsity.planning.race.evaluator import Evaluator, SearchBudget
 from hf_sparsity.planning.race.evolution import Moves, run_search
 from hf_sparsity.planning.race.survey import survey
@@ -202,7 +202,7 @@ def test_a_search_beats_the_race_it_came_from_and_its_plan_can_be_carried_out():
 def test_one_evaluation_is_one_forward_pass_and_takes_no_statistic(monkeypatch):
     model = tiny("llama")
     layout, data = find_layers(model), prepare_batches(model, texts(4))
-    _, ranks = survey(model, layout, data, allocators={}, pruner=Wanda(), pattern=Pattern())
+    _, ranks = survey(model, layout, data, allocators=(), pruner=Wanda(), pattern=Pattern())
     sizes = {n: r.size for n, r in ranks.items()}
     made = Grid({n: r.zeros for n, r in ranks.items()}, sizes, {n: r.cells for n, r in ranks.items()}, 0.6)
     contest = Evaluator([DenseReference(model, layout, data)], made, ranks, SearchBudget({}, Processes()))
@@ -287,4 +287,4 @@ def test_the_search_says_no_to_nonsense():
     for options in ({"offspring": 0}, {"patience": 0}, {"budget": "many"}):
         with pytest.raises(ValueError, match=r"offspring|budget"):
             config(**options)
-    assert choosing.FEWEST_SEQUENCES == 8
+    assert FEWEST_SEQUENCES == 8
