@@ -41,6 +41,7 @@ _HOME = {
     "SparsityCallback": "recovery.callback",
     "BlockReconstruction": "pruning.reconstruction",
     "DistillationTrainer": "recovery.distillation",
+    "hold_zeros": "recovery.hold",
     "recover": "recovery.recover",
     "MaskedLora": "recovery.methods",
     "FullFineTuning": "recovery.methods",
@@ -78,6 +79,7 @@ __all__ = [
     "certify",
     "evaluate",
     "evaluate_text",
+    "hold_zeros",
     "load_sparse_lora",
     "make_card",
     "make_plan",
@@ -119,6 +121,7 @@ if TYPE_CHECKING:
     from .publish.verify.verify import verify
     from .recovery.callback import SparsityCallback
     from .recovery.distillation import DistillationTrainer
+    from .recovery.hold import hold_zeros
     from .recovery.lora import load_sparse_lora, merge_lora, sparse_lora
     from .recovery.methods import FullFineTuning, MaskedLora, Reconstruction
     from .recovery.recover import recover

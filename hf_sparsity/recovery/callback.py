@@ -3,39 +3,37 @@
 The order of an optimizer step in transformers 5: gradients are accumulated (and masked by hooks on the parameters,
 before anything clips them), `on_pre_optimizer_step`, the optimizer, `on_optimizer_step` (weights masked), the learning
 rate, `on_step_end` (masks grow if due, weights masked), then logging, evaluation and saving.
+
+Other callbacks may stand before or after this one and change weights too. So that evaluations and checkpoints have the
+zeros all the same, hooks on the model mask the weights before its first evaluation forward and before its state dict is
+taken, see `ZeroMasks.hold`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import ExportableState
 
 from ..config import SparsityConfig
 from ..core.shards import is_sharded
 from ..core.stats import STATS
-from ..model.accepted import refuse_quantized
 from ..model.fingerprint import weights_fingerprint
-from ..model.layers import ModelLayers
-from ..model.sparsity import model_plan, planned_layers
+from ..model.sparsity import model_plan
 from ..plan import Plan
-from ..planning.checks import check_plan
 from ..planning.make_plan import make_plan
+from .checks import as_plan, check_has_zeros, check_supported, fitting_layers, sparsities, unwrapped
 from .gradual import SCHEDULES, GradualPruning, Schedule, gradual_pruner
+from .record import TrainingRecord
 from .resume import load_weights, resumed_folder, saved_in, saved_state
 from .zero_masks import ZeroMasks
 
 logger = logging.getLogger(__name__)
-
-ALLOWED = 0.015  # how far below its plan the sparsity of a layer may be, as when a sparse model is loaded
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -45,9 +43,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         Trainer(dense, args, train_dataset=data, callbacks=[SparsityCallback(config, schedule="cubic", end=0.7)])
 
     The masks are the zeros of the planned layers when training begins. They are exactly 0 after every optimizer step,
-    in evaluation, in every checkpoint and at the end; resuming a checkpoint finds the same masks. The reached
-    sparsity is added to the training logs as `"sparsity"`. Works with gradient accumulation and clipping, fp16/bf16
-    mixed precision, activation checkpointing, `torch.compile`, DDP and FSDP2; not with DeepSpeed or FSDP1.
+    in evaluation, in every checkpoint and at the end, whatever other callbacks do and wherever in their list they stand;
+    resuming a checkpoint finds the same masks. Works with gradient accumulation and clipping, fp16/bf16 mixed precision,
+    activation checkpointing, `torch.compile`, DDP, FSDP2 and DeepSpeed's ZeRO-1 and ZeRO-2; not with ZeRO-3 or FSDP1.
+
+    The reached sparsity is added to the training logs as `"sparsity"`. `state.log_history` always has it; trackers have
+    it if they stand after this callback in the list, and those that `report_to` adds stand before: for these, use
+    `add_to(trainer)` instead of `callbacks=[...]`. What was done is recorded in `sparsity_config["recovered"]`.
 
     Args:
         config: what to prune to while training; its allocator must need no data (else pass `plan=make_plan(...)`), its
@@ -86,19 +88,29 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise ValueError(f"interval={interval!r}: a positive number of optimizer steps is expected")
         _steps("start", start, 1000), _steps("end", end, 1000)
         self.config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
-        self.plan = _plan(plan)
+        self.plan = as_plan(plan)
         self.schedule, self.start, self.end, self.interval = schedule, start, end, interval
-        self.held: ZeroMasks | None = None
+        self.masks: ZeroMasks | None = None
         self.gradual: GradualPruning | None = None
+        self.record: TrainingRecord | None = None
         self.saved: dict[str, Any] = {}  # what the checkpoint being resumed says, see `state`
-        self._batch: Mapping[str, Any] | None = None
         self._model: PreTrainedModel | None = None
-        self._watch: Any = None
+        self._watch: Any = None  # handle of the hook that remembers inputs
 
     @property
     def sparsity(self) -> float:
         """Held zeros over planned weights; 0 before training."""
-        return self.held.sparsity if self.held is not None else 0.0
+        return self.masks.sparsity if self.masks is not None else 0.0
+
+    def add_to(self, trainer: Any) -> None:
+        """Adds the callback to a Trainer in front of its trackers, so that they log the sparsity too."""
+        callbacks = trainer.callback_handler.callbacks
+        if any(callback is self for callback in callbacks):
+            callbacks.remove(self)
+        else:
+            trainer.add_callback(self)
+            callbacks.pop()
+        callbacks.insert(0, self)
 
     # ---- what the Trainer calls
 
@@ -106,74 +118,89 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Finds or restores the masks."""
-        model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-        _check_supported(model, args)
+        model, optimizer = unwrapped(model), kwargs.get("optimizer")
+        check_supported(model, args, optimizer)
         self._stop()
-        saved = saved_state(state, type(self).__name__) if state.global_step > 0 else {}
+        name = type(self).__name__
+        saved = saved_state(state, name) if state.global_step > 0 else {}
         # A checkpoint of a run without this callback has no entry for it, and the Trainer wants one when it saves.
-        cast(dict, state.stateful_callbacks).setdefault(type(self).__name__, {})
+        cast(dict, state.stateful_callbacks).setdefault(name, {})
         if saved:
             load_weights(model, saved, resumed_folder(args, state))
         if self.schedule is None:
-            model_layers, plan = self._fit(model, self.plan or model_plan(model))
-            self.held = ZeroMasks(model_layers.weights)
-            self.gradual = None
+            self._begin_holding(model, saved)
         else:
             self._begin_schedule(model, state, saved)
-        assert self.held is not None
-        if saved:
-            self.held.restore(saved)
-        elif self.schedule is None:
-            _check_zeros(self.held, plan)
+        assert self.masks is not None
         self._model = model
-        self.held.apply()
-        self.held.hold_gradients()
-        self.held.clean(kwargs.get("optimizer"))
-        _call_before_trackers(self)
+        options = {"schedule": self.schedule, **vars(self.gradual.schedule)} if self.gradual else {}
+        self.record = TrainingRecord(model, "gradual" if self.gradual else "trainer", options, saved.get("record"))
+        self.masks.apply()
+        self.masks.hold(model, optimizer)
+        self.masks.clean(optimizer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The optimizer may have moved dead weights: decay, momentum it had before, mixing of coordinates."""
-        if self.held is not None:
-            self.held.apply()
+        """Masks what the optimizer moved: by decay, momentum it had before, mixing of coordinates."""
+        if self.masks is not None:
+            self.masks.apply()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Grows the masks when due; masks the weights once more, since other callbacks may have changed them."""
-        if self.held is None or self._model is None:
+        if self.masks is None or self._model is None or self.record is None:
             return
         if self.gradual is not None and self.gradual.schedule.is_due(state.global_step):
-            self.gradual.update(state.global_step, self._model, self._batch)
-            self.held.clean(kwargs.get("optimizer"))
+            self.gradual.update(state.global_step, self._model)
+            self.masks.clean(kwargs.get("optimizer"))
             if state.global_step == self.gradual.schedule.end:
                 # Checkpoints from before were less sparse, so no later one could beat them fairly.
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-                self._record(self._model)
-        self._batch = None
-        self.held.apply()
+            self._store_plan(state.global_step)
+        if self.gradual is not None and self.gradual.norms is not None:
+            self.gradual.norms.forget()
+        self.record.steps(state.global_step)
+        self.masks.apply()
+        self.masks.weights_may_change()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Records the loss; other callbacks may change weights now."""
+        if self.masks is not None and self.record is not None:
+            self.record.evaluated((metrics or {}).get("eval_loss"), state.global_step)
+            self.masks.weights_may_change()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Other callbacks may change weights now, before an evaluation."""
+        if self.masks is not None:
+            self.masks.weights_may_change()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Adds the reached sparsity to training logs, for the trackers and for `state.log_history`."""
-        if self.held is not None and logs is not None and "loss" in logs:
+        """Adds the reached sparsity to training logs and to `state.log_history`."""
+        if self.masks is not None and logs is not None and "loss" in logs:
             logs["sparsity"] = self.sparsity
             state.log_history[-1]["sparsity"] = self.sparsity
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks the best model that the Trainer may have loaded, and lets the parameters go."""
-        if self.held is None or self._model is None:
+        """Takes over the masks of the best checkpoint if the Trainer loaded it, and lets the parameters go."""
+        if self.masks is None or self._model is None or self.record is None:
             return
+        step = state.global_step
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            best = Path(state.best_model_checkpoint)
-            load_weights(self._model, saved_in(best, type(self).__name__), best)
-        self.held.apply()
-        if self.gradual is not None and state.global_step < self.gradual.schedule.end:
+            step = self._take_over(Path(state.best_model_checkpoint), state.best_global_step or step)
+        self.masks.apply()
+        self.record.steps(step)
+        if self.gradual is not None and step < self.gradual.schedule.end:
             logger.warning(
-                "training ended at step %d, before the sparsity schedule's end at %d: the model has a sparsity of %.4f, not %.4f",
-                state.global_step,
+                "the model is that of step %d, before the sparsity schedule's end at %d: it has a sparsity of %.4f, not %.4f",
+                step,
                 self.gradual.schedule.end,
                 self.sparsity,
                 self.gradual.plan.target,
@@ -181,28 +208,32 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._stop()
 
     def state(self) -> dict[str, Any]:
-        """For `trainer_state.json`: how this callback was made, and what tells its masks from the weights saved with it."""
+        """Returns, for `trainer_state.json`, how this callback was made and what identifies its masks."""
         args = {
             "config": self.config.to_dict() if self.config is not None else None,
             "plan": self.plan.to_dict() if self.plan is not None else None,
             **{key: getattr(self, key) for key in ("schedule", "start", "end", "interval")},
         }
-        if self.held is None or self._model is None:
+        if self.masks is None or self._model is None or self.record is None:
             return {"args": args, "attributes": {"saved": self.saved}}
-        saved = {"masks": self.held.to_dict(), "weights": weights_fingerprint(self._model)}
+        saved = {
+            "masks": self.masks.to_dict(),
+            "weights": weights_fingerprint(self._model),
+            "record": self.record.entry,
+        }
         if self.gradual is not None:
             saved |= {"plan": self.gradual.plan.to_dict(), "first": dict(self.gradual.first)}
         return {"args": args, "attributes": {"saved": saved}}
 
-    # ---- the steps of on_train_begin
+    # ---- the steps of on_train_begin and on_train_end
 
-    def _fit(self, model: PreTrainedModel, plan: Plan | None) -> tuple[ModelLayers, Plan | None]:
-        """The layers that are meant, and the plan checked against them."""
-        model_layers = planned_layers(model, plan)
-        if plan is not None:
-            # Without the hash of the weights, which are the dense ones': every pruned model would be warned about.
-            check_plan(replace(plan, model={**plan.model, "weights": None}), model, model_layers)
-        return model_layers, plan
+    def _begin_holding(self, model: PreTrainedModel, saved: Mapping[str, Any]) -> None:
+        plan = self.plan or model_plan(model)
+        self.masks, self.gradual = ZeroMasks(fitting_layers(model, plan).weights), None
+        if saved:
+            self.masks.restore(saved)
+        else:
+            check_has_zeros(self.masks, plan)
 
     def _begin_schedule(self, model: PreTrainedModel, state: TrainerState, saved: Mapping[str, Any]) -> None:
         schedule = Schedule(
@@ -218,16 +249,17 @@ class SparsityCallback(TrainerCallback, ExportableState):
             )
         plan = Plan.from_dict(saved["plan"]) if "plan" in saved else self.plan or self._make_plan(model)
         gradual_pruner(plan)
-        model_layers, _ = self._fit(model, plan)
-        self.held = ZeroMasks(model_layers.weights)
+        self.masks = ZeroMasks(fitting_layers(model, plan).weights)
+        if saved:
+            self.masks.restore(saved)
         first = saved.get("first")
         if first is None:
             if state.global_step > schedule.start:
                 raise ValueError("this checkpoint was not written with gradual pruning; start a new run to prune it")
-            first = _sparsities(self.held)
-        self.gradual = GradualPruning(plan, self.held, schedule, first)
+            first = sparsities(self.masks)
+        self.gradual = GradualPruning(plan, self.masks, schedule, first)
         if self.gradual.norms is not None:
-            self._watch = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+            self._watch = self.gradual.norms.watch(model)
 
     def _make_plan(self, model: PreTrainedModel) -> Plan:
         assert self.config is not None
@@ -240,103 +272,38 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise ValueError("the model is sharded: make the plan before, and pass plan=make_plan(model, config)")
         return make_plan(model, self.config)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # storing the inputs is no part of the model
-    def _remember(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if module.training:
-            names = ("input_ids",) if args else ()
-            self._batch = dict(zip(names, args, strict=False)) | dict(kwargs)
+    def _take_over(self, best: Path, step: int) -> int:
+        """Makes weights, masks and config those of the best checkpoint; returns the step it was written at."""
+        assert self.masks is not None and self._model is not None
+        saved = saved_in(best, type(self).__name__)
+        load_weights(self._model, saved, best)
+        if self.gradual is not None and saved:  # the masks of later steps were never judged with these weights
+            self.masks.read()
+            self.masks.restore(saved)
+            self._store_plan(step)
+        return step
 
-    def _record(self, model: PreTrainedModel) -> None:
-        assert self.gradual is not None
-        pruned = {"sparsity": self.sparsity, "data": None, "versions": dict(self.gradual.plan.versions)}
-        model.config.sparsity_config = self.gradual.plan.to_dict() | {"pruned": pruned}
+    def _store_plan(self, step: int) -> None:
+        """Writes into the model's config what gradual pruning has reached after this step."""
+        assert self.gradual is not None and self._model is not None
+        plan = self.gradual.reached(step)
+        pruned = {"sparsity": self.sparsity, "data": None, "versions": dict(plan.versions), "gradual": True}
+        self._model.config.sparsity_config = plan.to_dict() | {"pruned": pruned}
 
     def _stop(self) -> None:
-        if self.held is not None:
-            self.held.release()
+        if self.masks is not None:
+            self.masks.release()
         if self._watch is not None:
             self._watch.remove()
-        self._watch = self._batch = None
+        self._watch = None
 
 
-def _plan(given: Any) -> Plan | None:
-    if given is None or isinstance(given, Plan):
-        return given
-    return Plan.from_dict(given) if isinstance(given, Mapping) else Plan.load(given)
-
-
-def _steps(name: str, given: float, total: int) -> int:
-    """A share of the run (float) or a number of steps (int) -> steps; `ValueError` otherwise."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or given < 0:
-        raise ValueError(f"{name}={given!r}: a share of the run in [0, 1] or an int, optimizer steps, is expected")
-    if isinstance(given, int):
-        return given
-    if not given <= 1:
-        raise ValueError(f"{name}={given!r}: as a float it is a share of the run, in [0, 1]; optimizer steps are ints")
-    return round(given * total)
-
-
-def _check_supported(model: Any, args: TrainingArguments) -> None:
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            "SparsityCallback holds the zeros of weights that train, but in a PeftModel the base is frozen. "
-            "Use sparse_lora(model, LoraConfig(...)) without this callback: its adapters keep every zero"
-        )
-    refuse_quantized(model, "trained")
-    if getattr(args, "deepspeed", None):
-        raise ValueError("DeepSpeed keeps copies of the weights that are out of reach here; use DDP or FSDP2")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError("FSDP1 flattens parameters, so that masks do not fit them; use FSDP2 (fsdp_version: 2)")
-    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half:
-        raise ValueError(
-            f"{half[0]} trains in float16, whose updates underflow without a loss scaler over float32 weights: load the "
-            "model with dtype=torch.float32 and fp16=True, or in bfloat16"
-        )
-
-
-def _sparsities(held: ZeroMasks) -> dict[str, float]:
-    """Sparsity of each layer that has zeros already."""
-    found: dict[str, float] = {}
-    for one in held.parameters.values():
-        if one.zeros:
-            found |= {w.name: float(gone.float().mean()) for w, gone in one.views(one.whole()[1])}
-    return {name: sparsity for name, sparsity in found.items() if sparsity}
-
-
-def _check_zeros(held: ZeroMasks, plan: Plan | None) -> None:
-    """`ValueError` for a dense model, or one with fewer zeros than its plan says."""
-    if held.sparsity == 0:
-        raise ValueError(
-            "the model has no zeros to hold: prune it first, or pass SparsityCallback(config, schedule='cubic') to prune "
-            "it while it trains"
-        )
-    if plan is None:
-        return
-    for name, one in held.parameters.items():
-        planned = sum(plan.layers[w.name].sparsity * w.size for w in one.weights) / one.size
-        if one.zeros / one.size < planned - ALLOWED:
-            raise ValueError(
-                f"{name} has a sparsity of {one.zeros / one.size:.4f} where the plan says {planned:.4f}. Was the model "
-                "trained without this callback, or merged with an adapter, since it was pruned?"
-            )
-
-
-def _call_before_trackers(callback: TrainerCallback) -> None:
-    """Moves the callback to the front, since the trackers that `report_to` adds read the logs first otherwise.
-
-    The Trainer does not hand its callback handler to callbacks; it is the caller of this event.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            position = next((i for i, one in enumerate(handler.callbacks) if one is callback), None)
-            flow = next(
-                (i for i, one in enumerate(handler.callbacks) if type(one).__name__ == "DefaultFlowCallback"), -1
-            )
-            if position is not None and position > flow + 1:
-                # Moving the running callback forward shifts only callbacks that were already called.
-                handler.callbacks.insert(flow + 1, handler.callbacks.pop(position))
-            return
-        frame = frame.f_back  # type: ignore[assignment]
+def _steps(name: str, value: float, total: int) -> int:
+    """Returns optimizer steps for a share of the run (float) or steps (int); raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{name}={value!r}: a share of the run in [0, 1] or an int, optimizer steps, is expected")
+    if isinstance(value, int):
+        return value
+    if not value <= 1:
+        raise ValueError(f"{name}={value!r}: as a float it is a share of the run, in [0, 1]; optimizer steps are ints")
+    return round(value * total)

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,39 +26,27 @@ from transformers.utils.hub import cached_file
 from ..model.accepted import refuse_quantized
 from ..model.sparsity import model_plan
 from ..plan import Plan, read_json
+from .lora_configs import changed_base, check_config
 from .lora_layers import PEFT_TYPE, Masked, SparseLoraConfig
+from .record import MergeRecord, record_merge
 
 VERSION = 1
-POSITIONS = 4096  # of each weight, whether 0 or not, go into the hash of the base's zeros
-
-_KEEPS_BASE = (True, False, "gaussian", "orthogonal")
-_REFUSED = {
-    "use_dora": "DoRA rescales whole rows of W + BA by their norms, which a mask changes",
-    "use_qalora": "QALoRA is for quantized bases",
-    "velora_config": "VeLoRA has its own backward pass",
-    "alora_invocation_tokens": "an activated LoRA cannot be merged",
-    "arrow_config": "Arrow routes between adapters and cannot be merged",
-    "monteclora_config": "MonteCLoRA samples its update",
-    "use_bdlora": "its factors are block-diagonal",
-    "kasa_config": "KaSA takes components out of the base weight",
-    "layer_replication": "replicated layers share one base weight",
-    "megatron_config": "Megatron's layers are not those of transformers",
-}
+POSITIONS = 4096  # values of each parameter that the hash of the base's zeros looks at
 
 
 def sparse_lora(
     model: PreTrainedModel | PeftModel, config: LoraConfig | HiraConfig, *, adapter_name: str = "default"
 ) -> PeftModel:
-    """Adapters that keep the zeros of a sparse model: an ordinary `PeftModel`, for any trainer.
+    """Returns a model with adapters that keep its zeros: an ordinary `PeftModel`, for any trainer.
 
         model = sparse_lora(model, LoraConfig(r=16, target_modules="all-linear"))
         Trainer(model, ...).train()
         model.merge_and_unload().save_pretrained(...)      # zeros intact, the same outputs
 
     With a `LoraConfig` each adapted layer computes `W + M∘(s·BA)`, M being 1 where the frozen W is not 0. Merging adds
-    that same update in float32, casts once and checks the zeros. Linear layers, `Conv1D`, fused experts (by
-    `target_parameters`), rsLoRA, dropout, ranks and alphas by pattern, several adapters. A `HiraConfig`, whose update
-    `W∘(BA)` keeps zeros by itself, is passed on to peft after the same checks.
+    that same update in float32, casts once and checks the zeros. This works for linear layers, `Conv1D` and fused experts
+    (by `target_parameters`), with rsLoRA, dropout, ranks and alphas by pattern, and several adapters. A `HiraConfig`,
+    whose update `W∘(BA)` keeps zeros by itself, is passed on to peft after the same checks.
 
     Args:
         model: a sparse model; or what this function returned, to add another adapter.
@@ -65,13 +55,13 @@ def sparse_lora(
 
     Raises:
         ValueError: a dense or quantized model, a plan that does not fit it, adapters on layers that are not in the
-            plan, and variants of LoRA whose update cannot be masked, with the reason.
+            plan, and other adapters than these, with the reason and what to do instead.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     planned = planned_parameters(base)
+    check_config(config, planned)
     if isinstance(config, HiraConfig):
         return _attach(model, config, adapter_name, planned)
-    _check_config(config, planned)
     values = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init and hasattr(config, f.name)}
     values["exclude_modules"] = _exclusions(base, config, planned)
     mark = {"version": VERSION, "zeros": zeros_hash(planned)}
@@ -111,8 +101,8 @@ def load_sparse_lora(
             "the adapter was trained on a model with its zeros elsewhere: its mask would be another. Load the sparse "
             f"model it belongs to ({data.get('base_model_name_or_path') or 'not named in its config'})"
         )
-    known = {f.name for f in fields(LoraConfig) if f.init}
-    config = LoraConfig(**{k: v for k, v in data.items() if k in known})
+    options = {f.name for f in fields(LoraConfig) if f.init}
+    config = LoraConfig(**{k: v for k, v in data.items() if k in options})
     config.inference_mode = not is_trainable
     peft_model = sparse_lora(model, config, adapter_name=adapter_name)
     cached_file(folder, "adapter_model.safetensors", **location)  # or an error here: nothing is unpickled
@@ -127,70 +117,110 @@ def merge_lora(model: PeftModel, *, adapter_names: list[str] | None = None) -> A
     """Merges adapters (stock LoRA, DoRA, ... or ours) into their sparse base, keeping every zero.
 
     Each layer is merged in float32, masked, cast once, and checked. For a stock adapter the result is another function
-    than the unmerged model's, since its update on dead weights is dropped: train with `sparse_lora` to lose nothing.
+    than the unmerged model's, since its update on pruned weights is dropped: train with `sparse_lora` to lose nothing.
+    Copies of pruned layers that `modules_to_save` trained densely are masked too.
 
     Args:
         model: a `PeftModel` whose adapters are not merged.
-        adapter_names: the active ones by default.
+        adapter_names: the adapters to merge; by default the active ones.
 
     Returns:
         The base model, without peft.
 
     Raises:
-        ValueError: a base without zeros, quantized, or merged already.
+        ValueError: a base without zeros, quantized, or merged already; adapters that changed the base's zeros when they
+            were put on, or that cannot be merged.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"a PeftModel is expected, not a {type(model).__name__}")
-    planned = planned_parameters(model.get_base_model())
+    kinds = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}))
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"{kinds} has nothing to merge: the base's weights are as they were. Publish the adapter beside the sparse base"
+        )
+    planned = planned_parameters(model.get_base_model(), changed_base(model.peft_config))
     layers = list(_adapted(model))
     if any(layer.merged for _, layer, _ in layers):
         raise ValueError("adapters are merged already, and zeros may be gone: call model.unmerge_adapter() first")
-    for name, layer, parameter in layers:
-        if name not in planned or parameter is None:
-            continue
-        dead, dtype = parameter.detach() == 0, parameter.dtype
-        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
-        layer.merge(safe_merge=True, adapter_names=adapter_names)
-        parameter.data = parameter.data.masked_fill_(dead, 0).to(dtype)
-        if parameter.data[dead].any() or not torch.isfinite(parameter.data).all():
-            raise RuntimeError(f"{name}: merging left weights outside the mask, or not finite ones")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*merged")  # that planned layers are merged already
-        return model.merge_and_unload(adapter_names=adapter_names)
+    zeros = {name: np.packbits((parameter.detach() == 0).cpu().numpy()) for name, parameter in planned.items()}
+    try:
+        for name, layer, parameter in layers:
+            if name in planned and parameter is not None:
+                _merge_layer(name, layer, parameter, adapter_names)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*merged")  # that planned layers are merged already
+            result = model.merge_and_unload(adapter_names=adapter_names)
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"peft cannot merge {kinds}: {str(error) or 'it has no way to'}") from error
+    _mask(result, zeros)
+    if not any(isinstance(layer, Masked) for _, layer, _ in layers):  # these recorded it themselves
+        record_merge(result, kinds)
+    return result
 
 
-def planned_parameters(base: Any) -> dict[str, nn.Parameter]:
-    """The parameters whose zeros are kept, by their names in the bare model, with or without adapters on it.
+def _merge_layer(name: str, layer: Any, parameter: nn.Parameter, adapter_names: list[str] | None) -> None:
+    zeros, dtype = parameter.detach() == 0, parameter.dtype
+    parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    layer.merge(safe_merge=True, adapter_names=adapter_names)
+    parameter.data = parameter.data.masked_fill_(zeros, 0).to(dtype)
+    if parameter.data[zeros].any() or not torch.isfinite(parameter.data).all():
+        raise RuntimeError(f"{name}: merging left weights outside the mask, or not finite ones")
 
-    Those of the model's plan; without a plan, every linear layer and expert stack that has zeros.
+
+def _mask(model: Any, zeros: Mapping[str, np.ndarray]) -> None:
+    """Makes weights 0 that were before the merge, for adapters that keep or remake the weight outside their layer."""
+    for name, bits in zeros.items():
+        parameter = model.get_parameter(name)
+        flags = np.unpackbits(bits, count=parameter.numel()).astype(bool)
+        parameter.data.masked_fill_(torch.from_numpy(flags).reshape(parameter.shape).to(parameter.device), 0)
+
+
+def planned_parameters(base: Any, changed: str = "") -> dict[str, nn.Parameter]:
+    """Returns the parameters whose zeros are kept, by their names in the bare model, with or without adapters on it.
+
+    These are those of the model's plan; without a plan, every linear layer and expert stack that has zeros.
+
+    Args:
+        base: the transformers model.
+        changed: what is known to have changed the base's weights, for the error message.
 
     Raises:
-        ValueError: there are none, the plan does not fit, or the model is quantized.
+        ValueError: there are none, the plan does not fit, zeros are missing, or the model is quantized.
     """
     refuse_quantized(base, "merged with an adapter")
     plan = model_plan(base)
-    wanted = _plan_sizes(plan) if plan is not None else None
-    found: dict[str, nn.Parameter] = {}
+    sizes = _plan_sizes(plan) if plan is not None else None
+    parameters: dict[str, nn.Parameter] = {}
     for path, module in base.named_modules():
         for attribute, parameter in module._parameters.items():
-            name = f"{path}.{attribute}".replace(".base_layer", "")
+            name = _bare(f"{path}.{attribute}")
             if parameter is None or ".lora_" in name or ".hira_" in name or ".modules_to_save." in name:
                 continue
-            if name in wanted if wanted is not None else _has_zeros(module, parameter):
-                found[name] = parameter
-    for name, size in (wanted or {}).items():
-        if name not in found or found[name].numel() < size:
+            if name in sizes if sizes is not None else _has_zeros(module, parameter):
+                parameters[name] = parameter
+    for name, size in (sizes or {}).items():
+        if name not in parameters or parameters[name].numel() < size:
             raise ValueError(
                 f"the plan in the model's config was made for another model: it has {size} weights in {name}, the model "
-                f"{found[name].numel() if name in found else 'none'}"
+                f"{parameters[name].numel() if name in parameters else 'none'}"
             )
-    if not any((parameter.detach() == 0).any() for parameter in found.values()):
+    if changed and not all((parameters[name].detach() == 0).any() for name in parameters):
+        raise ValueError(
+            f"{changed} changed the base weights when the adapter was put on, so the base's zeros are gone. Load the sparse "
+            "model again, and put on sparse_lora(model, LoraConfig(...)) with the default init_lora_weights"
+        )
+    if not any((parameter.detach() == 0).any() for parameter in parameters.values()):
         raise ValueError("the model has no zeros to keep: prune it first, or use peft's own LoRA")
-    return found
+    return parameters
+
+
+def _bare(name: str) -> str:
+    """Returns a parameter's name without what peft puts around layers."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def zeros_hash(planned: Mapping[str, Tensor]) -> str:
-    """A hash of how many zeros each parameter has, and of whether it is 0 at `POSITIONS` places."""
+    """Returns a hash of how many zeros each parameter has, and of whether it is 0 at `POSITIONS` places."""
     values = hashlib.sha256()
     for name, parameter in sorted(planned.items()):
         flat = parameter.detach().reshape(-1)
@@ -200,7 +230,7 @@ def zeros_hash(planned: Mapping[str, Tensor]) -> str:
 
 
 def _plan_sizes(plan: Plan) -> dict[str, int]:
-    """Weights in each parameter of a plan; the experts of one parameter are one."""
+    """Returns the number of planned weights in each parameter; the experts of one parameter are added up."""
     sizes: dict[str, int] = {}
     for name, layer in plan.layers.items():
         parameter = name.split("[")[0] if name.endswith("]") else f"{name}.weight"
@@ -213,30 +243,11 @@ def _has_zeros(module: nn.Module, parameter: nn.Parameter) -> bool:
     return bool((linear or parameter.ndim == 3) and (parameter.detach() == 0).any())
 
 
-def _check_config(config: Any, planned: Mapping[str, Any]) -> None:
-    if not isinstance(config, LoraConfig):
-        raise ValueError(
-            f"a LoraConfig or HiraConfig is expected, not a {type(config).__name__}: its update fills zeros"
-        )
-    for name, reason in _REFUSED.items():
-        if getattr(config, name, None):
-            raise ValueError(f"{name} does not go with a mask: {reason}. Leave it out, or merge it with merge_lora")
-    if config.init_lora_weights not in _KEEPS_BASE:
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights or needs data; use one of {_KEEPS_BASE}"
-        )
-    for name in config.modules_to_save or ():
-        if any(f".{name}." in f".{parameter}" for parameter in planned):
-            raise ValueError(
-                f"modules_to_save={name!r} trains a pruned layer densely; leave it out, or use SparsityCallback"
-            )
-
-
 def _exclusions(base: Any, config: LoraConfig, planned: Mapping[str, Any]) -> Any:
-    """`exclude_modules`, and with "all-linear" what the plan does not name."""
-    given = config.exclude_modules
-    if config.target_modules != "all-linear" or isinstance(given, str):
-        return given
+    """Returns the config's `exclude_modules`, and with "all-linear" also the linear layers that the plan left dense."""
+    excluded = config.exclude_modules
+    if config.target_modules != "all-linear" or isinstance(excluded, str):
+        return excluded
     names = {
         name.replace(".base_layer", "")
         for name, module in base.named_modules()
@@ -245,13 +256,13 @@ def _exclusions(base: Any, config: LoraConfig, planned: Mapping[str, Any]) -> An
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     head_names = {name for name, module in base.named_modules() if module is head}
     dense = {name for name in names if f"{name}.weight" not in planned} - head_names
-    return [*(given or ()), *sorted(dense)] or None
+    return [*(excluded or ()), *sorted(dense)] or None
 
 
 def _attach(
     model: PreTrainedModel | PeftModel, config: PeftConfig, adapter_name: str, planned: Mapping[str, Any]
 ) -> PeftModel:
-    """Puts the adapter on, and takes it off again if it sits where it must not."""
+    """Puts an adapter on, and takes it off again if it sits on a layer without mask."""
     added = isinstance(model, PeftModel)
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
@@ -259,11 +270,15 @@ def _attach(
         model.add_adapter(adapter_name, config)
     else:
         model = get_peft_model(model, config, adapter_name=adapter_name)
-    wrong = []
+    wrong, record = [], MergeRecord(model.get_base_model())
     for name, layer, _ in _adapted(model):
+        if isinstance(layer, TrainableTokensLayer) and name not in planned:
+            continue  # new rows of an embedding, which has no mask
         masked = isinstance(layer, Masked) or not isinstance(config, SparseLoraConfig)
         if adapter_name in _adapters(layer) and not (name in planned and masked):
             wrong.append(name.removesuffix(".weight"))
+        if isinstance(layer, Masked):
+            layer.merge_record = layer.merge_record or record
     if wrong:
         if added:
             model.delete_adapter(adapter_name)
@@ -277,12 +292,12 @@ def _attach(
 
 
 def _adapted(model: PeftModel) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
-    """Each adapter layer: (name of its parameter in the bare model, the layer, the parameter)."""
+    """Yields (name of its parameter in the bare model, the layer, the parameter) for each adapter layer."""
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer):
             attribute = getattr(layer, "parameter_name", "weight")
             parameter = layer.get_base_layer()._parameters.get(attribute)
-            yield f"{path}.{attribute}".replace(".base_layer", ""), layer, parameter
+            yield _bare(f"{path}.{attribute}").replace(".token_adapter", ""), layer, parameter
 
 
 def _adapters(layer: Any) -> set[str]:

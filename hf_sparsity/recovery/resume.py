@@ -19,21 +19,24 @@ STATE_FILE = "trainer_state.json"
 
 
 def saved_state(state: TrainerState, name: str) -> dict[str, Any]:
-    """What `SparsityCallback.state` wrote into a checkpoint, {} if it was not there."""
+    """Returns what `SparsityCallback.state` wrote into a checkpoint, {} if the callback was not there."""
     entry: Any = cast(dict, state.stateful_callbacks or {}).get(name) or {}
     entry = entry[-1] if isinstance(entry, list) else entry
-    found = (entry.get("attributes") or {}).get("saved") or {}
-    return dict(found.get("masks", {}), **{k: v for k, v in found.items() if k != "masks"})
+    saved = (entry.get("attributes") or {}).get("saved") or {}
+    return dict(saved.get("masks", {}), **{k: v for k, v in saved.items() if k != "masks"})
 
 
 def saved_in(folder: Path, name: str) -> dict[str, Any]:
-    """The same, read from a checkpoint's folder."""
+    """Returns the same, read from a checkpoint's folder."""
     file = folder / STATE_FILE
     return saved_state(TrainerState.load_from_json(str(file)), name) if file.exists() else {}
 
 
 def resumed_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """Where the checkpoint being resumed should be; a callback is not told, so what is found is checked by its hash."""
+    """Returns the folder of the checkpoint being resumed, or None.
+
+    A callback is not told which it is, so what lies there is to be checked by its hash.
+    """
     usual = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
     for folder in (args.resume_from_checkpoint, usual):
         if isinstance(folder, (str, os.PathLike)) and (Path(folder) / STATE_FILE).exists():
@@ -43,7 +46,7 @@ def resumed_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, saved: Mapping[str, Any], folder: Path | None) -> None:
-    """Loads what the Trainer did not: it reads a checkpoint's keys as they are, which in MoE models are not the model's.
+    """Loads the weights that the Trainer did not: it takes a checkpoint's keys as they are, which a MoE model renames.
 
     Raises:
         ValueError: the model's weights are not the checkpoint's, and cannot be found.

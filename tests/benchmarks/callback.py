@@ -45,7 +45,7 @@ class Spent:
     def __init__(self) -> None:
         self.seconds = 0.0
         zero_masks.ZeroMasks.apply = self.timed(zero_masks.ZeroMasks.apply)
-        zero_masks._mask_gradient = self.timed(zero_masks._mask_gradient)
+        zero_masks.ParameterMask.mask_gradient = self.timed(zero_masks.ParameterMask.mask_gradient)
 
     def timed(self, function: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:

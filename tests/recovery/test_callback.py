@@ -201,7 +201,7 @@ def test_the_masks_are_stored_not_read_again(tmp_path):
 
     again, callback = sparse(), SparsityCallback()
     trainer(again, tmp_path, callback, Watch(dead)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert all(torch.equal(h.dead, dead[n]) for n, h in callback.held.parameters.items())
+    assert all(torch.equal(h.pruned, dead[n]) for n, h in callback.masks.parameters.items())
     assert (again.get_parameter(name).detach()[tuple(alive.T)] != 0).all()
 
 
@@ -275,13 +275,18 @@ class Tracker(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def test_trackers_see_the_sparsity(tmp_path):
-    model, tracker = sparse(), Tracker()
-    run = trainer(model, tmp_path, tracker, SparsityCallback())
+@pytest.mark.parametrize("way", ["in the list", "added in front", "passed and moved to the front"])
+def test_logs_have_the_sparsity(way, tmp_path):
+    model, callback, before, after = sparse(), SparsityCallback(), Tracker(), Tracker()
+    run = trainer(model, tmp_path, before, *([] if way == "added in front" else [callback]), after)
+    if way != "in the list":
+        callback.add_to(run)
     run.train()
-    expected = measure_sparsity(model).sparsity
-    assert [x["sparsity"] for x in tracker.logs if "loss" in x] == pytest.approx([expected] * 4)
-    assert [x["sparsity"] for x in run.state.log_history if "loss" in x] == pytest.approx([expected] * 4)
+    assert sum(x is callback for x in run.callback_handler.callbacks) == 1
+    expected = pytest.approx([measure_sparsity(model).sparsity] * 4)
+    assert [x["sparsity"] for x in run.state.log_history if "loss" in x] == expected
+    for tracker in [after] if way == "in the list" else [before, after]:
+        assert [x["sparsity"] for x in tracker.logs if "loss" in x] == expected
 
 
 # ---- gradual
@@ -322,7 +327,7 @@ def test_gradual_pruning_follows_the_schedule(pruner, way, tmp_path):
     assert {n: x.zeros for n, x in found.layers.items()} == {n: x.zeros for n, x in report.layers.items()}
     assert Plan.from_dict(model.config.sparsity_config).layers == plan.layers
     check_zeros(model)
-    survivors = [p.detach()[~growth.dead[n]] for n, p in model.named_parameters() if n in growth.dead]
+    survivors = [p.detach()[~growth.pruned[n]] for n, p in model.named_parameters() if n in growth.pruned]
     assert all((x != 0).all() for x in survivors)
 
 
@@ -414,7 +419,9 @@ def test_a_run_that_stops_early_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer(model := tiny("llama"), tmp_path, callback, Stop(), steps=5).train()
     assert "before the sparsity schedule's end at 4" in caplog.text
-    assert getattr(model.config, "sparsity_config", None) is None
+    reached = Plan.from_dict(model.config.sparsity_config)  # what it has, not what it should have had
+    assert 0 < reached.target < 0.6 and reached.target == pytest.approx(measure_sparsity(model).sparsity)
+    check_zeros(model)
 
 
 # ---- two processes
@@ -472,8 +479,8 @@ callback.on_train_begin(arguments, state, control, **given)
 for step in range(4):
     for micro in range(2):
         model(input_ids=IDS[:2], labels=IDS[:2]).loss.backward()
-    for held in callback.held.parameters.values():
-        assert not held.parameter.grad.to_local()[held.dead].any()
+    for held in callback.masks.parameters.values():
+        assert not held.parameter.grad.to_local()[held.pruned].any()
     optimizer.step()
     callback.on_optimizer_step(arguments, state, control, **given)
     state.global_step += 1
@@ -481,7 +488,7 @@ for step in range(4):
     optimizer.zero_grad()
     values = {n: p.detach().full_tensor() for n, p in model.named_parameters()}
     assert all(not values[n][gone].any() for n, gone in dead.items())
-    for held in callback.held.parameters.values():
+    for held in callback.masks.parameters.values():
         whole, gone = held.whole()
         assert not whole[gone].any() and int(gone.sum()) == held.zeros
 assert abs(callback.sparsity - 0.6) < 0.01
