@@ -19,6 +19,8 @@ A = TypeVar("A", bound=Algorithm)
 
 CHOOSERS: dict[str, type[Race]] = {"race": Race, "search": Search}  # these compare allocators on the model itself
 
+PARTS = ("vision", "audio")  # parts of a model beside its language model, which `include` names
+
 
 @dataclass(frozen=True, init=False)
 class SparsityConfig:
@@ -33,6 +35,8 @@ class SparsityConfig:
         ignore: layers to leave dense: full names, ends of names (`"q_proj"`), module paths
             (`"model.layers.0"`) or globs (`"*.mlp.*"`). They do not count towards the sparsity.
         seed: of everything random.
+        include: parts of a model that also sees or hears: `"vision"` and `"audio"` are pruned too, which are left dense by
+            default. Calibration data for pruners that need it then have to have images or sound.
 
     Raises:
         ValueError: unknown names (the nearest known ones are given) and contradictions.
@@ -45,6 +49,7 @@ class SparsityConfig:
     pruner: Pruner
     ignore: tuple[str, ...]
     seed: int
+    include: tuple[str, ...]
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class SparsityConfig:
         pruner: Pruner | str | Mapping[str, Any] = "wanda",
         ignore: str | Sequence[str] = (),
         seed: int = 0,
+        include: str | Sequence[str] = (),
     ) -> None:
         parsed = Pattern.parse(pattern)
         allocators: dict[str, type[Any]] = {**ALLOCATORS, **CHOOSERS}
@@ -70,6 +76,7 @@ class SparsityConfig:
             "pruner": resolve("pruner", pruner, PRUNERS, Pruner),
             "ignore": _names(ignore),
             "seed": seed,
+            "include": _parts(include),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen: the one place that sets
@@ -98,6 +105,10 @@ class SparsityConfig:
         """Plain JSON types; algorithms become `{"name": ..., hyperparameters}`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["ignore"] = list(self.ignore)
+        if not self.include:  # most models have one part, and plans that were made before there was a choice
+            del values["include"]
+        else:
+            values["include"] = list(self.include)
         return {k: v.to_dict() if isinstance(v, Algorithm) else v for k, v in values.items()}
 
     @classmethod
@@ -194,6 +205,13 @@ def _sparsity(given: Any, pattern: Pattern) -> float:
             f"sparsity={given} is out of reach of pattern={str(pattern)!r}: at least 1 of {pattern.group} stays, so at most {1 - 1 / pattern.group:g}"
         )
     return float(given)
+
+
+def _parts(include: Any) -> tuple[str, ...]:
+    parts = (include,) if isinstance(include, str) else include
+    if not isinstance(parts, (list, tuple)) or not set(parts) <= set(PARTS):
+        raise ValueError(f"include={include!r}: some of {', '.join(PARTS)} are expected")
+    return tuple(part for part in PARTS if part in parts)
 
 
 def _names(ignore: Any) -> tuple[str, ...]:

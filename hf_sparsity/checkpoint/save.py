@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from ..model.accepted import check_kind, refuse_adapters
 from ..plan import Report
 from .atomic import new_folder
 from .packed_folder import check_layout, pack_into, refuse_unless_prunable
@@ -43,6 +44,8 @@ def save_sparse(
             plan, or no zeros worth packing.
         RuntimeError: the files have fewer zeros than the report says.
     """
+    check_kind(model)
+    refuse_adapters(model)
     check_layout(layout)
     if layout == "bitmask":
         refuse_unless_prunable(model.config.to_dict())

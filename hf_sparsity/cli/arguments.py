@@ -61,6 +61,14 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
         metavar="NAME",
         help="leave these layers dense: names, module paths or globs; repeatable",
     )
+    command.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="prune the vision or audio tower of a multimodal model too: 'vision', 'audio'; repeatable (default: the "
+        "language model only)",
+    )
     command.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
 

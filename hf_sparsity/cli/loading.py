@@ -28,6 +28,7 @@ def sparsity_config(options: argparse.Namespace) -> SparsityConfig:
         row_allocator=parse_algorithm(options.row_allocator),
         pruner=parse_algorithm(options.pruner),
         ignore=tuple(options.ignore),
+        include=tuple(options.include),
         seed=options.seed,
     )
 

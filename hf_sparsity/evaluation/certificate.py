@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from ..calibration.batches import data_fingerprint, prepare_batches
 from ..core.bootstrap import interval, paired_bootstrap, resampled_means
+from ..model.accepted import check_kind
+from ..model.classes import require_next_token
 from ..model.inference import Batch, evaluating
 from ..model.layers import ModelLayers
 from ..model.loading import load_model
@@ -59,7 +61,13 @@ def certify(
 
     Returns:
         `Comparison.to_dict()`: kl and perplexity of both, the differences with their intervals, and what they rest on.
+
+    Raises:
+        ValueError: bad texts, or a model that does not predict next tokens.
     """
+    for model in (dense, uniform, chosen):
+        check_kind(model)
+        require_next_token(model, "a certificate")
     batches = prepare_batches(dense, texts)
     scores = [_against(dense, model, batches) for model in (uniform, chosen)]
     compared = compare(*scores, confidence=confidence, seed=seed)

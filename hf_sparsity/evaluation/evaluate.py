@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ..calibration.batches import data_fingerprint as data_fingerprint
 from ..calibration.calibration import default_length
 from ..files import check_finished
-from ..model.classes import location_of
+from ..model.accepted import check_kind
+from ..model.classes import location_of, require_next_token
 from ..model.fingerprint import versions, weights_fingerprint
 from ..model.loading import find_tokenizer, load_model
 from ..plan import read_json
@@ -85,6 +86,9 @@ def evaluate(
         raise ValueError(
             "nothing to evaluate: give texts, such as 'wikitext2' or a local file, or tasks, such as 'arc_easy'"
         )
+    for given_model in (model, against):
+        if given_model is not None and not isinstance(given_model, (str, os.PathLike)):
+            check_kind(given_model)
     least = {"length": 2, "windows": 1, "shots": 0, "batch_size": 1, "resamples": 1}
     given = {"length": length, "windows": windows, "shots": shots, "batch_size": batch_size, "resamples": resamples}
     for name, number in given.items():
@@ -105,6 +109,8 @@ def evaluate(
         )
     model = _load(model, loading)
     reference = None if against is None else (_name(against), _load(against, loading))
+    for judged in (model, *(reference or ())[1:]):
+        require_next_token(judged, "evaluation", decoder_only=bool(texts))
     bootstrap = {"resamples": resamples, "seed": seed}
     length = length or default_length(model, tokenizer)
     measured = [_measure(model, cut(text, tokenizer, length, windows), reference, **bootstrap) for text in read]

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration.batches import prepare_batches
-from ..model.classes import text_config
+from ..model.accepted import check_kind
+from ..model.classes import require_next_token, text_config
 from ..model.inference import Batch, evaluating
 
 Array = np.ndarray[Any, Any]
@@ -44,6 +45,9 @@ def evaluate_text(model: PreTrainedModel, ids: Tensor, reference: PreTrainedMode
         ids: `[windows, tokens]`, each window scored by itself on its `tokens - 1` predictions: the papers'
             protocol when the windows are cut from joined text (see `text_windows`).
         reference: the dense model, of the same vocabulary.
+
+    Raises:
+        ValueError: a model that does not predict the next token of the text it reads.
     """
     scores = score_windows(model, ids, reference)
     tokens = int(scores.predictions.sum())
@@ -76,6 +80,10 @@ class WindowScores:
 
 def score_windows(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> WindowScores:
     """Scores each window by itself; arguments and errors as `evaluate_text`."""
+    for judged in (model, reference):
+        if judged is not None:
+            check_kind(judged)
+            require_next_token(judged, "perplexity", decoder_only=True)
     vocabulary = getattr(text_config(model.config), "vocab_size", 2**17)
     size = max(1, LOGITS // (ids.shape[1] * vocabulary))
     batches = prepare_batches(model, [{"input_ids": rows} for rows in ids.split(size)])

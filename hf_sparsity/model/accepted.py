@@ -1,6 +1,6 @@
 """Which models are accepted, and what is said to those who hand in something else.
 
-Everything that takes a model calls `check_model` before it does any work.
+Everything that takes a model calls `check_model` before it does any work, or `check_kind` where it changes no weight.
 """
 
 from __future__ import annotations
@@ -23,16 +23,24 @@ from .classes import text_config
 _QUANTIZERS = ("bitsandbytes", "optimum.quanto", "torchao", "torch.ao.nn", "gptqmodel", "auto_gptq", "awq", "hqq")
 
 
-def check_model(model: Any, doing: str = "pruned") -> None:
-    """Raises ValueError unless `model` is a transformers model whose weights are its own, with what to do instead.
+def check_kind(model: Any) -> None:
+    """Raises ValueError for what is no transformers model, with what to do instead.
 
-    Refused: paths, wrappers (peft, DataParallel, torch.compile, a module around a transformers model), adapters inside the
-    model, masks of `torch.nn.utils.prune` and other reparametrisations, quantized weights.
-
-    `doing`: what shall happen to the weights, for the message.
+    Refused: paths, and wrappers such as peft's, DataParallel, torch.compile's, or a module around a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(_what_to_do(model))
+
+
+def check_model(model: Any, doing: str = "pruned") -> None:
+    """Raises ValueError unless `model` is a transformers model whose weights are its own, with what to do instead.
+
+    Refused: what `check_kind` refuses, adapters inside the model, masks of `torch.nn.utils.prune` and other
+    reparametrisations, quantized weights.
+
+    `doing`: what shall happen to the weights, for the message.
+    """
+    check_kind(model)
     compiled = next((name for name, module in model.named_modules() if hasattr(module, "_orig_mod")), None)
     if compiled is not None:
         raise ValueError(
@@ -56,8 +64,8 @@ def _what_to_do(model: Any) -> str:
         return f"a model is expected, not the class {model.__name__}: call {model.__name__}.from_pretrained(...)"
     if _from(type(model), "peft"):
         return (
-            f"a {kind} of peft is not pruned: its adapters are no part of the model. Merge them first, "
-            "model = model.merge_and_unload() (merge_lora(model) where the base is sparse already)"
+            f"a transformers model is expected, not a {kind} of peft, whose adapters are no part of the model. Merge them "
+            "first: model = model.merge_and_unload(), or merge_lora(model) where the base is sparse already"
         )
     inner = next(_inside(model), None)
     if inner is not None:
@@ -102,7 +110,7 @@ def refuse_adapters(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} holds adapters of peft, such as the one on {adapted!r}, which are no part of the model. "
             "Merge them first: model = peft_model.merge_and_unload(), or merge_lora(peft_model) where the base is sparse "
-            "already"
+            "already; what was added by model.add_adapter is taken off by model.delete_adapter"
         )
 
 

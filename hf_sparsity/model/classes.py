@@ -146,6 +146,11 @@ def _named(name: str) -> Any:
     )
 
 
+def is_model_class(name: str) -> bool:
+    """Whether transformers has a model class of this name."""
+    return name.isidentifier() and _is_model(getattr(transformers, name, None))
+
+
 def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is not None
 

@@ -20,6 +20,7 @@ from ..checkpoint.plan_file import PlanFile
 from ..config import SparsityConfig
 from ..core.stats import STATS
 from ..distributed import Processes
+from ..model.classes import require_next_token
 from ..model.fingerprint import model_fingerprint, versions
 from ..model.inference import Batch
 from ..model.layers import Weight, find_layers
@@ -66,7 +67,9 @@ def make_plan(
     """
     config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
     allocator = config.allocator
-    model_layers = find_layers(model, config.ignore)
+    model_layers = find_layers(model, config.ignore, config.include)
+    if isinstance(allocator, Race) or allocator.needs & {FISHER, LOSS}:
+        require_next_token(model, f"allocator {allocator.name!r}")
     check_widths(model_layers, Pattern.parse(config.pattern))
     needs = _needs(config)
     data = _calibration(model, config, batches, needs)

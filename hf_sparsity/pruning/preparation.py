@@ -91,7 +91,7 @@ def prepare_pruning(
 ) -> PruningJob:
     """Checks the arguments of `prune`, which are described there with the errors, and splits the calibration data."""
     config = plan_config(plan, pruner)
-    model_layers = find_layers(model, config.ignore)
+    model_layers = find_layers(model, config.ignore, config.include)
     check_plan(plan, model, model_layers)
     needs = (config.pruner.needs | (config.row_allocator.needs if config.row_allocator else frozenset())) & STATS
     recovery = Reconstruction.of(reconstruct, config.seed)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.accepted import refuse_quantized
+from ..model.accepted import check_kind, refuse_quantized
 from ..model.layers import ModelLayers
 from ..model.sparsity import planned_layers
 from ..plan import Plan
@@ -34,8 +34,7 @@ def check_supported(model: Any, args: Any = None, optimizer: Any = None) -> None
             "SparsityCallback holds the zeros of weights that train, but in a PeftModel the base is frozen. "
             "Use sparse_lora(model, LoraConfig(...)) without this callback: its adapters keep every zero"
         )
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"the model is a {type(model).__name__}; one transformers model, perhaps wrapped, is expected")
+    check_kind(model)
     refuse_quantized(model, "trained")
     check_stage(model, args, optimizer)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):

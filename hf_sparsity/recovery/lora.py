@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
-from ..model.accepted import refuse_quantized
+from ..model.accepted import check_kind, refuse_quantized
 from ..model.sparsity import model_plan
 from ..plan import Plan, read_json
 from .lora_configs import changed_base, check_config
@@ -58,6 +58,7 @@ def sparse_lora(
             plan, and other adapters than these, with the reason and what to do instead.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_kind(base)
     planned = planned_parameters(base)
     check_config(config, planned)
     if isinstance(config, HiraConfig):

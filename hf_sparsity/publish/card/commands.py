@@ -77,6 +77,8 @@ def _config(facts: Facts) -> list[str]:
             words += [f"--{role.replace('_', '-')}", text]
     ignored = config.get("ignore")
     words += [f"--ignore={name}" for name in ignored] if isinstance(ignored, list) else []
+    included = config.get("include")
+    words += [f"--include={part}" for part in included] if isinstance(included, list) else []
     return [*words, "--seed", str(config.get("seed", 0))]
 
 

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from ...config import CHOOSERS
 from ...evaluation.metrics import Score
+from ...model.classes import is_model_class
 from ...pictures.grid import Grid, make_grid
 from ...records import Comparison, Interval
 from . import markdown
@@ -257,9 +258,12 @@ def _revalidation(facts: Facts) -> Certificate | None:
 
 
 def _auto_class(facts: Facts) -> str:
+    """The class that opens the model with the head it has."""
     kinds = facts.config.get("architectures")
-    causal = isinstance(kinds, list) and kinds and str(kinds[0]).endswith(("ForCausalLM", "LMHeadModel"))
-    return "AutoModelForCausalLM" if causal else "AutoModel"
+    name = str(kinds[0]) if isinstance(kinds, list) and kinds else ""
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "AutoModelForCausalLM"
+    return name if is_model_class(name) else "AutoModel"
 
 
 def _training(run: Mapping[str, Any]) -> Training:
