@@ -77,6 +77,7 @@ OTHERS = {
     **{part: {"tqdm", "numpy", "psutil", "lm_eval", *HUGGING_FACE} for part in KNOWS_HUGGING_FACE},
     "checkpoint/bitmask/kernels.py": {"llvmlite"},
     "publish/card/render.py": {"jinja2", "markupsafe"},
+    "pictures/pages.py": {"jinja2"},
 }
 # What only these files may import: a dotted name, and whoever may know it.
 ONLY_IN = {

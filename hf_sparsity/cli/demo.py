@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..checkpoint.save import save_sparse
     from ..config import SparsityConfig
     from ..evaluation.perplexity import evaluate_text, text_windows
-    from ..pictures.png import check_matplotlib, draw_plans
+    from ..pictures.canvas import check_matplotlib
+    from ..pictures.heatmaps import draw_plans
     from . import tables
     from .loading import DEMO_LENGTH, heldout_text, load_demo
 

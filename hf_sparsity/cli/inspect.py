@@ -22,7 +22,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plot",
         metavar="FILE",
-        help="draw it: a .png (needs matplotlib) or an .html page that needs nothing; an existing file is replaced",
+        help="draw it as a .png or an .html page, both with matplotlib; an existing file is replaced",
     )
     add_model_class(command)
 
@@ -141,9 +141,9 @@ def _show_difference(first: Grid, second: Grid) -> None:
 
 def _draw(grids: list[Grid], plot: Path, *, speak: bool) -> str:
     """Draws the picture and returns its path."""
-    from ..pictures.html import draw_html
+    from ..pictures.heatmaps import draw_png
+    from ..pictures.pages import draw_html
     from ..pictures.panels import make_picture
-    from ..pictures.png import draw_png
 
     replaced = plot.exists()
     (draw_png if plot.suffix.lower() == ".png" else draw_html)(make_picture(*grids), plot)

@@ -45,7 +45,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--report",
         metavar="FILE",
-        help="an .html page of it: intervals, the search over time, the best plans side by side, what was measured",
+        help="an .html page of it, drawn with matplotlib: intervals, the search over time, the best plans side by side, what was measured",
     )
     add_plan_file(command)
 

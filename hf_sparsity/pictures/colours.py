@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 INK, QUIET, PAPER = "#1f2328", "#59636e", "#f6f8fa"
-EMPTY, HATCH, ACCENT = "#e3e7eb", "#b3bcc5", "#0f5f9e"
+EMPTY, HATCH, ACCENT, WORSE = "#e3e7eb", "#b3bcc5", "#0f5f9e", "#964e00"
+# What a page draws in the colours of its theme instead: colour -> variable of templates/style.css.
+THEMED = {INK: "ink", QUIET: "quiet", EMPTY: "empty", HATCH: "hatch", ACCENT: "accent", WORSE: "worse"}
 
 # Viridis at ten even steps (matplotlib, CC0): lightness rises evenly, for every kind of colour vision.
 SPARSITY = (

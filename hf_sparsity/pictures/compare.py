@@ -62,9 +62,9 @@ def _panel(name: str, grid: Grid) -> Heat | Dots:
     def show(block: str, projection: str, cell: Cell) -> Shown | None:
         if cell.measure is None:
             return None
-        tip = f"{place_name(block, projection)}: {clean(grid.measure_name)} {cell.measure:.4g}"
+        words = f"{place_name(block, projection)}: {clean(grid.measure_name)} {cell.measure:.4g}"
         experts = f", the mean of {cell.layers} layers" if cell.layers > 1 else ""
-        return math.log10(cell.measure) if log else cell.measure, _short(cell.measure), "", tip + experts
+        return Shown(math.log10(cell.measure) if log else cell.measure, _short(cell.measure), "", words + experts)
 
     ends = (math.log10(low), math.log10(high)) if log else (low, high)
     return Amounts(f"{name}\n{clean(grid.measure_name)}", "", cells(grid, show), *_apart(*ends), AMOUNT, log)

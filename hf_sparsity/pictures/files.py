@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .canvas import check_matplotlib
+
 SUFFIXES = (".png", ".html")
 
 
 def check_picture(file: str | os.PathLike[str]) -> Path:
-    """The file as a path; `ValueError` or `FileNotFoundError` when no picture can be written there.
+    """Returns the file as a path, before the work; an existing picture will be replaced.
 
-    An existing picture is replaced. Call it before the work.
+    Raises ValueError or FileNotFoundError when no picture can be written there or drawn at all.
     """
     path = Path(file)
     if path.suffix.lower() not in SUFFIXES:
@@ -20,17 +22,14 @@ def check_picture(file: str | os.PathLike[str]) -> Path:
         raise ValueError(f"the picture {str(path)!r} is a folder; name a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {str(path.parent)!r} of the picture does not exist; make it first")
-    if path.suffix.lower() == ".png":
-        from .png import check_matplotlib
-
-        check_matplotlib()
+    check_matplotlib()
     return path
 
 
 def check_page(file: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The file of a report page as a path; `ValueError` or `FileNotFoundError` when it cannot be written there.
+    """Returns the file of a report page as a path, before the work; an existing one is only replaced with `overwrite`.
 
-    An existing one is only replaced to `overwrite`. Call it before the work.
+    Raises ValueError or FileNotFoundError when no page can be written there or drawn at all.
     """
     path = Path(file)
     if path.suffix.lower() != ".html":
@@ -41,4 +40,5 @@ def check_page(file: str | os.PathLike[str], *, overwrite: bool = False) -> Path
         raise ValueError(f"report {str(path)!r} exists; choose another name, or remove it (--overwrite)")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {str(path.parent)!r} of the report does not exist; make it first")
+    check_matplotlib()
     return path

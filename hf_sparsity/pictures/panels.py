@@ -1,7 +1,4 @@
-"""What a picture shows: panels side by side that share their blocks, as numbers, words and tooltips.
-
-`png.py` and `html.py` draw the same `Picture`, so they cannot disagree.
-"""
+"""What a picture shows: panels side by side that share their blocks, as numbers and in words; nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -10,17 +7,34 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from .colours import DIFFERENCE, SPARSITY
 from .grid import Cell, Grid, check_alike
 
-NUMBERED = 40  # up to so many blocks, cells have their numbers
-WIDE = 0.05  # from here on, the range among the layers of a cell is shown
-SEEN = 0.005  # half a point: what reached and planned differ by is shown from here on, else only said
-LABEL = 32  # letters
+NUMBERED = 40  # blocks: with more, cells have colours but no numbers
+WIDE = 0.05  # sparsity: the range among the layers of a cell is shown if it is at least this wide
+SEEN = 0.005  # sparsity: a smaller difference of reached from planned is said, not drawn
+LABEL = 32  # letters of a name
 
-Shown = tuple[float, str, str, str]  # value, text, small text, tooltip
+
+class Shown(NamedTuple):
+    """What a cell shows: a value as its colour, `text` and below it `small` in the cell, and all of it in words."""
+
+    value: float
+    text: str
+    small: str
+    words: str
+
+
+class BlockRange(NamedTuple):
+    """The smallest, mean and largest measure among the layers of a block, and the same in words."""
+
+    low: float
+    mean: float
+    high: float
+    words: str
+
 
 
 @dataclass(frozen=True)
@@ -44,11 +58,11 @@ class Heat:
 
 @dataclass(frozen=True)
 class Dots:
-    """One number a block: `rows[row]` is (smallest, mean, largest, tooltip), or None."""
+    """One number a block; `rows[row]` is None where the allocator measured nothing."""
 
     title: str
     caption: str
-    rows: list[tuple[float, float, float, str] | None]
+    rows: list[BlockRange | None]
     low: float
     high: float
     log: bool
@@ -60,11 +74,6 @@ class Dots:
             powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [10.0**power for power in powers[:: -(-len(powers) // 5) or 1]]
         return round_ticks(self.low, self.high)
-
-    def place(self, value: float) -> float:
-        """Where a value stands between the edges, 0 to 1."""
-        low, high, at = (math.log10(x) if self.log else x for x in (self.low, self.high, value))
-        return (at - low) / (high - low)
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,8 @@ def sparsities(title: str, grid: Grid, low: float, high: float) -> Heat:
 
     def show(block: str, projection: str, cell: Cell) -> Shown:
         small = f"{100 * cell.low:.0f}–{100 * cell.high:.0f}" if cell.high - cell.low >= WIDE else ""
-        return cell.shown, f"{100 * cell.shown:.0f}", small, f"{place_name(block, projection)}: {describe(cell)}"
+        words = f"{place_name(block, projection)}: {describe(cell)}"
+        return Shown(cell.shown, f"{100 * cell.shown:.0f}", small, words)
 
     return Heat(title, "weights removed", cells(grid, show), low, high, SPARSITY)
 
@@ -188,12 +198,12 @@ def _difference(title: str, grid: Grid, change: Callable[[str, str, Cell], tuple
     """Percentage points, on a scale that has no difference in its middle and reaches at least `least` to both sides."""
 
     def show(block: str, projection: str, cell: Cell) -> Shown:
-        by, tip = change(block, projection, cell)
+        by, reason = change(block, projection, cell)
         text = "0" if abs(by) < 0.0005 else f"{100 * by:+.1f}" if abs(by) < 0.0995 else f"{100 * by:+.0f}"
-        return by, text, "", f"{place_name(block, projection)}: {100 * by:+.2f} points, {tip}"
+        return Shown(by, text, "", f"{place_name(block, projection)}: {100 * by:+.2f} points, {reason}")
 
     shown = cells(grid, show)
-    reach = math.ceil(100 * max(least, *(abs(cell[0]) for row in shown for cell in row if cell)) - 1e-6) / 100
+    reach = math.ceil(100 * max(least, *(abs(cell.value) for row in shown for cell in row if cell)) - 1e-6) / 100
     return Heat(title, "percentage points", shown, -reach, reach, DIFFERENCE)
 
 
@@ -217,11 +227,16 @@ def dots(grid: Grid, name: str) -> Dots:
     log = low > 1e-300 and high / low >= 100
     edge = 0.05 * (high - low) or 1.0
     low, high = (low / 1.3, high * 1.3) if log else (low - edge, high + edge)
-    rows = []
+    rows: list[BlockRange | None] = []
     for block in grid.cells:
-        found = grid.measures.get(block)
-        span = f", layers from {found[0]:.4g} to {found[2]:.4g}" if found and found[0] < found[2] else ""
-        rows.append((*found, f"{clean(block)}: {clean(grid.measure_name)} {found[1]:.4g}{span}") if found else None)
+        measured = grid.measures.get(block)
+        if measured is None:
+            rows.append(None)
+            continue
+        smallest, mean, largest = measured
+        span = f", layers from {smallest:.4g} to {largest:.4g}" if smallest < largest else ""
+        words = f"{clean(block)}: {clean(grid.measure_name)} {mean:.4g}{span}"
+        rows.append(BlockRange(smallest, mean, largest, words))
     return Dots(f"{name}\nmeasure" if name else "measure", clean(grid.measure_name), rows, low, high, log)
 
 

@@ -1,298 +1,203 @@
-"""The page of a race or search: who did how well, the search over time, the best plans, and what the allocators measured.
-
-One HTML file that loads nothing and runs nothing. Names come from models and users, so everything is escaped.
-"""
+"""The page of a race or search: who did how well, the search over time, the best plans, and what the allocators measured."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
-from html import escape
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
 from ..plan import Plan
 from ..race_record import RaceDetails
 from ..records import Comparison, Interval
-from . import curve, intervals
+from .canvas import Drawing, check_matplotlib
+from .charts import Curve, draw_curves, draw_intervals
 from .compare import measured, side_by_side
-from .details import facts
 from .grid import model_name
-from .html import document, drawn, tables
-from .intervals import Scale, draw_axis, draw_interval, judgement
+from .heatmaps import draw_for_page
+from .pages import render, write_page
 from .panels import Picture
 
-METRICS = {"kl": "KL from the dense model, nats a token", "loss": "loss of the next token, nats"}
-JUDGED = {
-    "better": "better than uniform beyond noise",
-    "worse": "worse than uniform",
-    "even": "not to be told from uniform",
-}
-SCALED = 10  # rows, the best, whose intervals fit on the scale; what is far worse is an arrow
-
-STYLE = f"""
-:root {{ --worse: #8f4a00; --mark: #eaf2fb }}
-@media (prefers-color-scheme: dark) {{ :root {{ --worse: #efa55e; --mark: #14263b }} }}
-body {{ max-width: 1360px; margin: 1.5rem auto; padding: 0 1rem }}
-h2 {{ font-size: 1.05rem; margin: 2rem 0 .5rem }}
-p, dl {{ max-width: 60rem; overflow-wrap: anywhere }}
-.quiet {{ color: var(--quiet) }}
-.scroll {{ overflow-x: auto }}
-.scroll:focus-visible {{ outline: 2px solid var(--accent) }}
-.scroll table {{ font-variant-numeric: tabular-nums; border-collapse: separate; border-spacing: 0 }}
-.scroll th, .scroll td {{ padding: .2rem .8rem .2rem .3rem; white-space: nowrap; border-bottom: 1px solid var(--empty) }}
-.scroll thead th {{ vertical-align: bottom; font-weight: 600 }}
-.scroll .number {{ text-align: right }}
-.scroll tbody th {{ font-weight: 400; position: sticky; left: 0; background: var(--paper); white-space: normal;
-  min-width: 9rem; overflow-wrap: anywhere }}
-.scroll tr.winner th, .scroll tr.winner td {{ background: var(--mark); font-weight: 600 }}
-.facts {{ display: flex; flex-wrap: wrap; gap: 0 3rem }}
-.facts section {{ flex: 1 1 18rem; min-width: 0 }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: .3rem 0 }}
-dt {{ color: var(--quiet) }}
-dd {{ margin: 0; min-width: 0 }}
-code {{ white-space: nowrap; font-size: .9em }}
-details details {{ margin-left: 1rem }}
-h3 {{ font-size: .9rem; margin: .8rem 0 .2rem }}
-{intervals.STYLE}{curve.STYLE}
-@media (max-width: 600px) {{ body {{ margin: .8rem auto; padding: 0 .8rem }}
-  .scroll table {{ font-size: 13px }} .scroll tbody th {{ min-width: 8rem; max-width: 38vw }} }}
-"""
+CHARTED = 30  # candidates, the best, whose intervals are drawn; the table has all
 
 
 def draw_report(plan: Plan, file: str | os.PathLike[str]) -> Path:
-    """The page of a plan that a race or search made, with its `story` where the plan still has it. Returns `file`.
+    """Writes the page of a plan that a race or search made, with its `story` where the plan still has it. Returns `file`.
 
-    `ValueError` for any other plan, or one of too many blocks to look at.
+    Raises ValueError for any other plan, for one of too many blocks to look at, and without matplotlib.
     """
-    return write_whole(file, page(plan).encode("utf-8", errors="replace"))
+    return write_page(page(plan), file)
 
 
 def page(plan: Plan) -> str:
-    """The page as text."""
+    """Returns the page as text."""
     chosen, story = plan.chosen, plan.story or RaceDetails()
     if chosen is None:
         raise ValueError("the plan was not made by a race or search; only theirs have a report")
-    title = f"{model_name(plan)}: {chosen['by']} of plans at {100 * plan.target:.4g} % sparsity"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        _verdict(chosen),
-        _section("Candidates", _candidates(chosen)),
-        _section("Certificate", _certificate(chosen["certificate"])),
-        _section("By source of text", _sources(chosen)),
-        _section("The search over time", _search(chosen, story)),
-        _section("Sparsity by block and projection", _plans(plan, chosen, story)),
-        _section("What the allocators measured on the dense model", _measures(plan, story)),
-        _section("Cost, text and model", facts(plan, story)),
-    ]
-    return document(title, "\n".join(part for part in parts if part), STYLE)
+    check_matplotlib()
+    rows = [_candidate(row, chosen) for row in chosen["candidates"]]
+    sources = _sources(chosen)
+    plans, measures = _plans(plan, chosen, story), measured(plan, story.measures)
+    return render(
+        "report.html",
+        title=f"{model_name(plan)}: {chosen['by']} of plans at {100 * plan.target:.4g} % sparsity",
+        chosen=chosen,
+        metric=_in_capitals(chosen["metric"]),
+        rounds=[f"{_in_capitals(chosen['metric'])}, {tokens:,} tokens" for tokens in chosen["slices"]],
+        rows=rows,
+        winner=next(row for row in rows if row["wins"]),
+        uniform=next(row for row in rows if row["kind"] == "uniform"),
+        candidates=_draw_candidates(rows, chosen),
+        certificate=Comparison.from_dict(chosen["certificate"]),
+        sources=sources,
+        columns=list(dict.fromkeys(name for values in sources.values() for name in values)),
+        gains=_gains(chosen, story),
+        search=_draw_search(chosen, story),
+        plans=plans,
+        plans_drawing=draw_for_page(plans),
+        measures=measures,
+        measures_drawing=draw_for_page(measures) if measures.panels else None,
+        facts=_facts(plan, chosen, story),
+    )
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
-
-
-# ---- in words
-
-
-def _verdict(chosen: Mapping[str, Any]) -> str:
-    """Who wins, by how much, and whether text that nothing had seen agrees."""
-    metric, winner = chosen["metric"], _row(chosen, chosen["winner"])
-    uniform = next(row for row in chosen["candidates"] if row["kind"] == "uniform")
-    said = f"<strong>{escape(winner['name'])}</strong> wins over {len(chosen['candidates']) - 1} other plans of the same sparsity"
-    if winner["kind"] == "uniform":
-        said += ": none of them is better beyond noise."
-    else:
-        tokens = chosen["slices"][len(winner[metric]) - 1]
-        other = uniform[metric][len(winner[metric]) - 1]
-        said += f": {_short(metric)} {winner[metric][-1]:.4f} where uniform has {other:.4f}, on {tokens:,} tokens."
-        gain = Comparison.from_dict(chosen["certificate"]).kl.uniform_minus_chosen
-        said += f" On text that nothing before has seen it is {JUDGED[judgement(gain)]} (KL {gain} lower)."
-    return f"<p>{said}</p>"
-
-
-def _short(metric: str) -> str:
+def _in_capitals(metric: str) -> str:
     return metric.upper() if metric == "kl" else metric
 
 
-def _row(chosen: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return next(row for row in chosen["candidates"] if row["name"] == name)
+# ---- the candidates
 
 
-# ---- tables
+def _candidate(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: `scores` of each round that the plan was in, `gain` over uniform in the last of them."""
+    scores = row[chosen["metric"]]
+    return {
+        "name": row["name"],
+        "kind": row["kind"],
+        "wins": row["name"] == chosen["winner"],
+        "scores": scores,
+        "score": scores[-1],
+        "tokens": chosen["slices"][len(scores) - 1],
+        "gain": None if row["kind"] == "uniform" else Interval.from_dict(row["uniform_minus"]),
+        "perplexity": row["perplexity"],
+    }
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[str]) -> str:
-    """`head` and `rows` are HTML. Scrolls by itself where it is wider than the page, with the keyboard too."""
-    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>\n'
-        f"<thead><tr>{cells}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
+def _draw_candidates(rows: list[dict[str, Any]], chosen: Mapping[str, Any]) -> Drawing | None:
+    gains = {f"{row['name']}{' ★' * row['wins']}": row["gain"] for row in rows if row["gain"] is not None}
+    caption = (
+        f"uniform − plan, {_in_capitals(chosen['metric'])}, {100 * chosen['confidence']:g} % intervals; "
+        "right of zero is better than uniform"
     )
+    return draw_intervals(dict(list(gains.items())[:CHARTED]), caption) if gains else None
 
 
-def _numbers(values: Sequence[str]) -> str:
-    return "".join(f'<td class="number">{escape(value)}</td>' for value in values)
+def _sources(chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Whatever is recorded of each source of a calibration mix, {source: {name of a number: number}}."""
+    sources = chosen.get("sources") or chosen["certificate"].get("sources") or {}
+    return {source: _flat(values) for source, values in sources.items()}
 
 
-def _candidates(chosen: Mapping[str, Any]) -> str:
-    metric, rows = chosen["metric"], chosen["candidates"]
-    others = [row for row in rows if row["kind"] != "uniform"]
-    scale = Scale.of([Interval.from_dict(row["uniform_minus"]) for row in others[:SCALED]])
-    axis = draw_axis(scale, "scale; right of zero is better than uniform")
-    head = ["plan", f"better than uniform →<br>{axis}"]
-    head += [f"uniform − plan, {_short(metric)}<br>{100 * chosen['confidence']:g} % interval"]
-    head += [*(f"{_short(metric)}<br>{n:,} tokens" for n in chosen["slices"]), "perplexity", "kind"]
-    body = [_candidate(row, chosen, scale) for row in rows]
-    note = (
-        f"{METRICS[metric]}; less is better. Judged in rounds on growing text; of each round the better third goes on, “–” is "
-        "out. Perplexity and the difference are of the last round a plan was in. Within noise the simpler plan wins."
-    )
-    if found := chosen.get("descent"):
-        note += (
-            f" The descent went from {found['from']}, against what a weight less costs in each layer: {found['gains']} of "
-            f"{found['steps']} steps were taken; {found['stopped']}."
-        )
-    return f'{_table("Candidates", head, body)}\n<p class="quiet">{escape(note)}</p>'
-
-
-def _candidate(row: Mapping[str, Any], chosen: Mapping[str, Any], scale: Scale) -> str:
-    values = [f"{value:.4f}" for value in row[chosen["metric"]]]
-    values += ["–"] * (len(chosen["slices"]) - len(values))
-    gain, picture = "", ""
-    if row["kind"] != "uniform":
-        interval = Interval.from_dict(row["uniform_minus"])
-        gain = str(interval)
-        picture = draw_interval(interval, scale, f"{row['name']}: {gain}, {JUDGED[judgement(interval)]}")
-    won = row["name"] == chosen["winner"]
-    name = f"{_breaking(row['name'])}{' <strong>★ winner</strong>' * won}"
-    numbers = _numbers([gain, *values, f"{row['perplexity']:.2f}"])
-    mark = ' class="winner"' if won else ""
-    return f'<tr{mark}><th scope="row">{name}</th><td>{picture}</td>{numbers}<td>{escape(row["kind"])}</td></tr>'
-
-
-def _breaking(name: str) -> str:
-    """Escaped; may break where its hyperparameters begin."""
-    return escape(name).replace("(", "(<wbr>")
-
-
-def _certificate(made: Mapping[str, Any]) -> str:
-    """Returns a table of uniform against the chosen plan on text that took no part in choosing it."""
-    compared, body = Comparison.from_dict(made), []
-    for name, pair in (("KL", compared.kl), ("perplexity", compared.perplexity)):
-        gain = pair.uniform_minus_chosen
-        picture = draw_interval(gain, Scale.of([gain]), f"{name}: {gain}")
-        numbers = _numbers([str(gain), f"{pair.uniform:.4f}", f"{pair.chosen:.4f}"])
-        body.append(f'<tr><th scope="row">{name}</th><td>{picture}</td>{numbers}</tr>')
-    between = f"uniform − chosen, {100 * (compared.confidence or 0):g} % interval"
-    head = ["on untouched text", "better than uniform →", between, "uniform", "chosen"]
-    note = (
-        f"On {compared.predictions:,} predictions in {compared.sequences} sequences that took no part in statistics or choice. "
-        f"{compared.resamples} paired resamples of the sequences, seed {compared.seed}. Of the masks on the dense weights; pruning "
-        "adds what the pruner makes of them."
-    )
-    return f'{_table("Certificate", head, body)}\n<p class="quiet">{escape(note)}</p>'
-
-
-def _sources(chosen: Mapping[str, Any]) -> str:
-    """Whatever is recorded of each source of a calibration mix: numbers by name, or by two names."""
-    sources = chosen.get("sources") or chosen["certificate"].get("sources")
-    if not sources:
-        return ""
-    flat = {source: _flat(found) for source, found in sources.items()}
-    head = list(dict.fromkeys(key for found in flat.values() for key in found))
-    body = [
-        f'<tr><th scope="row">{escape(source)}</th>{_numbers([found.get(key, "") for key in head])}</tr>'
-        for source, found in flat.items()
-    ]
-    return _table("By source of text", ["source", *map(escape, head)], body)
-
-
-def _flat(found: Mapping[str, Any]) -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in found.items():
-        inner = value if isinstance(value, Mapping) else {"": value}
-        for key, one in inner.items():
-            flat[f"{name} {key}".strip()] = f"{one:.4f}" if isinstance(one, float) else str(one)
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        for key, inner in (value if isinstance(value, Mapping) else {"": value}).items():
+            flat[f"{name} {key}".strip()] = inner
     return flat
 
 
-# ---- pictures
+# ---- the search
 
 
-def _search(chosen: Mapping[str, Any], story: RaceDetails) -> str:
-    """The best so far against tokens and seconds; without a story there are no seconds."""
+def _gains(chosen: Mapping[str, Any], story: RaceDetails) -> list[tuple[int, float, float | None]]:
+    """(tokens spent, the best metric so far, seconds since the start) at each gain; no seconds without a story."""
     if "search" not in chosen:
-        return ""
-    metric, found = chosen["metric"], chosen["search"]
-    points = story.curve or tuple((tokens, value, 0.0) for tokens, value in found["curve"])
-    slice_ = min(2, len(chosen["slices"])) - 1
-    up = f"{_short(metric)} of the best so far, on {chosen['slices'][slice_]:,} tokens"
-    lines = _levels(chosen, slice_)
-    tips = [f"{value:.4f} after {tokens:,} tokens, {seconds:.1f} s" for tokens, value, seconds in points]
-    ways = [("against tokens spent", 0, "tokens through the model", _thousands)]
+        return []
+    return list(story.curve) or [(tokens, value, None) for tokens, value in chosen["search"]["curve"]]
+
+
+def _draw_search(chosen: Mapping[str, Any], story: RaceDetails) -> Drawing | None:
+    gains = _gains(chosen, story)
+    if not gains:
+        return None
+    curves = [Curve("tokens through the model", [(tokens, value) for tokens, value, _ in gains])]
     if story.curve:
-        ways.append(("against time", 2, "seconds since the start, race and descent included", _seconds))
-    shown = [
-        curve.draw_curve(
-            title,
-            [(point[column], point[1], tip) for point, tip in zip(points, tips, strict=True)],
-            across=across,
-            up=up,
-            show=show,
-            lines=lines,
-        )
-        for title, column, across, show in ways
-    ]
-    rows = "".join(f"<tr><td>{escape(tip)}</td></tr>\n" for tip in tips)
-    note = f"{found['generations']} generations; it stopped: {found['stopped']}. The steps begin where the race and its descent ended."
-    return (
-        f'<div class="panels">\n{"".join(shown)}</div>\n<p class="quiet">{escape(note)}</p>\n'
-        f"<details><summary>All gains</summary>\n<table>\n{rows}</table></details>"
-    )
+        points = [(seconds, value) for _, value, seconds in story.curve]
+        curves.append(Curve("seconds since the start, race and descent included", points))
+    judged = min(2, len(chosen["slices"])) - 1
+    caption = f"{_in_capitals(chosen['metric'])} of the best so far, on {chosen['slices'][judged]:,} tokens"
+    return draw_curves(curves, _levels(chosen, judged), caption)
 
 
-def _levels(chosen: Mapping[str, Any], slice_: int) -> dict[str, float]:
-    """Uniform and the best single allocator on the text that the search looked at."""
+def _levels(chosen: Mapping[str, Any], judged: int) -> dict[str, float]:
+    """Uniform and the best single allocator on the text of a round, which the search looked at."""
     levels: dict[str, float] = {}
     for kind in ("uniform", "single"):
-        known = [row for row in chosen["candidates"] if row["kind"] == kind and len(row[chosen["metric"]]) > slice_]
-        best = min(known, key=lambda row: row[chosen["metric"]][slice_], default=None)
-        if best is not None:
-            levels[best["name"]] = best[chosen["metric"]][slice_]
+        rows = [row for row in chosen["candidates"] if row["kind"] == kind and len(row[chosen["metric"]]) > judged]
+        if rows:
+            best = min(rows, key=lambda row: row[chosen["metric"]][judged])
+            levels[best["name"]] = best[chosen["metric"]][judged]
     return levels
 
 
-def _thousands(value: float) -> str:
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:g}{letter}"
-    return f"{value:g}"
+# ---- the best plans
 
 
-def _seconds(value: float) -> str:
-    return f"{value:g}"
-
-
-def _plans(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> str:
-    found = story.plans or {chosen["winner"]: {name: layer.sparsity for name, layer in plan.layers.items()}}
+def _plans(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> Picture:
+    plans = story.plans or {chosen["winner"]: {name: layer.sparsity for name, layer in plan.layers.items()}}
     titled = {}
-    for name, layers in found.items():
-        row = _row(chosen, name)
-        tokens = chosen["slices"][len(row[chosen["metric"]]) - 1]
-        won = "★ winner, " * (name == chosen["winner"])
-        said = f"{won}{row['kind']}, {_short(chosen['metric'])} {row[chosen['metric']][-1]:.4f} on {tokens:,} tokens"
-        titled[f"{name}\n{said}"] = layers
-    return _pictures(side_by_side(plan, titled), "Blocks down, projections across; percent of the weights removed.")
+    for name, layers in plans.items():
+        row = _candidate(next(row for row in chosen["candidates"] if row["name"] == name), chosen)
+        result = f"{_in_capitals(chosen['metric'])} {row['score']:.4f} on {row['tokens']:,} tokens"
+        titled[f"{name}\n{'★ winner, ' * row['wins']}{row['kind']}, {result}"] = layers
+    return side_by_side(plan, titled)
 
 
-def _measures(plan: Plan, story: RaceDetails) -> str:
-    picture = measured(plan, story.measures)
-    return _pictures(picture, "Each in numbers of its own; point at a cell for more.") if picture.panels else ""
+# ---- cost, text and model
 
 
-def _pictures(picture: Picture, note: str) -> str:
-    notes = escape(" ".join([note, *(f"{one.capitalize()}." for one in picture.notes)]))
-    numbers = f"<details><summary>All numbers</summary>\n{tables(picture)}</details>"
-    return f'<p class="quiet">{notes}</p>\n{drawn(picture)}\n{numbers}'
+def _facts(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> dict[str, dict[str, str]]:
+    """Lists of what the race cost and was about: {title: {name: value in words}}."""
+    data, spent, certified = chosen["data"], chosen["spent"], chosen["certificate"].get("data")
+    model = {key: value for key, value in plan.model.items() if key not in ("layers", "weights", "name")}
+    groups: dict[str, dict[str, Any]] = {
+        "Cost": {
+            "evaluations": f"{spent['evals']:,}",
+            "tokens judged": f"{spent['tokens']:,}",
+            **({"time": f"{story.seconds:.1f} s, measuring included"} if story.seconds else {}),
+        },
+        "Text": {
+            "statistics": f"{data['statistics']} sequences",
+            "choice": f"{data['selection']} sequences: {', '.join(f'{n:,}' for n in chosen['slices'])} tokens",
+            "certificate": f"{data['certificate']} sequences",
+            "fingerprint of all": data["sha256"],
+            **({"fingerprint of the certificate's": certified["sha256"]} if certified else {}),
+            **({"fingerprint of the others": plan.data.get("sha256")} if plan.data else {}),
+        },
+        "Model": {
+            **model,
+            "name": model_name(plan),
+            "layers to prune": len(plan.layers),
+            "fingerprint of layers": plan.model.get("layers"),
+            "fingerprint of weights": plan.model.get("weights"),
+        },
+        "Config": {"seed": 0, **plan.config},
+        "Versions": dict(plan.versions),
+    }
+    return {title: {name: in_words(value) for name, value in group.items()} for title, group in groups.items() if group}
+
+
+def in_words(value: Any) -> str:
+    """A value of JSON types for people: `owl(outlier=5.0)` for an algorithm, a dash for what is not set."""
+    if value is None or value == [] or value == ():
+        return "–"
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{key}={in_words(one)}" for key, one in value.items() if key != "name")
+        return inner if "name" not in value else f"{value['name']}({inner})" if inner else str(value["name"])
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(in_words, value))
+    if isinstance(value, str):
+        return f"{value[:16]}…" if re.fullmatch("[0-9a-f]{64}", value) else value  # a fingerprint is whole in the plan
+    return json.dumps(value)

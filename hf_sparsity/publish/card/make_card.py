@@ -17,7 +17,7 @@ from huggingface_hub.repocard import metadata_load
 
 from ...evaluation.metrics import TaskRecord, TextRecord
 from ...files import write_whole
-from ...pictures.png import draw_card
+from ...pictures.heatmaps import draw_card
 from .markdown import line, slug
 from .model_facts import Facts, is_hub_id, read_facts
 from .render import render
