@@ -47,11 +47,13 @@ def plain_style() -> Iterator[None]:
     """matplotlib's defaults in our ink, whatever the user has set; every text is taken literally, never as a formula."""
     import matplotlib
 
-    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    settings = {"text.parse_math": False, "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(dict.fromkeys(ink, colours.INK) | settings)
+        for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
+            matplotlib.rcParams[name] = colours.INK
+        matplotlib.rcParams["text.parse_math"] = False
+        matplotlib.rcParams["svg.fonttype"] = "none"
+        matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans"]
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks
         yield
 

@@ -118,6 +118,7 @@ def _heat(axis: Axes, panel: Heat, picture: Picture) -> None:
     assert figure is not None
     scale = ScalarMappable(Normalize(panel.low, panel.high), LinearSegmentedColormap.from_list("", panel.scale, STEPS))
     bar = figure.colorbar(scale, ax=axis, location="bottom", aspect=8 * _width(names), pad=0.02, ticks=ticks)
+    assert bar.solids is not None
     bar.solids.set_gid("cells")
     bar.set_ticklabels([panel.tick(value) for value in ticks], fontsize=7)
     bar.set_label(panel.caption, fontsize=7)

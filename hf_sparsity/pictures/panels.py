@@ -36,7 +36,6 @@ class BlockRange(NamedTuple):
     words: str
 
 
-
 @dataclass(frozen=True)
 class Heat:
     """Colours by block and projection. `cells[row][column]` is None where the block has no such layer."""

@@ -370,7 +370,11 @@ def test_html_is_one_page_that_loads_and_runs_nothing(tmp_path):
 
 
 def test_the_ink_of_a_page_is_the_readers(tmp_path):
-    text = pages.page(make_picture(make_grid(plan({"h.0.a": LayerPlan(0.5, 9, measure=1.0), "h.1.b": LayerPlan(0.5, 9, measure=2.0)}))))
+    text = pages.page(
+        make_picture(
+            make_grid(plan({"h.0.a": LayerPlan(0.5, 9, measure=1.0), "h.1.b": LayerPlan(0.5, 9, measure=2.0)}))
+        )
+    )
     drawing = text[text.index("<svg") : text.index("</svg>")]
     assert not [colour for colour in colours.THEMED if colour in drawing] and colours.PAPER not in drawing
     assert {"var(--ink)", "var(--accent)", "var(--empty)", "var(--hatch)"} <= set(re.findall(r"var\(--\w+\)", drawing))

@@ -11,10 +11,8 @@ import pytest
 
 from hf_sparsity.pictures import charts, colours, report
 from hf_sparsity.pictures.compare import Amounts, measured, side_by_side
-
 from hf_sparsity.pictures.files import check_page
 from hf_sparsity.pictures.heatmaps import draw_for_page
-
 from hf_sparsity.pictures.panels import Dots, Heat, brief, round_ticks
 from hf_sparsity.plan import LayerPlan, Plan
 from hf_sparsity.race_record import RaceDetails
