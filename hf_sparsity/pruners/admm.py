@@ -35,7 +35,7 @@ class ADMM(Pruner):
 
     name = "admm"
     paper = "https://arxiv.org/abs/2401.02938"
-    summary = "mask and values by a few rounds of operator splitting: most of ALPS' gain in a third of its time"
+    summary = "mask and values by a few rounds of operator splitting: most of ALPS' gain, faster"
     citation = Citation(
         "boza2024fast",
         "Fast and Effective Weight Update for Pruned Large Language Models",

@@ -48,7 +48,7 @@ class ALPS(Pruner):
 
     name = "alps"
     paper = "https://arxiv.org/abs/2406.07831"
-    summary = "mask and values together, by operator splitting; a third to a half of SparseGPT's output error"
+    summary = "mask and values chosen together by operator splitting; lower output errors than SparseGPT"
     citation = Citation(
         "meng2024alps",
         "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
