@@ -288,6 +288,9 @@ class Pruner(Algorithm, ABC):
     """Decides which weights of a layer go, and what becomes of the others."""
 
     updates_survivors: ClassVar[bool] = False  # `prune` also changes the weights that stay
+    checked_against: ClassVar[str] = (
+        ""  # a cheaper pruner of ours, whose result is taken where its output error is lower
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes `compared_within` say None for a class that overrides `mask` without it."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, TypeVar
 
-from .algorithm import Algorithm, Allocator, Pattern, Pruner, RowAllocator
+from .algorithm import GRAM, Algorithm, Allocator, Pattern, Pruner, RowAllocator
 from .allocators import ALLOCATORS, ROW_ALLOCATORS
 from .allocators.race import Race, Search
 from .pruners import PRUNERS
@@ -37,6 +37,8 @@ class SparsityConfig:
         seed: of everything random.
         include: parts of a model that also sees or hears: `"vision"` and `"audio"` are pruned too, which are left dense by
             default. Calibration data for pruners that need it then have to have images or sound.
+        refit: after pruning, set the weights that stay to their least-squares optimum on the calibration data; a row that
+            would not gain stays as it was.
 
     Raises:
         ValueError: unknown names (the nearest known ones are given) and contradictions.
@@ -50,6 +52,7 @@ class SparsityConfig:
     ignore: tuple[str, ...]
     seed: int
     include: tuple[str, ...]
+    refit: bool
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class SparsityConfig:
         ignore: str | Sequence[str] = (),
         seed: int = 0,
         include: str | Sequence[str] = (),
+        refit: bool = False,
     ) -> None:
         parsed = Pattern.parse(pattern)
         allocators: dict[str, type[Any]] = {**ALLOCATORS, **CHOOSERS}
@@ -77,11 +81,14 @@ class SparsityConfig:
             "ignore": _names(ignore),
             "seed": seed,
             "include": _parts(include),
+            "refit": refit,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen: the one place that sets
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed={seed!r}: an integer is expected")
+        if not isinstance(refit, bool):
+            raise ValueError(f"refit={refit!r}: True or False is expected")
         self._check_together(parsed)
 
     def _check_together(self, pattern: Pattern) -> None:
@@ -101,14 +108,20 @@ class SparsityConfig:
             )
         self.pruner.check(pattern, self.row_allocator is not None)
 
+    @property
+    def pruning_needs(self) -> frozenset[str]:
+        """What carrying out a plan has to know of each layer."""
+        rows = self.row_allocator.needs if self.row_allocator else frozenset()
+        return self.pruner.needs | rows | (frozenset({GRAM}) if self.refit else frozenset())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; algorithms become `{"name": ..., hyperparameters}`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["ignore"] = list(self.ignore)
-        if not self.include:  # most models have one part, and plans that were made before there was a choice
-            del values["include"]
-        else:
-            values["include"] = list(self.include)
+        values["include"] = list(self.include)
+        for later in ("include", "refit"):  # left out at their defaults, as in plans from before there was a choice
+            if not values[later]:
+                del values[later]
         return {k: v.to_dict() if isinstance(v, Algorithm) else v for k, v in values.items()}
 
     @classmethod

@@ -232,7 +232,8 @@ class LayerReport:
     `zeros` of `size` weights are zero; `planned` is the sparsity the plan wanted; `error` is the relative squared
     error of the layer's output, ‖(W − W′)X‖² / ‖WX‖² (exact where the Gram matrix was collected, else from the
     column norms alone; None without data); `tokens` reached it; `note` says what was done differently; `mask` is the
-    hash of where the zeros are (`hf/checkpoint.mask_hash`), 32 hex digits.
+    hash of where the zeros are (`model/sparsity.mask_hash`), 32 hex digits; `error_before_refit`, only with `refit`, is
+    the error of what the pruner itself left.
     """
 
     zeros: int
@@ -243,6 +244,7 @@ class LayerReport:
     seconds: float = 0.0
     note: str = ""
     mask: str | None = None
+    error_before_refit: float | None = None
 
     def __post_init__(self) -> None:
         if not (

@@ -38,6 +38,9 @@ CHANGED = {
     "lsa": {"spread": 0.07, "per": "layer", "columns": 64, "trial": 0.4},
     "qkvo": {"q": 0.1, "k": 0.05, "v": -0.1, "o": -0.05, "strength": 0.5},
     "fisher": {"spread": 0.05, "per": "layer"},
+    "ria": {"power": 1.0, "compare": "layer"},
+    "admm": {"ridge": 0.01, "rounds": 30, "choosing": 10, "ramp": True},
+    "alps": {"compare": "row", "ridge": 0.1, "rho": 0.2, "rounds": 60, "tolerance": 1e-3},
     "msp": {
         "per": "layer",
         "steps": 8,
@@ -156,7 +159,7 @@ def test_a_pattern_with_the_number_kept_per_layer_goes_with_any_allocator():
         ({"allocator": "olw"}, "unknown allocator 'olw'; did you mean 'owl'"),
         ({"allocator": "alpha-pruning"}, "did you mean 'alphapruning'"),
         ({"pruner": "sparse_gpt"}, "unknown pruner 'sparse_gpt'; did you mean 'sparsegpt'"),
-        ({"pruner": "xyz"}, r"unknown pruner 'xyz' \(known: magnitude, wanda, sparsegpt\)"),
+        ({"pruner": "xyz"}, r"unknown pruner 'xyz' \(known: magnitude, wanda, ria, sparsegpt, admm, alps\)"),
         ({"pruner": "Wanda"}, "did you mean 'wanda'"),
         ({"row_allocator": "trimm"}, "did you mean 'trim'"),
         ({"row_allocator": "wanda"}, "unknown row_allocator 'wanda'"),

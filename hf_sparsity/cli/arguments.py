@@ -69,6 +69,11 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
         help="prune the vision or audio tower of a multimodal model too: 'vision', 'audio'; repeatable (default: the "
         "language model only)",
     )
+    command.add_argument(
+        "--refit",
+        action="store_true",
+        help="after pruning, set the weights that stay to their least-squares optimum on the calibration data",
+    )
     command.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
 

@@ -30,6 +30,7 @@ def sparsity_config(options: argparse.Namespace) -> SparsityConfig:
         ignore=tuple(options.ignore),
         include=tuple(options.include),
         seed=options.seed,
+        refit=options.refit,
     )
 
 

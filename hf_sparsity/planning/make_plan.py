@@ -74,13 +74,12 @@ def make_plan(
     needs = _needs(config)
     data = _calibration(model, config, batches, needs)
     output = output_dir if isinstance(output_dir, PlanFile) else open_output(output_dir, overwrite, Processes.current())
-    pruning = config.pruner.needs | (config.row_allocator.needs if config.row_allocator else frozenset())
     run = prepare(
         model,
         model_layers,
         data,
         model_fingerprint(model, model_layers),
-        needs=needs | pruning if isinstance(output, Output) else needs,  # pruning into the folder follows
+        needs=needs | config.pruning_needs if isinstance(output, Output) else needs,  # pruning into the folder follows
         output=output,
         hidden_limit=hidden_limit,
     )

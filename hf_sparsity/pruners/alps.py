@@ -58,6 +58,7 @@ class ALPS(Pruner):
     )
     needs = frozenset({GRAM})
     updates_survivors = True
+    checked_against = "sparsegpt"
 
     def __post_init__(self) -> None:
         if self.compare not in ("layer", "row"):

@@ -40,7 +40,8 @@ class PruningJob:
         plan: what is wanted of each layer.
         pruner: decides which weights go.
         rows: decides the sparsity of each row, if anything does.
-        needs: facts about the layers' inputs that the two use.
+        needs: facts about the layers' inputs that are used.
+        refit: whether the weights that stay are set to their least-squares optimum.
         run: the model, the batches to prune with, the output.
         given: all calibration batches, with those that judge.
         certificate: the last of them, on which a race promised its gain; the pruned model is scored on it.
@@ -53,6 +54,7 @@ class PruningJob:
     pruner: Pruner
     rows: RowAllocator | None
     needs: frozenset[str]
+    refit: bool
     run: Prepared
     given: list[Batch]
     certificate: list[Batch]
@@ -93,7 +95,7 @@ def prepare_pruning(
     config = plan_config(plan, pruner)
     model_layers = find_layers(model, config.ignore, config.include)
     check_plan(plan, model, model_layers)
-    needs = (config.pruner.needs | (config.row_allocator.needs if config.row_allocator else frozenset())) & STATS
+    needs = config.pruning_needs & STATS
     recovery = Reconstruction.of(reconstruct, config.seed)
     _check_data_is_there(config, needs, recovery, batches)
     if output_dir is None and weight_store(model) is not None:
@@ -129,6 +131,7 @@ def prepare_pruning(
         plan=plan,
         pruner=config.pruner,
         rows=config.row_allocator,
+        refit=config.refit,
         needs=needs,
         run=run,
         given=given,

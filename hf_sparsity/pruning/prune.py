@@ -125,7 +125,7 @@ def _prune_blocks(job: PruningJob) -> dict[str, LayerReport]:
             layer.sparsity = job.plan.layers[layer.name].sparsity
             layer.pattern = Pattern.parse(job.plan.layers[layer.name].pattern)
         dense = recovery.watch(block, run.model_layers.blocks[block.index]) if recovery else None
-        pruned = prune_block(block, job.pruner, job.rows, fallbacks, run.processes, progress)
+        pruned = prune_block(block, job.pruner, job.rows, fallbacks, run.processes, progress, refit=job.refit)
         reports |= pruned
         if recovery and dense:
             recovery.train(block, dense, progress, run.journal)

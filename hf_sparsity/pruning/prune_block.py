@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..algorithm import SCORES, Layer, Pruner, RowAllocator
+from ..core import least_squares
 from ..distributed import Processes, owners
 from ..model.sparsity import mask_hash
 from ..plan import LARGEST_DEVIATION, LayerReport
+from ..pruners import PRUNERS
 from ..streaming.run import Progress
 from ..streaming.stream import StreamedBlock
 
@@ -24,6 +26,8 @@ def prune_block(
     fallbacks: Mapping[str, str],
     processes: Processes,
     progress: Progress,
+    *,
+    refit: bool = False,
 ) -> dict[str, LayerReport]:
     """Prunes a block's layers, each group on one of the processes, and writes them on all; says what became of them."""
     groups = list(_sharing(block.layers.values()))
@@ -33,7 +37,7 @@ def prune_block(
     for group, rank in zip(groups, owner, strict=True):
         progress.say(f"layer {len(reports) + 1} of {len(block.layers)}")
         if rank == processes.rank:
-            pruned, told = _prune_group(group, pruner, rows, fallbacks)
+            pruned, told = _prune_group(group, pruner, rows, fallbacks, refit=refit)
             reports |= told
             if processes.count == 1:
                 for name, weight in pruned.items():
@@ -50,7 +54,7 @@ def prune_block(
 
 
 def _prune_group(
-    group: list[Layer], pruner: Pruner, rows: RowAllocator | None, fallbacks: Mapping[str, str]
+    group: list[Layer], pruner: Pruner, rows: RowAllocator | None, fallbacks: Mapping[str, str], *, refit: bool
 ) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
     """The new weights of layers that share their inputs, and what became of them."""
     start = time.perf_counter()
@@ -58,10 +62,13 @@ def _prune_group(
         if rows is not None and layer.sparsity > 0 and layer.name not in fallbacks:
             layer.scores = pruner.scores(layer) if SCORES in rows.needs else None
             layer.rows = rows.rows(layer)
-    pruned = pruner.prune_together(group)
+    pruned, notes = _best_of(group, pruner, fallbacks)
+    before = [_output_error(layer, weight) if refit else None for layer, weight in zip(group, pruned, strict=True)]
+    if refit:
+        pruned = [_refitted(layer, weight) for layer, weight in zip(group, pruned, strict=True)]
     solved = (time.perf_counter() - start) / len(group)
     weights, reports = {}, {}
-    for layer, weight in zip(group, pruned, strict=True):
+    for layer, weight, unfitted in zip(group, pruned, before, strict=True):
         if not torch.isfinite(weight).all():
             raise RuntimeError(f"{layer.name}: pruning gave NaN or infinite weights; the layer was left as it was")
         zeros, size = weight.numel() - int(torch.count_nonzero(weight)), weight.numel()
@@ -70,7 +77,7 @@ def _prune_group(
             raise RuntimeError(
                 f"{layer.name}: {zeros / size:.4f} of its weights became zero where the plan wants {layer.sparsity:.4f}"
             )
-        note = fallbacks.get(layer.name, "")
+        note = notes.get(layer.name, "")
         if not note and zeros / size > layer.sparsity + 0.02:
             note = f"sparser than planned ({zeros / size:.3f}, not {layer.sparsity:.3f}): equal weights, or some were zero before"
         error = _output_error(layer, weight)
@@ -78,8 +85,31 @@ def _prune_group(
         layer.scores = layer.rows = None
         weights[layer.name] = weight
         mask = mask_hash(weight)
-        reports[layer.name] = LayerReport(zeros, size, layer.sparsity, error, tokens, round(solved, 6), note, mask)
+        reports[layer.name] = LayerReport(
+            zeros, size, layer.sparsity, error, tokens, round(solved, 6), note, mask, unfitted
+        )
     return weights, reports
+
+
+def _best_of(group: list[Layer], pruner: Pruner, fallbacks: Mapping[str, str]) -> tuple[list[Tensor], dict[str, str]]:
+    """The new weights of layers that share their inputs, and notes: where the pruner names a cheaper one, the better of both."""
+    pruned, notes = pruner.prune_together(group), {n: note for n, note in fallbacks.items() if note}
+    if not pruner.checked_against:
+        return pruned, notes
+    others = PRUNERS[pruner.checked_against]().prune_together(group)
+    for index, (layer, mine, other) in enumerate(zip(group, pruned, others, strict=True)):
+        mine_error, other_error = _output_error(layer, mine), _output_error(layer, other)
+        if mine_error is not None and other_error is not None and other_error < mine_error:
+            pruned[index] = other
+            notes.setdefault(layer.name, f"{pruner.checked_against}'s result was taken: its output error is lower")
+    return pruned, notes
+
+
+def _refitted(layer: Layer, weight: Tensor) -> Tensor:
+    """The weight with its survivors at their least-squares optimum; as it is where nothing is known of the inputs."""
+    if layer.stats is None or layer.stats.is_flat or layer.stats.gram is None:
+        return weight
+    return least_squares.refit(layer.weight, weight, layer.stats.gram)[0]
 
 
 def _output_error(layer: Layer, weight: Tensor) -> float | None:

@@ -79,6 +79,7 @@ def _config(facts: Facts) -> list[str]:
     words += [f"--ignore={name}" for name in ignored] if isinstance(ignored, list) else []
     included = config.get("include")
     words += [f"--include={part}" for part in included] if isinstance(included, list) else []
+    words += ["--refit"] if config.get("refit") is True else []
     return [*words, "--seed", str(config.get("seed", 0))]
 
 

@@ -211,6 +211,8 @@ def survivors(known: Known) -> list[Finding]:
 
 def updating(plan: Plan) -> str:
     """Why pruning itself may have changed the weights that stay; "" when it may not."""
+    if plan.config.get("refit"):
+        return "the weights that stay were refitted"
     given = plan.config.get("pruner")
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str) or name not in PRUNERS:
