@@ -96,6 +96,7 @@ TOO_LONG = {
 }
 # The public verbs, whose keywords are the choices a user has; and one that carries them.
 MANY_PARAMETERS = {
+    "config.py __init__",  # SparsityConfig
     "calibration/calibration.py calibration_batches",
     "evaluation/evaluate.py evaluate",
     "evaluation/tasks.py score_tasks",
