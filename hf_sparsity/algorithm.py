@@ -48,7 +48,7 @@ REMEASURE = "remeasure"  # `Probe.remeasure`
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where zeros may stand: anywhere, or at most `kept` non-zeros in each `group` of consecutive inputs.
+    """The places where zeros may stand: anywhere, or at most `kept` non-zeros in each `group` of consecutive inputs.
 
     Written `"unstructured"`, `"2:4"` (2 **kept** of 4) or `"*:8"` (the number kept is chosen per layer).
     """
@@ -92,7 +92,7 @@ class Pattern:
 
     @property
     def is_mixed(self) -> bool:
-        """True for `*:M`."""
+        """True if the number kept is chosen for each layer, `*:M`."""
         return self.group is not None and self.kept is None
 
 
@@ -116,7 +116,7 @@ class Layer:
 
     @property
     def counts(self) -> int | Tensor:
-        """How many weights of a row to prune: an int, or one int64 per row `[out]`.
+        """The number of weights of a row to prune: an int, or one int64 per row `[out]`.
 
         Truncated toward zero, in double precision for a layer's sparsity and in float32 for row
         sparsities, as the authors' code does (`algorithms`: Wanda; TRIM).
@@ -254,7 +254,7 @@ class Allocator(Algorithm, ABC):
         group: int | None = None,
         probe: ModelOracle | None = None,
     ) -> dict[str, float]:
-        """All blocks' measures -> the sparsity of each layer.
+        """Returns the sparsity of each layer, from the measures of all blocks.
 
         `measures` has one mapping a block, in model order; `sizes` the weights of each layer;
         `group` is M when the pattern is `*:M`. The caller meets the target exactly afterwards

@@ -24,7 +24,7 @@ PARTS = ("vision", "audio")  # parts of a model beside its language model, which
 
 @dataclass(frozen=True, init=False)
 class SparsityConfig:
-    """How sparse, in which pattern, and by which algorithms.
+    """What a user asks for: how sparse, in which pattern, and by which algorithms.
 
     Args:
         sparsity: fraction of the prunable weights to remove, in [0, 1). May be left out for a fixed N:M.
@@ -173,7 +173,7 @@ def resolve(role: str, value: Any, table: Mapping[str, type[Any]], contract: typ
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON or the command line is what a hyperparameter's type hint says."""
+    """Returns whether a value from JSON or the command line is what a hyperparameter's type hint says."""
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, UnionType):
         return any(_is_a(value, part) for part in arguments)

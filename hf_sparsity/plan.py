@@ -58,7 +58,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """How sparse each layer will be, and why. `layers` is in model order."""
+    """The sparsity that each layer will have, and why. `layers` is in model order."""
 
     config: Mapping[str, Any]
     layers: Mapping[str, LayerPlan]

@@ -15,7 +15,7 @@ from .records import Comparison, Interval
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """How one plan did.
+    """The result of one plan in a race.
 
     Args:
         name: tells the plan apart, such as `"owl(outlier=5.0, spread=0.08)"`.
@@ -53,7 +53,7 @@ class CandidateRecord:
 
 @dataclass(frozen=True)
 class RaceRecord:
-    """How a race or search came to its plan; `Plan.chosen` is its `to_dict`.
+    """The record of how a race or search came to its plan; `Plan.chosen` is its `to_dict`.
 
     Args:
         by: "race" or "search".

@@ -30,7 +30,7 @@ class ATP(Allocator):
 
     beta: float | None = None  # the difference of two neighbours; None: chosen
     step: float = 0.002  # of the choices
-    trials: int = 10  # at most so many choices; the published ones are 9 for 32 blocks at 70 %
+    trials: int = 10  # largest number of slopes that are tried; the published ones are 9 for 32 blocks at 70 %
     steps: int = 100  # sparsities are judged in steps of 1 / steps
 
     name = "atp"
@@ -54,7 +54,7 @@ class ATP(Allocator):
 
     @property
     def grid_steps(self) -> int:
-        """The hyperparameter `steps`."""
+        """`steps`: losses are asked for on this grid of sparsities."""
         return self.steps
 
     def assign(

@@ -41,7 +41,7 @@ class MSP(Allocator):
     mutation: float = 0.1  # probability that a gene moves one step
     kappas: tuple[float, ...] = (0.4, 0.8, 1.2)  # levels kept more per standard deviation of log Fisher
     noise: float = 0.35  # of the first population, in levels
-    evaluations: int | None = None  # at most so many calls of the loss
+    evaluations: int | None = None  # largest number of calls of the loss; None: no limit
 
     name = "msp"
     paper = "https://arxiv.org/abs/2503.11164"
@@ -70,7 +70,7 @@ class MSP(Allocator):
 
     @property
     def grid_steps(self) -> int:
-        """The hyperparameter `steps`."""
+        """`steps`: losses are asked for on this grid of sparsities."""
         return self.steps
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Genes:
         self.z = standard_logs(self.fisher)
 
     def uniform(self) -> Genotype:
-        """All genes equal; where the budget lies between two levels, the higher one is dealt out evenly in depth."""
+        """Returns equal genes; where the budget lies between two levels, the higher one is dealt out evenly in depth."""
         genotype, owed = [], 0.0
         for size in self.sizes:
             owed += self.mean * size

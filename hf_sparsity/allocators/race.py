@@ -45,7 +45,7 @@ class Race(Algorithm):
     candidates: tuple[str, ...] = ()  # names of allocators; none: all but those that search for themselves
     budget: str | None = None  # see `parse_budget`
     metric: str = "kl"  # KL(dense | masked) per token, or "loss", the cross-entropy of the next token
-    slices: tuple[int, ...] = (2048, 16384, 65536)  # tokens of each round, as far as there are so many
+    slices: tuple[int, ...] = (2048, 16384, 65536)  # tokens of each round, or all that there are
     confidence: float = 0.95  # of the intervals, and of what counts as noise
     descent: int = 24  # steps downhill from the best plan; 0: none
 

@@ -166,7 +166,7 @@ class Outputs:
         self.by_row = Moments(self.squares, products, squares, self.peaks, self.dense.shape[1])
 
     def move(self, point: Tensor) -> None:
-        """To the sparsities `point`, float32 `[out]`, truncated to counts in float32 as the authors do."""
+        """Moves the rows to the sparsities `point`, float32 `[out]`, truncated to counts in float32 as the authors do."""
         rows, width = self.weight.shape
         counts = (point * width).long().clamp_(0, width)
         lengths = (counts - self.counts).abs()
@@ -187,12 +187,12 @@ class Outputs:
         self.reset(pruned, counts)
 
     def quality(self, name: str) -> float:
-        """Of the whole layer, higher = better."""
+        """Returns the quality of the whole layer's output, higher = better."""
         return float(QUALITIES[name](self).mean())
 
     @property
     def flat(self) -> Moments:
-        """All outputs as one vector."""
+        """Returns all outputs as one vector."""
         dense, product, pruned, peak, length = self.by_row
         return Moments(dense.sum(0), product.sum(0), pruned.sum(0), peak.amax(0), length * len(dense))
 

@@ -11,7 +11,7 @@ from ..algorithm import Allocator, ModelOracle
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """All layers alike; looks at nothing."""
+    """Every layer gets the target; nothing is looked at."""
 
     name = "uniform"
     summary = "every layer the same"

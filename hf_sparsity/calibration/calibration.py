@@ -136,7 +136,7 @@ def calibration_batches(
 
 @dataclass(frozen=True)
 class _Reading:
-    """How data become rows."""
+    """Options of reading: how data become rows."""
 
     tokenizer: Any
     seed: int
@@ -146,7 +146,7 @@ class _Reading:
     model: Any
 
     def of(self, source: Source) -> _Reading:
-        """With what the source says itself."""
+        """Returns the options with what the source itself says."""
         return replace(self, column=source.column or self.column, split=source.split or self.split)
 
 
@@ -191,7 +191,7 @@ def _mixture(mix: Sequence[Source], wanted: int, length: int, how: _Reading) -> 
 
 
 def read_texts(source: str, *, split: str = "test", column: str | None = None) -> list[str]:
-    """All documents of a local file or a Hub dataset, in order; errors as `calibration_batches`."""
+    """Returns all documents of a local file or a Hub dataset, in order; errors as `calibration_batches`."""
     data = _load(source, split)
     if isinstance(data, list):
         return data

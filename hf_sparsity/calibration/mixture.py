@@ -62,7 +62,7 @@ class Source:
 
     @property
     def is_self(self) -> bool:
-        """Whether it is the model's own samples."""
+        """True if it is the model's own samples."""
         return isinstance(self.data, str) and self.data == SELF
 
 

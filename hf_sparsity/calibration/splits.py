@@ -10,7 +10,7 @@ from ..model.inference import Batch
 from .batches import batch_tokens, data_fingerprint
 from .mixture import Mixture
 
-HELD_OUT_SHARE = 8  # one of so many sequences of each source is judged by
+HELD_OUT_SHARE = 8  # of the sequences of each source, one in this many is held out
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Split:
         return cls(rest, selection, certificate)
 
     def to_dict(self, data: Sequence[Batch]) -> dict[str, Any]:
-        """How many sequences each has, and which data they are of."""
+        """Returns how many sequences each part has, and which data they are of."""
         counts = {name: len(part) for name, part in vars(self).items()}
         return {**counts, "sha256": data_fingerprint(data)["sha256"]}
 

@@ -93,7 +93,7 @@ class Journal:
         return known
 
     def finished(self, block: str) -> bool:
-        """Whether a block's pruned weights are on disk."""
+        """Returns whether a block's pruned weights are on disk."""
         return block in self.blocks
 
     def forget_blocks(self) -> None:

@@ -39,7 +39,7 @@ PACKED = "packed"  # the dense files, under the name that says that they are nee
 
 
 class Output:
-    """Where a model goes. `journal` says what of it is there already; `layout`: "dense" or "bitmask", see `save_sparse`.
+    """The folder a model is written to. `journal` says what is there already; `layout`: "dense" or "bitmask", see `save_sparse`.
 
     `after_record`: see `Journal`.
 
@@ -92,7 +92,7 @@ class Output:
         return Journal(self.path / MARKER, self.processes, after_record=self._after_record)
 
     def _is_ours(self) -> bool:
-        """Whether there is a run or a sparse model that may be replaced; `ValueError` for anything else."""
+        """Returns whether there is a run or a sparse model that may be replaced; `ValueError` for anything else."""
         if (self.path / MARKER).is_dir():
             return True
         if not self.path.is_dir() or not any(self.path.iterdir()):

@@ -16,7 +16,7 @@ from .journal import Journal
 
 
 class PlanFile:
-    """Where `make_plan` writes a plan: `path`, JSON. The record is in the folder `<path>.UNFINISHED`.
+    """The file that `make_plan` writes a plan to: `path`, JSON. The record is in the folder `<path>.UNFINISHED`.
 
     Raises:
         ValueError: the file exists, and `overwrite` is not asked for.

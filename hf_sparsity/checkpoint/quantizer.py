@@ -181,7 +181,7 @@ class BitmaskQuantizer(HfQuantizer):
         return sorted(patterns)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Where transformers tells the dtype a parameter shall have; packed bytes must not be cast, their matrix will."""
+        """Answers transformers' question for the dtype of a parameter; packed bytes must not be cast, their matrix will."""
         self._restore_environment()
         operations = getattr(converter, "operations", ())
         if operations and isinstance(operations[0], Unpack):
@@ -189,7 +189,7 @@ class BitmaskQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _restore_environment(self) -> None:
-        """As soon as transformers has read it: at the first tensor, or at the end of a load that had none."""
+        """Puts the environment back as soon as transformers has read it: at the first tensor, or at the end of a load that had none."""
         while self.environment:
             name, value = self.environment.popitem()
             if value is None:

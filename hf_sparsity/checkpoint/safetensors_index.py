@@ -20,7 +20,7 @@ from .bitmask import codec
 
 
 class Stored(NamedTuple):
-    """Where a tensor is: bytes `start` to `end` of a safetensors file, and what they are, or once `packed` were."""
+    """The place of a tensor: bytes `start` to `end` of a safetensors file, and what they are, or once `packed` were."""
 
     file: str
     start: int

@@ -124,7 +124,7 @@ class StreamedWeights(WeightStore):
         prefetch([self._stored[key] for block in blocks for key in self._needed(block)])
 
     def redirect(self, block: str, folder: str | os.PathLike[str], weight_map: Mapping[str, str]) -> None:
-        """From now on reads a block from other safetensors files.
+        """Reads a block from other safetensors files from now on.
 
         Args:
             block: its name, as in `Layout`.
@@ -156,7 +156,7 @@ class StreamedWeights(WeightStore):
             self.release()
 
     def is_written(self, name: str) -> bool:
-        """Whether a changed parameter is already where it will be read: its block was redirected while it was lent."""
+        """Returns whether a changed parameter is already where it will be read: its block was redirected while it was lent."""
         return self._owner.get(name) in self._written
 
     def load_resident(self) -> None:
@@ -321,7 +321,7 @@ def _separate(module: nn.Module) -> None:
 
 
 def _choose_dtype(dtype: str | torch.dtype, config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
-    """As transformers: "auto" is what the config says, else the first floating point type in the checkpoint."""
+    """Returns the dtype as transformers chooses it: "auto" is what the config says, else the first floating point type in the checkpoint."""
     if isinstance(dtype, str) and dtype == "auto":
         known = (_DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in _DTYPES)
         dtype = config.dtype or next(known, torch.float32)

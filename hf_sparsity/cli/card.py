@@ -9,7 +9,7 @@ HELP = "write a sparse model's card (README.md) and the picture of its plan into
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     command.add_argument("folder", help="a sparse model's folder, dense or packed")
     command.add_argument(
         "--dense",

@@ -20,7 +20,7 @@ SELECTION = 8  # further sequences, by which the best allocator is chosen
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     command.add_argument("--sparsity", type=float, default=0.6)
     command.add_argument("--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]")
     command.add_argument(

@@ -14,7 +14,7 @@ HELP = "perplexity on texts and scores on tasks; with --against also how far it 
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     add_model(command)
     command.add_argument(
         "--text",
@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", help="of a Hub dataset (default: test)")
     command.add_argument("--column", help="of a dataset")
     command.add_argument("--length", type=int, help="tokens per window (default: 2048 or the model's limit)")
-    command.add_argument("--windows", type=int, help="score only the first so many windows of each text")
+    command.add_argument("--windows", type=int, help="score only the first N windows of each text")
     command.add_argument(
         "--tasks", metavar="NAME[,NAME...]", help="tasks of lm-evaluation-harness (pip install 'hf_sparsity[eval]')"
     )

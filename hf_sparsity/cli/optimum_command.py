@@ -22,7 +22,7 @@ class SparsifyCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Adds the arguments."""
+        """Adds the arguments of `hf-sparsity prune`."""
         parser.description = prune.HELP
         parser.set_defaults(command="prune")
         add_arguments(parser, "prune")

@@ -11,7 +11,7 @@ HELP = "store a sparse folder small: one bit per pruned weight and the values th
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     command.add_argument("folder", help="a sparse model's folder")
     command.add_argument("output", help="new or empty folder")
 

@@ -11,7 +11,7 @@ HELP = "decide the sparsity of each layer and write the plan"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     add_model(command)
     add_config(command)
     add_calibration(command)

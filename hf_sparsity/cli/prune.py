@@ -15,7 +15,7 @@ HELP = "prune a model, from a plan or in one go, and save it"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     add_model(command)
     command.add_argument(
         "--plan",

@@ -18,7 +18,7 @@ ROWS = 15  # of the table; all are in the plan
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     add_model(command)
     add_config(command, allocator=False)
     add_calibration(command)
@@ -39,7 +39,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--descent",
         type=int,
         metavar="STEPS",
-        help="at most so many steps downhill from the best of them; 0: none (default: 24)",
+        help="largest number of steps downhill from the best of them; 0: none (default: 24)",
     )
     command.add_argument("--metric", default="kl", help="kl or loss (default: %(default)s)")
     command.add_argument(

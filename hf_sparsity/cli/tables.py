@@ -107,7 +107,7 @@ def after(report: Report) -> str:
 
 
 def by_source(report: Report) -> str:
-    """How far the model departs from the dense one on each source of the calibration mix."""
+    """Returns lines that say how far the model departs from the dense one on each source of the calibration mix."""
     rows = [
         [
             name,

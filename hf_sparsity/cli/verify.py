@@ -12,7 +12,7 @@ LINES = 20  # problems that are printed
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Adds the arguments of this command."""
     command.add_argument("folder", help="a sparse model's folder, dense or packed")
     command.add_argument(
         "--against",

@@ -113,7 +113,7 @@ class InputStats:
 
     @property
     def samples(self) -> Tensor:
-        """The last token of each sequence, `[k, in]` float32, in calibration order."""
+        """Samples of the inputs: the last token of each sequence, `[k, in]` float32, in calibration order."""
         if not self._samples:
             raise ValueError("input samples were not collected: the algorithm must name SAMPLES in `needs`")
         return torch.cat(self._samples)
@@ -128,7 +128,7 @@ class InputStats:
 
     @property
     def sample_count(self) -> int:
-        """Number of samples."""
+        """The number of samples collected."""
         return sum(map(len, self._samples))
 
     def replace_samples(self, parts: Sequence[Tensor]) -> None:

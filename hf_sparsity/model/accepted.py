@@ -94,12 +94,12 @@ def _inside(model: Any) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def _from(kind: type, package: str) -> bool:
-    """Whether a class, or one that it is derived from, stands in a package."""
+    """Returns whether a class, or one that it is derived from, stands in a package."""
     return any(f"{base.__module__}.".startswith(f"{package}.") for base in kind.__mro__)
 
 
 def _is_injected(module: nn.Module) -> bool:
-    """Whether a module was put into a model by peft: a wrapped layer with its adapters."""
+    """Returns whether a module was put into a model by peft: a wrapped layer with its adapters."""
     return _from(type(module), "peft")
 
 

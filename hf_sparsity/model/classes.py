@@ -147,7 +147,7 @@ def _named(name: str) -> Any:
 
 
 def is_model_class(name: str) -> bool:
-    """Whether transformers has a model class of this name."""
+    """Returns whether transformers has a model class of this name."""
     return name.isidentifier() and _is_model(getattr(transformers, name, None))
 
 
@@ -160,7 +160,7 @@ def _is_auto(kind: Any) -> bool:
 
 
 def _knows(auto: Any, config: Any) -> bool:
-    """Whether an Auto class has a class for this config, in transformers or in code that comes with the checkpoint."""
+    """Returns whether an Auto class has a class for this config, in transformers or in code that comes with the checkpoint."""
     remote = getattr(config, "auto_map", None) or {}
     mapping: Any = getattr(auto, "_model_mapping", None)
     return auto.__name__ in remote or mapping is None or type(config) in mapping
@@ -180,7 +180,7 @@ def _autos_for(name: str) -> list[Any]:
 
 
 def predicts_next_token(model: Any) -> bool:
-    """Whether each position of the model's logits predicts the next token of its text, without having seen it.
+    """Returns whether each position of the model's logits predicts the next token of its text, without having seen it.
 
     True for causal language models, also those that see or hear, and for encoder-decoders, of the decoder's text.
     """

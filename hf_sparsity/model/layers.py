@@ -85,7 +85,7 @@ class ModelLayers:
 
     @property
     def weights(self) -> dict[str, Weight]:
-        """All prunable weights by name, in model order."""
+        """The prunable weights of all blocks by name, in model order."""
         return {name: weight for block in self.blocks for name, weight in block.weights.items()}
 
 
@@ -267,7 +267,7 @@ def _views(path: str, parameter: nn.Parameter, owner: nn.Module, model: PreTrain
 
 
 def _experts_are_transposed(path: str, parameter: nn.Parameter, owner: nn.Module, model: PreTrainedModel) -> bool:
-    """Whether fused experts are stored as `[experts, in, out]`; the input observer checks the answer on real products."""
+    """Returns whether fused experts are stored as `[experts, in, out]`; the input observer checks the answer on real products."""
     if hasattr(owner, "is_transposed"):
         return bool(owner.is_transposed)
     width = getattr(text_config(model.config), "hidden_size", None)
@@ -279,7 +279,7 @@ def _experts_are_transposed(path: str, parameter: nn.Parameter, owner: nn.Module
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern means a layer: its full name, the end of it, the path of a module around it, or a glob."""
+    """Returns whether a pattern means a layer: its full name, the end of it, the path of a module around it, or a glob."""
     bare = name.split("[")[0]
     return (
         pattern in (name, bare)

@@ -195,7 +195,7 @@ def _by_depth(blocks: Iterable[str]) -> list[str]:
 
 
 def _in_order(rows: Iterable[Mapping[str, Cell]]) -> list[str]:
-    """All projections, each where its own blocks have it: attention kinds that take turns stand side by side."""
+    """Returns the names of all projections, each where its own blocks have it: attention kinds that take turns stand side by side."""
     order: list[str] = []
     for row in rows:
         position = 0

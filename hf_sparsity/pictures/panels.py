@@ -89,7 +89,7 @@ class Picture:
 
     @property
     def numbered(self) -> bool:
-        """Whether there is room for numbers in the cells."""
+        """True if there is room for numbers in the cells."""
         return self.blocks <= NUMBERED
 
 
@@ -145,7 +145,7 @@ def sparsities(title: str, grid: Grid, low: float, high: float) -> Heat:
 
 
 def describe(cell: Cell) -> str:
-    """All there is to say about a cell."""
+    """Returns all there is to say about a cell."""
     parts = [] if cell.reached is None else [f"reached {100 * cell.reached:.2f} %"]
     parts.append(f"planned {100 * cell.planned:.2f} %")
     if cell.measure is not None:
@@ -214,7 +214,7 @@ def cells(grid: Grid, show: Callable[[str, str, Cell], Shown | None]) -> list[li
 
 
 def tells(grid: Grid) -> bool:
-    """Whether the measures differ, and can be drawn; an allocator that looks at nothing has zeros, or none."""
+    """Returns whether the measures differ, and can be drawn; an allocator that looks at nothing has zeros, or none."""
     values = [value for row in grid.measures.values() for value in row]
     return bool(values) and max(map(abs, values)) < 1e300 and not math.isclose(min(values), max(values))
 
@@ -283,7 +283,7 @@ def _reached(grid: Grid) -> float:
 
 
 def place_name(block: str, projection: str) -> str:
-    """Of a cell, for people."""
+    """Returns the name of a cell for people."""
     return f"{clean(block)} {clean(projection)}".strip()
 
 

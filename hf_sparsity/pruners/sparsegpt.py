@@ -83,7 +83,7 @@ class SparseGPT(Pruner):
         return torch.cat([~choose(layer, scores[:, b:e], begin=b) for b, e in blocks], dim=1)
 
     def compared_within(self, layer: Layer) -> Cells | None:
-        """All rows of `block_size` columns, or the base class' groups."""
+        """Returns all rows of `block_size` columns as one cell, or the base class' groups."""
         return super().compared_within(layer) if layer.pattern.group else Cells(self.block_size, across_rows=True)
 
     def prune(self, layer: Layer) -> Tensor:
@@ -164,7 +164,7 @@ def solve(layers: Sequence[Layer], hessian: Tensor, *, damping: float = 0.01, bl
 
 
 def prunes(layer: Layer) -> bool:
-    """Whether the plan takes anything from this layer; `ValueError` for a pattern that cannot be met."""
+    """Returns whether the plan takes anything from this layer; `ValueError` for a pattern that cannot be met."""
     kept, group, width = layer.pattern.kept, layer.pattern.group, layer.weight.shape[1]
     if group is None:
         return layer.sparsity > 0 if layer.rows is None else bool(torch.as_tensor(layer.counts).any())
@@ -210,7 +210,7 @@ def sweep(base: Tensor, factor: Tensor, scale: Tensor, layers: Sequence[Layer], 
 
 
 def ahead(factor: Tensor, move: Tensor) -> Tensor:
-    """How far columns have moved before the first of them is pruned, each also following those to its left.
+    """Returns how far columns have moved before the first of them is pruned, each also following those to its left.
 
     `factor`: `[columns, columns]`, as in `sweep`. `move`: `[columns, rows]`, what comes from before.
     """
@@ -243,7 +243,7 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def choose(layer: Layer, scores: Tensor, *, begin: int) -> Tensor:
-    """Which weights of the columns from `begin` on go; `scores` and result (bool, True = pruned) `[out, columns]`.
+    """Returns which weights of the columns from `begin` on go; `scores` and result (bool, True = pruned) `[out, columns]`.
 
     A single threshold is inclusive, at index `int(n * sparsity)` of the sorted scores, as in the
     authors' code: one more than that goes, and all ties. Row counts are spread by rounding down

@@ -38,7 +38,7 @@ STREAMS = 7
 
 @dataclass(frozen=True)
 class BlockReconstruction:
-    """How the surviving weights of each half-block are trained, by Adam, in float32.
+    """Options for training the surviving weights of each half-block, by Adam, in float32.
 
     Args:
         epochs: passes over the training sequences, at most; one step a calibration batch.

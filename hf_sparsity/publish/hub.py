@@ -143,7 +143,7 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All but leftovers, sorted; links to folders are yielded, not entered."""
+    """Yields all files but leftovers, sorted; links to folders are yielded, not entered."""
     for path in sorted(folder.iterdir()):
         if _LEFTOVERS.fullmatch(path.name):
             continue
@@ -206,6 +206,6 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _said(error: BaseException) -> str:
-    """In one line, what the server or the connection said."""
+    """Returns in one line what the server or the connection said."""
     root = _root(error)
     return " ".join((getattr(root, "server_message", None) or str(root) or type(root).__name__).split())

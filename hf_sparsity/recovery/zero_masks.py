@@ -147,7 +147,7 @@ class ZeroMasks:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this process has only a part of the weights."""
+        """True if this process has only a part of the weights."""
         return any(isinstance(mask.parameter, DTensor) for mask in self.parameters.values())
 
     @torch.no_grad()

@@ -65,7 +65,7 @@ class Gradients:
             self._hooks[name] = parameter.register_post_accumulate_grad_hook(taker)
 
     def release(self) -> None:
-        """Stops watching."""
+        """Removes the hooks from the model."""
         for hook in self._hooks.values():
             hook.remove()
 

@@ -32,7 +32,7 @@ class _Stop(BaseException):
 
 @dataclass
 class Arrival:
-    """All batches stand at block `index`; the driver runs the block on each and lets it go, in any order.
+    """The moment when all batches stand at block `index`; the driver runs the block on each and lets it go, in any order.
 
     `calls[b]`: the arguments with which batch b calls the block, empty once it has gone.
     """
@@ -155,7 +155,7 @@ class _Walk:
         self.advance(number)
 
     def stop(self) -> None:
-        """Ends all threads."""
+        """Ends the threads of all batches."""
         self._stopping = True
         for worker, thread in zip(self.workers, self._threads, strict=True):
             if thread.ident is not None:

@@ -68,7 +68,7 @@ class Operands:
 
 
 def shown_transposed(operand: Tensor, parameter: Tensor) -> bool:
-    """Whether the product saw the parameter's last two dimensions exchanged."""
+    """Returns whether the product saw the parameter's last two dimensions exchanged."""
     return operand.stride()[-2:] != parameter.stride()[-2:]
 
 

@@ -25,7 +25,7 @@ Step = TypeVar("Step", bound=Any)
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How a pass is carried out.
+    """Options of a pass through the model.
 
     Args:
         processes: those that share the work.

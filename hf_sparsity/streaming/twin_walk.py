@@ -20,7 +20,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TwinWalk:
-    """All batches at one block, each of them twice: behind the pruned blocks and, beside it, behind the dense ones.
+    """A walk of all batches through one block, each of them twice: behind the pruned blocks and, beside it, behind the dense ones.
 
     A batch has the same number, from 0 to `count - 1`, in both walks.
     """

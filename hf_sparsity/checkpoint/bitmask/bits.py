@@ -41,7 +41,7 @@ def mark(flat: Tensor, bits: Tensor) -> int:
 
 
 def count(bits: Tensor) -> int:
-    """How many bits are set."""
+    """Returns the number of bits that are set."""
     if (loops := _loops(bits)) is not None:
         return loops.count(bits)
     return int(_count_bits(bits)[1].sum())
@@ -137,7 +137,7 @@ def _clear(bits: Tensor, weights: int) -> None:
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each of the 256 bytes, in the bytes of one number: int32, see `expand`; int64, its eight bits, 0 or 1 each.
+    """Returns two tables over the 256 values of a byte: int32, see `expand`; int64, its eight bits, 0 or 1 each.
 
     The first: for weights 0 and 1, 2 and 3, … which of the byte's values is the first that either has, from 1 on; one
     less where only the second weight has a value, so that this is the second of the pair.
@@ -207,7 +207,7 @@ def compress(flat: Tensor, bits: Tensor, values: Tensor) -> None:
 
 
 def _loops(flat: Tensor) -> Kernels | None:
-    """None also for what has no memory on the CPU: empty, fake or functional tensors."""
+    """Returns the compiled loops; None also for what has no memory on the CPU: empty, fake or functional tensors."""
     return kernels(flat.element_size()) if flat.device.type == "cpu" and flat.data_ptr() else None
 
 

@@ -85,7 +85,7 @@ class Header:
 
     @property
     def size(self) -> int:
-        """Number of weights."""
+        """The number of weights of the matrix."""
         return math.prod(self.shape)
 
     @property
@@ -106,7 +106,7 @@ class Header:
         return HEADER + padded(self.which_bytes) + padded(self.values * self.dtype.itemsize)
 
     def to_bytes(self, check: bytes = bytes(8)) -> bytes:
-        """The 64 bytes."""
+        """Returns the header as 64 bytes."""
         kept, group = self.group or (0, 0)
         shape = (*self.shape, 0)[:3]
         code = DTYPES.index(self.dtype)
@@ -116,7 +116,7 @@ class Header:
 
 
 def pack(weight: Tensor, *, group: tuple[int, int] | None = None, swapped: bool = False) -> Tensor:
-    """Packs a matrix.
+    """Returns a matrix as one packed string of bytes.
 
     Args:
         weight: `[out, in]` or `[experts, out, in]`, of a dtype in `DTYPES`.
@@ -199,7 +199,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def packed_bytes(weight: Tensor) -> int:
-    """At most how long `pack(weight)` is, in bytes, from the number of its zeros alone."""
+    """Returns an upper bound of the length of `pack(weight)`, in bytes, from the number of its zeros alone."""
     kept = int(torch.count_nonzero(_integers(weight.detach())))
     return Header(tuple(weight.shape), weight.dtype, None, False, kept).total_bytes
 
@@ -233,7 +233,7 @@ def _share(values: Tensor, ends: list[int], start: int) -> Tensor:
 
 
 def _integers(weight: Tensor) -> Tensor:
-    """All elements in order, as integers of their size."""
+    """Returns all elements in order, as integers of their size."""
     return weight.contiguous().view(-1).view(_INTEGERS[weight.element_size()])
 
 

@@ -106,7 +106,7 @@ end:
 
 
 class Kernels(NamedTuple):
-    """For elements of one size; all take integers on the CPU, contiguous, and release Python's lock.
+    """The compiled loops for elements of one size; all take integers on the CPU, contiguous, and release Python's lock.
 
     `count(bits)`: how many are set, of whole words of 8 bytes, at least one. `mark(bits, wide)`: sets the bits of the
     elements that are not zero. `expand(bits, wide, narrow)`: `wide` = the next of `narrow` where a bit is set, 0
@@ -194,7 +194,7 @@ def _compiled() -> Any:
 
 
 def _source() -> str:
-    """All loops, for elements of 1, 2, 4 and 8 bytes."""
+    """Returns the source of all loops, for elements of 1, 2, 4 and 8 bytes."""
     declared = [f"declare i64 @llvm.x86.bmi.{name}.64(i64, i64)\n" for name in ("pdep", "pext")]
     parts = [*declared, "declare i64 @llvm.ctpop.i64(i64)\n", _COUNT]
     for size in (1, 2, 4, 8):

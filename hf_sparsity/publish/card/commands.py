@@ -34,12 +34,12 @@ def commands(facts: Facts) -> list[list[str]]:
 
 
 def as_text(made: list[list[str]]) -> str:
-    """For a shell, a line each."""
+    """Returns the commands as text for a shell, a line each."""
     return "\n".join(" ".join(shlex.quote("".join(c if c.isprintable() else " " for c in w)) for w in c) for c in made)
 
 
 def is_expressible(facts: Facts) -> bool:
-    """Whether the command line can say everything that the plan's config says."""
+    """Returns whether the command line can say everything that the plan's config says."""
     return all(_algorithm(role, facts.plan.config.get(role)) is not None for role in TABLES)
 
 

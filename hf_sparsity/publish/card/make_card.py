@@ -195,7 +195,7 @@ def _pipeline(config: Mapping[str, Any]) -> str | None:
 
 
 def _draw(facts: Facts, file: Path) -> bool:
-    """Whether the picture could be drawn: not without matplotlib, nor for more blocks than anyone can look at."""
+    """Returns whether the picture could be drawn: not without matplotlib, nor for more blocks than anyone can look at."""
     try:
         draw_card(facts.plan, facts.report, file)
     except ValueError:

@@ -50,7 +50,7 @@ class Facts:
 
     @property
     def packed(self) -> bool:
-        """Whether the folder's files are in the bitmask layout."""
+        """True if the folder's files are in the bitmask layout."""
         return field(self.config, "quantization_config", "quant_method") == METHOD
 
     @property
@@ -72,7 +72,7 @@ class Facts:
 
     @property
     def reconstructed(self) -> bool:
-        """Whether the weights that are left were trained block by block while the model was pruned."""
+        """True if the weights that are left were trained block by block while the model was pruned."""
         return bool(self.pruned.get("reconstruction"))
 
     @property
@@ -89,7 +89,7 @@ class Facts:
 
     @property
     def is_demo(self) -> bool:
-        """Whether the dense model is the one inside the package."""
+        """True if the dense model is the one inside the package."""
         given = str(self.plan.model.get("name") or "")
         return given == DEMO or Path(given).parts[-2:] == ("hf_sparsity", DEMO)
 
@@ -165,7 +165,7 @@ def field(entry: Any, *path: str) -> Any:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a name is `owner/model` and no folder here."""
+    """Returns whether a name is `owner/model` and no folder here."""
     return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not Path(text).exists()
 
 

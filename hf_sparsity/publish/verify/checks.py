@@ -127,7 +127,7 @@ def zeros(known: Known) -> list[Finding]:
 
 
 def pattern(known: Known) -> list[Finding]:
-    """In a layer with a pattern N:M no group of M consecutive inputs keeps more than N."""
+    """Checks that in a layer with a pattern N:M no group of M consecutive inputs keeps more than N."""
     named = {n: x.pattern for n, x in known.plan.layers.items() if ":" in x.pattern and n in known.seen.facts}
     if not named:
         return [Finding(PATTERN, NOT_APPLICABLE, "", "no layer has a pattern N:M")]

@@ -20,17 +20,17 @@ def expected(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> 
 
 
 def lost(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> bool:
-    """Whether zeros are gone."""
+    """Returns whether zeros are gone."""
     return facts.zeros < expected(plan, facts, report)[0]
 
 
 def gained(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> bool:
-    """Whether there are more zeros than there should be."""
+    """Returns whether there are more zeros than there should be."""
     return facts.zeros > expected(plan, facts, report)[1]
 
 
 def moved(facts: LayerFacts, report: LayerReport | None) -> bool:
-    """Whether equally many zeros are in other places."""
+    """Returns whether equally many zeros are in other places."""
     known = report is not None and report.mask is not None and report.zeros == facts.zeros
     return known and report is not None and report.mask != facts.mask
 

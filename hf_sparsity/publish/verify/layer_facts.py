@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """Of `size` weights in rows of `width`, `zeros` are zero, at the places that `mask` is the hash of.
+    """What a look at one layer's weights tells: `size` weights in rows of `width`, of which `zeros` are zero; `mask` is the hash of their places.
 
     `crowded`: groups of the pattern with more weights than it keeps, of `groups` (0: unstructured, or a width that the
     groups do not divide). `on_grid`: the values are so few that they must have been rounded.
@@ -50,7 +50,7 @@ def look(weight: Tensor, pattern: Pattern) -> LayerFacts:
 
 
 def is_on_grid(weight: Tensor) -> bool:
-    """Whether the values of a weight `[out, in]` were rounded to few: over all of it, by row, or by 128 inputs.
+    """Returns whether the values of a weight `[out, in]` were rounded to few: over all of it, by row, or by 128 inputs.
 
     A sample of rows is looked at, and most of its parts must agree.
     """
@@ -64,7 +64,7 @@ def is_on_grid(weight: Tensor) -> bool:
 
 
 def _few_values(part: Tensor) -> bool:
-    """At most 256 values, each taken twice on average, and under half of those that the dtype has in their range.
+    """Returns whether there are at most 256 values, each taken twice on average, and under half of those that the dtype has in their range.
 
     The last condition is for bf16, which has only 128 magnitudes between a number and its double.
     """

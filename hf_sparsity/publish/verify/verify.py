@@ -41,7 +41,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether no check failed."""
+        """True if no check failed."""
         return not self.failed
 
     @property
@@ -50,7 +50,7 @@ class Verification:
         return [finding for finding in self.findings if finding.status == checks.FAILED]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns the checks as plain JSON types."""
         return {
             "ok": self.ok,
             "folder": self.folder,
@@ -173,13 +173,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _how(model: PreTrainedModel, dense: PreTrainedModel) -> str:
-    """In which dtype the two are compared."""
+    """Says in which dtype the two are compared."""
     ours, theirs = (str(one.dtype).removeprefix("torch.") for one in (model, dense))
     return f"in {ours}" if ours == theirs else f"in {ours}, to which the dense ones ({theirs}) were cast"
 
 
 def _trained(path: Path) -> str:
-    """How the weights that are left were trained on purpose, by the config; "" if they were not."""
+    """Says how the weights that are left were trained on purpose, as the config has it; "" if they were not."""
     known = read_json(path / CONFIG_NAME)["sparsity_config"]
     recovered, pruned = known.get("recovered"), known.get("pruned")
     if isinstance(recovered, Mapping):
