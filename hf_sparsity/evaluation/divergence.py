@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,13 +27,13 @@ from ..model.offload import onload
 from ..streaming.forward import drive
 from ..streaming.lockstep import lockstep
 from .perplexity import LOGITS
+from .token_scores import token_scores
 
 logger = logging.getLogger(__name__)
 
 TOGETHER = 2048  # tokens of one forward pass: enough to keep the products busy
 WORST = 1e4  # nats: finite, so that plans can still be told apart and written down
 HIGHEST = 700.0  # nats whose perplexity is still a number
-POSITIONS = 2**23  # numbers of the logits that are compared at a time
 
 SequenceSums = list[list[float]]  # (summed KL, summed loss, tokens) of each sequence
 
@@ -159,7 +158,7 @@ def joined(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def compared(batch: Batch, dense: Tensor, logits: Tensor) -> SequenceSums:
-    """(summed KL(dense | model), summed loss of the next token, tokens) of each sequence; see `by_token`."""
+    """Returns (summed KL(dense ‖ model), summed loss, predictions) of each sequence that has any; see `by_token`."""
     kl, loss, real = by_token(batch, dense, logits)
     return [
         row for row in torch.stack([(kl * real).sum(1), (loss * real).sum(1), real.sum(1)], dim=1).tolist() if row[2]
@@ -167,24 +166,16 @@ def compared(batch: Batch, dense: Tensor, logits: Tensor) -> SequenceSums:
 
 
 def by_token(batch: Batch, dense: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL(dense | model), loss of the next token, 1 or for padding 0) of each prediction, float64 `[sequences, tokens - 1]`.
+    """Returns (KL(dense ‖ model), loss of the next token, 1 or for padding 0) of each prediction.
 
-    `dense`, `logits`: `[sequences, tokens, vocabulary]`. In nats, from float32; gradients pass. A token that the model
-    knows nothing of, because it overflows or excludes what comes, counts 10,000.
+    In nats, float64 `[sequences, tokens - 1]`, from float32; gradients pass. A token that the model cannot predict,
+    because its logits overflow or exclude it, counts `WORST`.
+
+    Args:
+        dense: logits of the dense model, `[sequences, tokens, vocabulary]`.
+        logits: those of the model to judge, of the same shape.
     """
-    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-    if ids is None:
-        raise ValueError("plans are judged on text: batches with input_ids are expected")
-    targets = ids[:, 1:].to(logits.device)
-    real = torch.ones_like(targets, dtype=torch.float64)
-    if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
-        real = batch["attention_mask"][:, 1:].to(real)
-    flat = [part[:, :-1].flatten(0, 1) for part in (dense, logits)]
-    size = max(1, POSITIONS // logits.shape[-1])
-    kl, loss = [], []
-    for a, b, target in zip(*(part.split(size) for part in (*flat, targets.flatten())), strict=True):
-        a, b = (F.log_softmax(one.float(), dim=-1).clamp(min=-WORST) for one in (a, b))
-        kl.append(F.kl_div(b, a, log_target=True, reduction="none").sum(-1))
-        loss.append(F.nll_loss(b, target, reduction="none"))
-    first, second = (torch.cat(part).double().nan_to_num(WORST).reshape(real.shape) for part in (kl, loss))
-    return first, second, real
+    scores = token_scores(batch, logits, dense, lowest=-WORST)
+    assert scores.kl is not None
+    kl, loss = (values.double().nan_to_num(WORST) for values in (scores.kl, scores.loss))
+    return kl, loss, scores.real.double()

@@ -1,4 +1,11 @@
-"""What a model is worth: measured sparsity, perplexity, divergence from the dense model."""
+"""Perplexity of a model on windows of text, and its divergence from the dense model there.
+
+The protocol, which every command, card and table of this package means by "perplexity" (`PROTOCOL` says it in one
+sentence): the documents of a text are joined and tokenized once, without special tokens (with the tokenizer's own for
+the papers' three texts, see `texts.py`); the ids are cut into windows of one length that do not overlap, and what is
+left at the end is dropped; each window is run by itself, without a token before it, and predicts all its tokens but
+the first; perplexity is exp of the mean loss over all predictions. The dense model is scored on the same windows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -17,17 +23,22 @@ from ..calibration.batches import prepare_batches
 from ..model.accepted import check_kind
 from ..model.classes import require_next_token, text_config
 from ..model.inference import Batch, evaluating
+from .token_scores import token_scores
 
 Array = np.ndarray[Any, Any]
 
-LOGITS = 2**25  # numbers in one batch's logits while evaluating: 128 MiB in float32
+LOGITS = 2**25  # numbers in one batch's logits while evaluating, 128 MiB in float32
+PROTOCOL = (
+    "joined text, tokenized once, cut into windows of one length that do not overlap; each window is run by itself and "
+    "predicts all its tokens but the first"
+)
 
 
 @dataclass(frozen=True)
 class Quality:
     """What `evaluate_text` measured over `tokens` predictions.
 
-    `perplexity` per token. Against a reference model: `kl`, the mean divergence KL(reference ‖ model) in
+    `perplexity` as `PROTOCOL` says. Against a reference model: `kl`, the mean divergence KL(reference ‖ model) in
     nats per token, and `top1`, the share of positions where both rank the same token first.
     """
 
@@ -39,7 +50,7 @@ class Quality:
 
 
 def evaluate_text(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> Quality:
-    """Perplexity over windows, and divergence from a reference model.
+    """Measures perplexity over windows, and divergence from a reference model.
 
     Args:
         ids: `[windows, tokens]`, each window scored by itself on its `tokens - 1` predictions: the papers'
@@ -47,7 +58,8 @@ def evaluate_text(model: PreTrainedModel, ids: Tensor, reference: PreTrainedMode
         reference: the dense model, of the same vocabulary.
 
     Raises:
-        ValueError: a model that does not predict the next token of the text it reads.
+        ValueError: a model that does not predict the next token of the text it reads; ids outside the vocabulary, windows
+            longer than the model's positions, models of different vocabularies.
     """
     scores = score_windows(model, ids, reference)
     tokens = int(scores.predictions.sum())
@@ -91,53 +103,28 @@ def score_windows(model: PreTrainedModel, ids: Tensor, reference: PreTrainedMode
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=None, leave=False):
             logits = model(**batch, use_cache=False).logits
-            losses, counts = _sequence_losses(batch, logits)
-            columns.append([counts, losses])
+            dense = None
             if reference is not None:
                 with evaluating(reference):
                     dense = reference(**{k: v.to(reference.device) for k, v in batch.items()}, use_cache=False).logits
-                columns[-1].append(_sequence_losses(batch, dense)[0])
-                columns[-1] += _sequence_divergences(dense[:, :-1], logits[:, :-1])
+            scores = token_scores(batch, logits, dense, ranks=True)
+            columns.append([scores.real.sum(1).cpu().double(), scores.sums(scores.loss)])
+            if dense is not None and scores.kl is not None and scores.same is not None:
+                columns[-1].append(next_token_losses(batch, dense)[0])
+                columns[-1] += [scores.sums(scores.kl), scores.sums(scores.same)]
     return WindowScores(*(torch.cat(column).numpy() for column in zip(*columns, strict=True)))
 
 
+def next_token_losses(batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (summed cross-entropy in nats, number of predictions) of each sequence, float64, padding excluded."""
+    scores = token_scores(batch, logits)
+    return scores.sums(scores.loss), scores.real.sum(1).cpu().double()
+
+
 def next_token_loss(batch: Batch, logits: Tensor) -> tuple[float, int]:
-    """(summed cross-entropy in nats, number of predictions) of a batch's next tokens, padding excluded."""
-    losses, counts = _sequence_losses(batch, logits)
+    """Returns (summed cross-entropy in nats, number of predictions) of a batch, padding excluded."""
+    losses, counts = next_token_losses(batch, logits)
     return float(losses.sum()), int(counts.sum())
-
-
-def _sequence_losses(batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`next_token_loss` of each sequence, float64 on the CPU."""
-    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-    if ids is None:
-        raise ValueError("a loss needs text: batches with input_ids")
-    targets = ids[:, 1:].to(logits.device)
-    if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
-        targets = targets.masked_fill(batch["attention_mask"][:, 1:].to(logits.device) == 0, -100)
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100
-    )
-    return losses.view(targets.shape).sum(1).cpu().double(), (targets != -100).sum(1).cpu().double()
-
-
-def divergence(reference: Tensor, logits: Tensor) -> tuple[float, float]:
-    """(summed KL(reference ‖ model) in nats, positions with the same first token), both `[sequences, tokens, vocabulary]`."""
-    kl, same = _sequence_divergences(reference, logits)
-    return float(kl.sum()), float(same.sum())
-
-
-def _sequence_divergences(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`divergence` of each sequence, float64 on the CPU."""
-    if reference.shape != logits.shape:
-        raise ValueError(
-            f"the two models have vocabularies of {reference.shape[-1]} and {logits.shape[-1]}; they cannot be compared"
-        )
-    dense = F.log_softmax(reference.to(logits.device).float(), dim=-1)
-    sparse = F.log_softmax(logits.float(), dim=-1)
-    kl = F.kl_div(sparse, dense, log_target=True, reduction="none").sum((1, 2))
-    same = (dense.argmax(-1) == sparse.argmax(-1)).sum(1)
-    return kl.cpu().double(), same.cpu().double()
 
 
 def text_windows(text: str, tokenizer: Any, length: int) -> Tensor:

@@ -18,7 +18,7 @@ from hf_sparsity.calibration.batches import prepare_batches
 from hf_sparsity.calibration.splits import Split, split_of
 from hf_sparsity.core.masks import keep_rows
 from hf_sparsity.distributed import Processes
-from hf_sparsity.evaluation import divergence as judging
+from hf_sparsity.evaluation import token_scores
 from hf_sparsity.evaluation.divergence import DenseReference, PlanScores, compared, masked
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.planning.race.candidates import Candidate, allocators, measurement_key, mixtures
@@ -140,7 +140,7 @@ def test_long_text_is_compared_in_parts(monkeypatch):
     ids = texts(3, 20)
     dense, sparse = torch.randn(3, 20, 120), torch.randn(3, 20, 120)
     whole = compared({"input_ids": ids}, dense, sparse)
-    monkeypatch.setattr(judging, "POSITIONS", 120 * 7)
+    monkeypatch.setattr(token_scores, "POSITIONS", 120 * 7)
     assert torch.allclose(torch.tensor(compared({"input_ids": ids}, dense, sparse)), torch.tensor(whole))
 
 
