@@ -1,46 +1,30 @@
-"""Texts, files or datasets -> the same token batches every time."""
+"""Calibration data in every form that people have them become the same token batches every time."""
 
 from __future__ import annotations
 
 import logging
 import math
-import operator
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model.classes import text_config
 from ..model.loading import find_tokenizer
+from . import chats
+from .documents import IDS, find_column, read_documents
 from .mixture import LEAST, SELF, Mixture, Source, counts, interleaved, names, sources_in
+from .positions import LENGTH, check_length, default_length
+from .reading import as_dataset, column_of_texts, load
 from .sequences import packed_rows, random_windows
 
 logger = logging.getLogger(__name__)
 
 SEQUENCES = 128  # the papers' number
-LENGTH = 2048  # and length, or the model's limit if that is smaller
-_COLUMNS = ("messages", "conversations", "text", "content")
-
-# Short names of the papers' datasets: path, configuration and files for datasets.load_dataset.
-_SHORT_NAMES: dict[str, dict[str, Any]] = {
-    "c4": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "streaming": True},
-    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
-}
-_SHORT_NAMES["wikitext-2"] = _SHORT_NAMES["wikitext2"]
-_BUILDERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".py": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
 
 
 @overload
@@ -81,35 +65,44 @@ def calibration_batches(
     packing: str = "full",
     model: Any = None,
 ) -> Tensor | Mixture:
-    """Token ids `[sequences, length]`, int64; the same arguments give the same ids. Of several sources, a `Mixture`.
+    """Returns token ids `[sequences, length]`, int64; the same arguments give the same ids. Of several sources, a `Mixture`.
 
-    Of a mix each source gives its share of the sequences, the ones that it would give alone, and any stretch of them
-    holds the mix. A source that has too little text is an error.
+    In a mix each source gives its share of the sequences, the same that it would give alone, and any stretch of the mix
+    holds all sources in their shares. A source that has too little text is an error.
 
     Args:
-        data: a list of texts (or of chats, lists of `{"role", "content"}`); a `datasets` dataset with a text or messages
-            column, streaming too; a local text, jsonl, json, csv or parquet file; token ids, a tensor `[n, t]` or lists;
-            a Hub dataset's name, `"c4"` and `"wikitext2"` for short; `"self"` for samples of the model (a file of that
-            name is `"./self"`); a list of `Source`, or of dicts of their fields, for a mix.
-        tokenizer: needed unless `data` are token ids. Chats go through its chat template.
+        data: texts, chats or token ids in any form:
+            a list of texts, or of chats (lists of `{"role", "content", ...}` or ShareGPT's `{"from", "value"}`);
+            a dataset of 🤗 Datasets, streaming too, a `DatasetDict`, a pandas or polars table, with a column of texts,
+            messages, prompts with completions, or `input_ids` (whose `attention_mask` says what is padding);
+            files or a list of files (text, jsonl, json, csv, tsv, parquet, also compressed), a pattern such as
+            "shards/*.jsonl", a folder; a Hub dataset's name, "name:configuration" for one of several, `"c4"` and
+            `"wikitext2"` for short, of which only what is needed is downloaded;
+            token ids, a tensor `[n, t]` or lists; `"self"` for samples of the model (a file of that name is `"./self"`);
+            a list of `Source`, or of dicts of their fields, for a mix.
+        tokenizer: needed unless `data` are token ids; or a processor. Chats go through its chat template, with the
+            `tools` of their row.
         sequences: how many; by default 128, or as many as the data give (then a warning says so).
         length: tokens in each; by default 2048 or the tokenizer's `model_max_length` if that is smaller.
         seed: of the order in which documents are drawn.
-        column: of a dataset; by default the first of messages, conversations, text, content.
-        split: of a Hub dataset.
+        column: of a dataset; by default the first of messages, conversations, text, content, input_ids.
+        split: of a dataset that has several; "train+validation" joins two.
         packing: `"full"` joins documents, each closed by the end-of-text token, and cuts full sequences;
             `"documents"` is the papers' way: a random window of each drawn document that is longer than `length`.
-        model: for `"self"`, see `self_samples`.
+        model: for `"self"`, see `self_samples`; its positions limit `length`.
 
     Raises:
-        ValueError: nothing given, too little text for the sequences asked for, no tokenizer, no such column; a bad
-            `Source`; a model that cannot write samples.
+        ValueError: nothing given, too little text for the sequences asked for, no tokenizer, no such column or split; data
+            that cannot be read or reached; a chat that its template does not take, with the document's number; a bad
+            `Source`; a model that cannot write samples, or whose positions are fewer than `length`.
     """
     for name, value, least in (("sequences", sequences, 1), ("length", length, 2)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name}={value!r}: a whole number, at least {least}, is expected")
     if packing not in ("full", "documents"):
         raise ValueError(f"packing={packing!r}: use 'full' or 'documents'")
+    if model is not None and length is not None:
+        check_length(model, length)
     how = _Reading(tokenizer, seed, column, split, packing, model)
     mix = sources_in(data, column)
     if mix is not None and len(mix) == 1:
@@ -136,7 +129,7 @@ def calibration_batches(
 
 @dataclass(frozen=True)
 class _Reading:
-    """Options of reading: how data become rows."""
+    """The options of `calibration_batches` that say how data become rows."""
 
     tokenizer: Any
     seed: int
@@ -146,12 +139,12 @@ class _Reading:
     model: Any
 
     def of(self, source: Source) -> _Reading:
-        """Returns the options with what the source itself says."""
+        """Returns these options with what the source says itself in their place."""
         return replace(self, column=source.column or self.column, split=source.split or self.split)
 
 
 def _rows(data: Any, wanted: int, length: int, how: _Reading) -> Tensor:
-    """Up to `wanted` sequences of one source."""
+    """Returns up to `wanted` sequences of one source, `[n, length]`."""
     if isinstance(data, Tensor):
         return _from_tensor(data, None, length)[:wanted]
     if isinstance(data, str) and data == SELF:
@@ -169,9 +162,10 @@ def _rows(data: Any, wanted: int, length: int, how: _Reading) -> Tensor:
 
 
 def _mixture(mix: Sequence[Source], wanted: int, length: int, how: _Reading) -> Mixture:
-    called, shares = names(mix), counts([one.weight for one in mix], wanted)
-    total = math.fsum(one.weight for one in mix)
-    weights = {name: one.weight / total for name, one in zip(called, mix, strict=True)}
+    """Returns the sequences of all sources, each source's share, interleaved."""
+    called, shares = names(mix), counts([source.weight for source in mix], wanted)
+    total = math.fsum(source.weight for source in mix)
+    weights = {name: source.weight / total for name, source in zip(called, mix, strict=True)}
     parts: list[Iterator[Tensor]] = []
     for source, name, count in zip(mix, called, shares, strict=True):
         try:
@@ -191,14 +185,18 @@ def _mixture(mix: Sequence[Source], wanted: int, length: int, how: _Reading) -> 
 
 
 def read_texts(source: str, *, split: str = "test", column: str | None = None) -> list[str]:
-    """Returns all documents of a local file or a Hub dataset, in order; errors as `calibration_batches`."""
-    data = _load(source, split)
+    """Returns all documents of a local file, folder or Hub dataset, in order.
+
+    Raises:
+        ValueError: it cannot be read or reached, or holds chats or token ids.
+    """
+    data = load(source, split)
     if isinstance(data, list):
         return data
-    name = _column(data, column)
-    if name not in ("messages", "conversations", "input_ids"):
-        return [text for text in data[name] if text]
-    raise ValueError(f"{source} holds chats; perplexity is measured on texts: name a text column")
+    name = find_column(data, column)
+    if name is None or name in (*chats.COLUMNS, IDS):
+        raise ValueError(f"{source} holds chats; perplexity is measured on texts: name a text column")
+    return list(column_of_texts(data, name))
 
 
 def _from_tensor(ids: Tensor, sequences: int | None, length: int | None) -> Tensor:
@@ -209,124 +207,6 @@ def _from_tensor(ids: Tensor, sequences: int | None, length: int | None) -> Tens
     return ids[:sequences, :length].to(torch.int64)
 
 
-def read_documents(
-    data: Any, tokenizer: Any, column: str | None, split: str, seed: int, rng: random.Random
-) -> Iterator[list[int]]:
-    """Token ids of one document after another, in an order drawn by seed."""
-    if isinstance(data, (str, Path)):
-        data = _load(str(data), split)
-    if isinstance(data, Mapping):
-        raise ValueError(
-            f"data has splits {', '.join(map(str, data))}: choose one, data[{next(iter(data), 'train')!r}]"
-        )
-    if hasattr(data, "column_names") or hasattr(data, "features"):
-        column = _column(data, column)
-        data = _shuffled(data, column, seed, rng)
-    elif isinstance(data, Sequence):
-        if not data:
-            raise ValueError("the calibration data are empty")
-        data = rng.sample(list(data), len(data))
-    elif not isinstance(data, Iterable):
-        raise ValueError(
-            f"calibration data of type {type(data).__name__} are not understood: give texts, a dataset, a file or token ids"
-        )
-    for document in data:
-        yield _tokens(document, tokenizer, column)
-
-
-def _shuffled(dataset: Any, column: str, seed: int, rng: random.Random) -> Iterator[Any]:
-    if not hasattr(dataset, "__len__"):  # streaming
-        for row in dataset.shuffle(seed=seed, buffer_size=1000):
-            yield row[column]
-        return
-    order = list(range(len(dataset)))
-    rng.shuffle(order)
-    for i in order:
-        yield dataset[i][column]
-
-
-def _tokens(document: Any, tokenizer: Any, column: str | None) -> list[int]:
-    if isinstance(document, Mapping):
-        key = column or next((c for c in _COLUMNS if c in document), None)
-        if key is None or key not in document:
-            raise ValueError(
-                f"a calibration document has the fields {', '.join(document)}; name the one to use: column=..."
-            )
-        document = document[key]
-    if document is None:  # datasets have such rows
-        return []
-    if hasattr(document, "tolist"):  # a tensor or an array
-        document = document.tolist()
-    if isinstance(document, (list, tuple)) and document and not isinstance(document[0], (Mapping, str)):
-        try:
-            return [operator.index(token) for token in document]
-        except TypeError:
-            raise ValueError(
-                f"a calibration document is a list of {type(document[0]).__name__}; token ids are integers"
-            ) from None
-    if tokenizer is None:
-        raise ValueError("texts need a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
-    if isinstance(document, str):
-        return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-    if isinstance(document, (list, tuple)) and all(isinstance(m, Mapping) for m in document):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "the calibration data are chats, but the tokenizer has no chat_template; give texts, or set tokenizer.chat_template"
-            )
-        chat = [{"role": m.get("role", m.get("from")), "content": m.get("content", m.get("value"))} for m in document]
-        return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
-    raise ValueError(f"a calibration document is a {type(document).__name__}; a text, a chat or token ids are expected")
-
-
-def _column(data: Any, given: str | None) -> str:
-    names = list(
-        data.column_names or data.features or next(iter(data), {})
-    )  # a stream may know none before its first row
-    if not names:
-        raise ValueError("the calibration data are empty")
-    if given is not None:
-        if given not in names:
-            raise ValueError(f"the dataset has no column {given!r}; it has {', '.join(names)}")
-        return given
-    for name in (*_COLUMNS, "input_ids"):
-        if name in names:
-            return name
-    raise ValueError(f"the dataset has the columns {', '.join(names)}; name the one with the text: column=...")
-
-
-def _load_file(path: Path) -> Any:
-    import datasets
-
-    if path.is_dir():
-        return datasets.load_from_disk(str(path))
-    if path.suffix not in _BUILDERS:
-        raise ValueError(f"one of {', '.join(_BUILDERS)} is expected")
-    if path.stat().st_size == 0:
-        raise ValueError("it is empty")
-    if _BUILDERS[path.suffix] == "text":
-        return [path.read_text(encoding="utf-8")]
-    return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
-
-
-def _load(source: str, split: str) -> Any:
-    import datasets  # a heavy import that most calls do without
-
-    path = Path(source)
-    if path.suffix in _BUILDERS or path.exists():
-        try:
-            return _load_file(path)
-        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-            cause = error.__cause__ or error  # datasets' own message is only that an error occurred
-            raise ValueError(f"calibration data {source!r} cannot be read: {cause}") from error
-    arguments = {"path": source} | _SHORT_NAMES.get(source.lower(), {}) | {"split": split}
-    try:
-        return datasets.load_dataset(**arguments)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise ValueError(
-            f"calibration data {source!r} are neither a local file nor a dataset that could be reached: {error}"
-        ) from error
-
-
 def model_batches(
     model: PreTrainedModel,
     data: Any,
@@ -335,21 +215,27 @@ def model_batches(
     source: Any,
     location: Mapping[str, Any],
 ) -> Any:
-    """Calibration data in any form -> what `prepare_batches` takes; the length is at most the model's limit."""
-    if isinstance(data, Mixture):
+    """Returns what `prepare_batches` takes, from calibration data in any form.
+
+    Batches of the model's own inputs are left as they are: a `DataLoader` (also one that accelerate prepared), a list or
+    a generator of dicts of tensors, a `Mixture`. An encoder-decoder gets the rows of a tokenized dataset with labels one
+    by one. All else goes through `calibration_batches`, at most as long as the model's positions.
+
+    Args:
+        options: further arguments of `calibration_batches`.
+        tokenizer: by default the one beside the model, at `source` and `location`.
+    """
+    if isinstance(data, (Mixture, torch.utils.data.DataLoader)):
         return data
     if isinstance(data, Tensor):
-        return calibration_batches(data, **options)
-    if (
-        isinstance(data, (list, tuple))
-        and data
-        and isinstance(data[0], Mapping)
-        and "input_ids" in data[0]
-        and not isinstance(data[0]["input_ids"], list)
-    ):
-        return data
-    if type(data).__name__ == "DataLoader":
-        return data
+        return calibration_batches(data, model=model, **options)
+    if isinstance(data, (list, tuple, Iterator)):
+        first = next(iter(data), None)
+        data = chain([] if first is None else [first], data) if isinstance(data, Iterator) else data
+        if _is_batch(first):
+            return data
+    if (rows := _labelled_rows(model, data, options)) is not None:
+        return rows
     if tokenizer is None and ((isinstance(data, str) and data == SELF) or sources_in(data, options.get("column"))):
         tokenizer = find_tokenizer(source, **location)  # samples and ids do without
     elif tokenizer is None:
@@ -362,8 +248,28 @@ def model_batches(
     return calibration_batches(data, tokenizer, model=model, **options)
 
 
-def default_length(model: PreTrainedModel, tokenizer: Any = None) -> int:
-    """2048 tokens, or the model's or tokenizer's limit if that is smaller."""
-    config = text_config(model.config)
-    limits = [LENGTH, getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    return min(int(limit) for limit in limits if limit)
+def _is_batch(one: Any) -> bool:
+    """Whether an entry is a batch for the model: a dict with tensors, arrays or nested lists of ids."""
+    if not isinstance(one, Mapping):
+        return False
+    ids = one.get(IDS)
+    if isinstance(ids, (list, tuple)):
+        return bool(ids) and isinstance(ids[0], (list, tuple))
+    return any(hasattr(value, "shape") for value in one.values())
+
+
+def _labelled_rows(model: PreTrainedModel, data: Any, options: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Returns the rows of a dataset that is made for an encoder-decoder, inputs with labels, as batches of one; else None."""
+    if not getattr(model.config, "is_encoder_decoder", False) or not isinstance(data, (Mapping, Iterable)):
+        return None
+    data = data if isinstance(data, str) else as_dataset(data, options.get("split", "train"), (IDS, "labels"))
+    columns = getattr(data, "column_names", None) or []
+    inputs = [name for name in (model.main_input_name, "attention_mask", "labels") if name in columns]
+    if not {model.main_input_name, "labels"} <= set(inputs):
+        return None
+    rows = data.shuffle(seed=options.get("seed", 0)).select_columns(inputs)
+    count = options.get("sequences") or SEQUENCES
+    return [
+        {name: torch.as_tensor(value)[None] for name, value in row.items() if value is not None}
+        for _, row in zip(range(count), rows, strict=False)
+    ]

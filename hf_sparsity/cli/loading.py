@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .. import demo as demo_model
-from ..calibration.calibration import calibration_batches, default_length
+from ..calibration.calibration import calibration_batches
 from ..calibration.mixture import Source
+from ..calibration.positions import default_length
 from ..checkpoint.streamed import open_streamed
 from ..config import SparsityConfig
 from ..model.loading import find_tokenizer, load_model

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..calibration.batches import data_fingerprint as data_fingerprint
-from ..calibration.calibration import default_length
+from ..calibration.positions import check_length, default_length
 from ..files import check_finished
 from ..model.accepted import check_kind
 from ..model.classes import location_of, require_next_token
@@ -113,6 +113,8 @@ def evaluate(
         require_next_token(judged, "evaluation", decoder_only=bool(texts))
     bootstrap = {"resamples": resamples, "seed": seed}
     length = length or default_length(model, tokenizer)
+    for one in (model, reference[1]) if reference is not None else (model,):
+        check_length(one, length)
     measured = [_measure(model, cut(text, tokenizer, length, windows), reference, **bootstrap) for text in read]
     metrics = _record(folder, Metrics(texts=tuple(measured)))
     if isinstance(tasks, Tasks):

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..calibration.batches import data_fingerprint, prepare_batches
-from ..calibration.calibration import calibration_batches, default_length, read_documents
+from ..calibration.calibration import calibration_batches
+from ..calibration.documents import read_documents
 from ..calibration.mixture import SELF, Mixture, sources_in
+from ..calibration.positions import default_length
 from ..calibration.sequences import packed_rows
 from ..model.accepted import check_model
 from ..model.classes import require_next_token, text_config

@@ -323,7 +323,7 @@ def test_bad_options(tokenizer, arguments, says):
         (7, "of type int are not understood"),
         ({"train": ["a"]}, r"splits train: choose one, data\['train'\]"),
         ([["a", "b"]], "a text, a chat or token ids are expected"),
-        ([1, 2, 3], "a calibration document is a int"),
+        ([1, 2, 3], "calibration document 1: it is a int"),
         ([[0.5, 1.5]], "list of float; token ids are integers"),
         ([{"title": "a"}], "fields title; name the one to use"),
         (torch.ones(4, 8), r"must be integers \[sequences, tokens\], not torch.float32 \[4, 8\]"),
