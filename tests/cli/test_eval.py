@@ -80,7 +80,7 @@ def test_the_embedded_model_brings_its_text(capsys):
         ([], "--text or --tasks is missing"),
         (["--text", "wikitext2"], "wikitext2 could not be reached"),
         (["--text", "none.txt"], "none.txt"),
-        (["--text", __file__, "--length", "100000"], "fewer than one window of 100000"),
+        (["--text", __file__, "--length", "100000"], "longer than the 128 positions"),
         (["--text", __file__, "--length", "16", "--windows", "0"], "windows is 0; at least 1"),
         (["--text", "text.jsonl", "--column", "words"], "words"),
         (["--tasks", "x", "--include-path", "none"], "'none' is not a folder"),
