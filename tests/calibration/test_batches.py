@@ -42,12 +42,12 @@ def tiny_bart(**changes):
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_labels_become_the_decoders_inputs_as_in_training(name):
     model = tiny("t5") if name == "t5" else tiny_bart()
-    batch = {"input_ids": ids([5, 6, 7, 8], [9, 10, 11, 12]), "labels": ids([20, 21, 22], [30, 31, -100])}
+    batch = {"input_ids": ids([5, 6, 7, 8], [9, 10, 11, 12]), "labels": ids([20, 21, 22], [30, -100, -100])}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     first, second = prepare_batches(model, [batch])
     start = model.config.decoder_start_token_id
     assert first["input_ids"].tolist() == [[5, 6, 7, 8]] and first["decoder_input_ids"].tolist() == [[start, 20, 21]]
-    assert second["decoder_input_ids"].tolist() == [[start, 30, 31]], "the start stands before the first label"
+    assert second["decoder_input_ids"].tolist() == [[start, 30]], "the start stands before the first label"
     assert set(first) == set(second) == {"input_ids", "decoder_input_ids"}
 
 
@@ -106,8 +106,10 @@ def test_a_row_of_a_dataset_is_a_batch_of_one():
 
 
 def test_an_input_that_the_model_has_not_is_said():
+    model = tiny("llama")
+    model.forward = lambda input_ids=None, attention_mask=None: None
     with pytest.raises(ValueError, match="batch 0: the model has no input 'input_id'; its inputs are input_ids"):
-        prepare_batches(tiny("t5"), [{"input_id": ids([5, 6]), "input_ids": ids([5, 6])}])
+        prepare_batches(model, [{"input_id": ids([5, 6]), "input_ids": ids([5, 6])}])
 
 
 @pytest.mark.parametrize("form", ["generator", "loader", "accelerate"])
@@ -199,7 +201,7 @@ def test_too_long_is_said_before_any_work():
         match="129 tokens are longer than the 128 positions of GPT2LMHeadModel; give a length of at most 128",
     ):
         make_plan(model, SparsityConfig(0.5, allocator="race"), torch.full((8, 129), 5))
-    with pytest.raises(ValueError, match="config.max_position_embeddings if the model can do more"):
+    with pytest.raises(ValueError, match=r"config.max_position_embeddings if the model can do more"):
         model_batches(tiny("llama"), ["text"], {"length": 129}, object(), None, {})
     padded = {"input_ids": torch.full((1, 129), 5), "attention_mask": torch.tensor([[0] + [1] * 128])}
     assert len(prepare_batches(model, [padded])) == 1, "what is padding takes no position"
