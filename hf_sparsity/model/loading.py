@@ -53,5 +53,5 @@ def find_tokenizer(source: str | os.PathLike[str], **location: Any) -> Any:
     """Returns the checkpoint's tokenizer, or None where it has none: a model can be pruned by its weights alone."""
     try:
         return AutoTokenizer.from_pretrained(source, **location)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # the last: a tokenizer of this model's kind opens None for a missing file
         return None

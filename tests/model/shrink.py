@@ -157,3 +157,77 @@ def shrunk(config_class):
         except Exception:
             continue
     return None
+
+
+# Attributes of the configs of towers that see or hear, beside those in `SMALL`.
+SMALL_TOWER = {
+    "depth": LAYERS,
+    "image_size": 32,
+    "patch_size": 8,
+    "out_hidden_size": 64,
+    "embed_dim": 64,
+    "projection_dim": 64,
+    "encoder_attention_heads": 4,
+    "num_mel_bins": 16,
+    "max_source_positions": 50,
+    "max_target_positions": 64,
+    "conv_dim": (32, 32),
+    "conv_kernel": (3, 3),
+    "conv_stride": (2, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "num_labels": 3,
+    "decoder_layers": LAYERS,
+    "num_encoder_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "num_position_embeddings": 16,
+    "output_dim": 64,
+}
+
+
+def small_config(config_class, depth=0):
+    """Keyword arguments that make a config small, its parts included; None where the class cannot be made at all."""
+    try:
+        default = config_class()
+    except Exception:
+        return None
+    accepted = (
+        set(inspect.signature(config_class.__init__).parameters) | set(vars(default)) | set(default.attribute_map)
+    )
+    small = SMALL | SMALL_TOWER
+    values = {k: v for k, v in small.items() if k in accepted and getattr(default, k, None) is not None}
+    if isinstance(getattr(default, "layer_types", None), list):
+        kinds = list(dict.fromkeys(default.layer_types))
+        values["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
+    for name, part in (getattr(config_class, "sub_configs", None) or {}).items() if depth < 3 else ():
+        sub = (
+            type(getattr(default, name, None))
+            if not hasattr(part, "model_type") or part.__name__ == "AutoConfig"
+            else part
+        )
+        inner = small_config(sub, depth + 1) if sub is not type(None) else None
+        if inner is not None:
+            values[name] = {**inner, "model_type": sub.model_type} if part.__name__ == "AutoConfig" else inner
+    return values
+
+
+def small_model(model_class):
+    """A tiny random model of a class, not run; None where these rules do not give one."""
+    values = small_config(model_class.config_class)
+    for keywords in [] if values is None else [values, {k: v for k, v in values.items() if k != "layer_types"}]:
+        try:
+            config = model_class.config_class(**keywords)
+            with torch.device("meta"):
+                if sum(p.numel() for p in model_class(config).parameters()) > LARGEST:
+                    continue
+            torch.manual_seed(0)
+            model = model_class(config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim >= 2:
+                        parameter.normal_(0, 0.08)
+            return model
+        except Exception:
+            continue
+    return None
