@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ..model.accepted import check_kind, refuse_adapters
+from ..model.identity import renew_identity
 from ..plan import Report
 from .atomic import new_folder
 from .packed_folder import check_layout, pack_into, refuse_unless_prunable
@@ -61,4 +62,6 @@ def save_sparse(
         if layout == "bitmask":
             pack_into(dense, temporary, consume=True)
             shutil.rmtree(dense)
+    if getattr(model.config, "sparsity_config", None) is not None:
+        renew_identity(model, path)
     return Path(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..plan import LARGEST_DEVIATION, LayerReport, Plan, Report
 from .accepted import check_model
-from .layers import ModelLayers, find_layers
+from .layers import ModelLayers, find_layers, matches
 from .offload import onload
 
 
@@ -62,9 +63,48 @@ def measure_sparsity(
 
 
 def model_plan(model: PreTrainedModel) -> Plan | None:
-    """Returns the plan in the model's config, or None; raises ValueError when it is malformed."""
+    """Returns the plan in the model's config, or None; raises ValueError when it is malformed.
+
+    Its layers are named as in this model, see `fit_names`.
+    """
     stored = getattr(model.config, "sparsity_config", None)
-    return None if stored is None else Plan.from_dict(stored)
+    return None if stored is None else fit_names(Plan.from_dict(stored), model)
+
+
+def fit_names(plan: Plan, model: PreTrainedModel) -> Plan:
+    """Returns the plan with its layers named as in a model that has a head where the plan's had none, or the reverse.
+
+    Models with a head call `model.layers.0` (prefix "model") what those without call `layers.0`. A plan that fits as it
+    is, or neither way, is returned unchanged.
+    """
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    first = next(iter(plan.layers)).split("[")[0]
+    if not prefix or _has(model, first):
+        return plan
+    if first.startswith(prefix) and _has(model, first.removeprefix(prefix)):
+        old, new = prefix, ""
+    elif _has(model, prefix + first):
+        old, new = "", prefix
+    else:
+        return plan
+    layers = {new + name.removeprefix(old): layer for name, layer in plan.layers.items()}
+    start = first.removeprefix(old).split(".")[0]  # patterns that begin otherwise, such as "o_proj", are no full names
+    modules = [name for name, _ in model.named_modules()]
+    config = dict(plan.config)
+    for key in ("ignore", "include"):
+        patterns = [str(pattern).removeprefix(old) for pattern in config.get(key) or ()]
+        patterns = [new + p if p.split(".")[0] == start else p for p in patterns]
+        config[key] = [p for p in patterns if any(matches(name, p) for name in modules)]  # not those of a missing head
+    return replace(plan, config=config, layers=layers)
+
+
+def _has(model: PreTrainedModel, name: str) -> bool:
+    """Returns whether a module or parameter has this name."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(model.get_submodule(owner), attribute)
+    except AttributeError:
+        return False
 
 
 def planned_layers(model: PreTrainedModel, plan: Plan | None = None) -> ModelLayers:

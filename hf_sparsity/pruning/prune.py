@@ -15,6 +15,7 @@ from ..algorithm import Pattern, Pruner
 from ..checkpoint.output import Output
 from ..distributed import share
 from ..model.fingerprint import versions
+from ..model.identity import renew_identity
 from ..plan import LayerReport, Plan, Report
 from ..planning.preparation import Prepared
 from ..streaming.fallback import check_finite, fall_back
@@ -96,6 +97,7 @@ def prune(
     evidence.measure_pruned()
     report = _report(job, layers, evidence, seconds=time.perf_counter() - start)
     model.config.sparsity_config = plan.to_dict() | {"pruned": _record(job, report, evidence)}
+    renew_identity(model, job.output.path if job.output else None)
     if job.output is not None:
         job.output.finish(model, job.run.model_layers, report, tokenizer)
     for name, note in report.notes.items():

@@ -24,7 +24,8 @@ from ..config import SparsityConfig
 from ..core.shards import is_sharded
 from ..core.stats import STATS
 from ..model.fingerprint import weights_fingerprint
-from ..model.sparsity import model_plan
+from ..model.identity import renew_identity
+from ..model.sparsity import fit_names, model_plan
 from ..plan import Plan
 from ..planning.make_plan import make_plan
 from .checks import as_plan, check_has_zeros, check_supported, fitting_layers, sparsities, unwrapped
@@ -113,6 +114,18 @@ class SparsityCallback(TrainerCallback, ExportableState):
         callbacks.insert(0, self)
 
     # ---- what the Trainer calls
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Warns trainers that load a second copy of the model by its name, as DPO's do for their reference."""
+        config = getattr(model, "config", None)
+        nameless = not getattr(config, "_name_or_path", "") and getattr(config, "sparsity_config", None)
+        if nameless and hasattr(args, "model_init_kwargs"):
+            logger.warning(
+                "the model was pruned in memory, and no folder has these weights. A trainer that loads a reference model by "
+                "name cannot find it: pass ref_model=, or save the model with save_sparse and load it from its folder"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -228,7 +241,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     # ---- the steps of on_train_begin and on_train_end
 
     def _begin_holding(self, model: PreTrainedModel, saved: Mapping[str, Any]) -> None:
-        plan = self.plan or model_plan(model)
+        plan = fit_names(self.plan, model) if self.plan else model_plan(model)
         self.masks, self.gradual = ZeroMasks(fitting_layers(model, plan).weights), None
         if saved:
             self.masks.restore(saved)
@@ -248,6 +261,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 "start < end <= the number of optimizer steps is needed"
             )
         plan = Plan.from_dict(saved["plan"]) if "plan" in saved else self.plan or self._make_plan(model)
+        plan = fit_names(plan, model)
         gradual_pruner(plan)
         self.masks = ZeroMasks(fitting_layers(model, plan).weights)
         if saved:
@@ -289,6 +303,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         plan = self.gradual.reached(step)
         pruned = {"sparsity": self.sparsity, "data": None, "versions": dict(plan.versions), "gradual": True}
         self._model.config.sparsity_config = plan.to_dict() | {"pruned": pruned}
+        renew_identity(self._model, None)
 
     def _stop(self) -> None:
         if self.masks is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..model.sparsity import model_plan
+from ..model.sparsity import fit_names, model_plan
 from ..plan import Plan
 from .checks import as_plan, check_has_zeros, check_supported, fitting_layers, unwrapped
 from .deepspeed import optimizer_of
@@ -56,7 +56,8 @@ def hold_zeros(
         if not callable(getattr(optimizer_of(each), "register_step_post_hook", None)):
             raise ValueError(f"optimizer is a {type(each).__name__}; a torch optimizer or a list of them is expected")
         check_supported(inner, None, each)
-    known = as_plan(plan) or model_plan(inner)
+    given = as_plan(plan)
+    known = fit_names(given, inner) if given else model_plan(inner)
     masks = ZeroMasks(fitting_layers(inner, known).weights)
     check_has_zeros(masks, known)
     record = TrainingRecord(inner, "own loop", {})

@@ -24,6 +24,7 @@ from ..checkpoint.zeros import REPORT_FILE, check_written
 from ..evaluation.perplexity import evaluate_text
 from ..files import MARKER
 from ..model.fingerprint import weights_fingerprint
+from ..model.identity import renew_identity
 from ..model.offload import weight_store
 from ..model.sparsity import measure_sparsity, model_plan, planned_layers
 from ..plan import Report
@@ -170,6 +171,7 @@ def _check_kept(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray
 def _write(model: Any, record: Mapping[str, Any], output: Output, tokenizer: Any) -> None:
     """Writes the folder, with `record` in the config as what was done."""
     model.config.sparsity_config = dict(model.config.sparsity_config) | {"recovered": dict(record)}
+    renew_identity(model, output.path)
     reconstructed = output.journal.folder / "model" / REPORT_FILE
     report = Report.load(reconstructed) if reconstructed.exists() else measure_sparsity(model, masks=True)
     with output.finishing(report, tokenizer) as place:
