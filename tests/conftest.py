@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+
+from hf_sparsity import demo
 
 torch.set_num_threads(1)  # the suite runs one process a core
 
@@ -55,6 +58,25 @@ def stop_after(records: int, what: str | None = "block", error: type[BaseExcepti
 def goldens() -> Path:
     """Values computed by the authors' own code."""
     return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory) -> str:
+    """A folder with the embedded model's first two blocks, in float32: bfloat16 is slow on CPUs that only emulate it."""
+    folder = tmp_path_factory.mktemp("demo")
+    model = hf.AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(folder)
+    for file in Path(demo.PATH).glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _demo_is_small(small_demo, monkeypatch):
+    """What commands call `demo` is the small one; tests of the real one override this."""
+    monkeypatch.setattr(demo, "PATH", small_demo)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_sparsity import demo
 
 
+@pytest.fixture(autouse=True)
+def _demo_is_small():
+    """It is not: this is about the whole model."""
+
+
 @pytest.fixture(scope="module")
 def splits():
     return {split: demo.texts(split) for split in ("calibration", "heldout", "training")}

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
-import subprocess
 import sys
-import traceback
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from hf_sparsity.algorithm import Layer
 from hf_sparsity.core.stats import GRAM, NORMS, SAMPLES, InputStats
@@ -21,60 +16,9 @@ from hf_sparsity.model.layers import find_layers
 from hf_sparsity.streaming.merge import merge_stats
 from hf_sparsity.streaming.observer import Collector, Operands
 from tests.conftest import tiny
+from tests.tools import FORKED, free_port, launched, several
 
 ALL = frozenset({NORMS, GRAM, SAMPLES})
-
-
-def launched(rank: int, count: int, port: int) -> dict[str, str]:
-    """What `accelerate launch` gives each process."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    lo = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    fixed = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return {name: str(value) for name, value in names.items()} | fixed | lo
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-@contextmanager
-def several(count: int = 2):
-    """`call(function, *args)` runs `function(processes, *args)` on `count` real processes, and returns what each did."""
-    context = multiprocessing.get_context("spawn")
-    port, pipes, started = free_port(), [], []
-    try:
-        for rank in range(count):
-            here, there = context.Pipe()
-            pipes.append(here)
-            started.append(context.Process(target=serve, args=(there, launched(rank, count, port)), daemon=True))
-            started[-1].start()
-
-        def call(function, *args):
-            for pipe in pipes:
-                pipe.send((function, args))
-            answers = [pipe.recv() if pipe.poll(120) else (False, "no answer") for pipe in pipes]
-            assert all(fine for fine, _ in answers), "\n".join(str(answer) for fine, answer in answers if not fine)
-            return [answer for _, answer in answers]
-
-        yield call
-    finally:
-        for process in started:
-            process.terminate()
-            process.join()
-
-
-def serve(pipe, environment):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    processes = Processes.current()
-    while True:
-        function, args = pipe.recv()
-        try:
-            pipe.send((True, function(processes, *args)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
 
 
 @pytest.fixture(scope="module")
@@ -302,36 +246,31 @@ def test_alone_nothing_is_distributed(monkeypatch):
     assert [w is weight for _, w in alone.exchange({"a": weight}, {"a": 0}, {"a": weight})] == [True]
 
 
-DYING = """
-import os
-import torch
-from accelerate import PartialState
-del os.environ["LOCAL_RANK"]  # not every launcher gives one; without it this state finds only one process
-PartialState()  # as a library may have done
-from hf_sparsity.distributed import Processes
-processes = Processes.current()
-assert processes.count == 2
-processes.wait()
-if processes.rank == 1:
-    raise ValueError("the disk is full")
-{then}
-"""
+def dying(environment, said, then):
+    """Joins the other process; that of rank 1 ends with an error, while the other waits in `then`."""
+    sys.stderr.flush()
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(environment)
+    del os.environ["LOCAL_RANK"]  # not every launcher gives one; without it this state finds only one process
+    PartialState()  # as a library may have done
+    processes = Processes.current()
+    assert processes.count == 2
+    processes.wait()
+    if processes.rank == 1:
+        raise ValueError("the disk is full")
+    processes.wait() if then == "wait" else processes.sum(torch.ones(3))
 
 
-@pytest.mark.parametrize("then", ["processes.sum(torch.ones(3))", "processes.wait()"])
-def test_when_one_process_dies_the_others_end_and_say_so(then):
-    port = free_port()
-    command = [sys.executable, "-c", DYING.format(then=then)]
+@pytest.mark.parametrize("then", ["sum", "wait"])
+def test_when_one_process_dies_the_others_end_and_say_so(then, tmp_path):
+    port, logs = free_port(), [tmp_path / f"{rank}" for rank in range(2)]
     started = [
-        subprocess.Popen(
-            command, env=os.environ | launched(rank, 2, port), stderr=subprocess.PIPE, text=True, cwd=Path.cwd()
-        )
-        for rank in range(2)
+        FORKED.Process(target=dying, args=(launched(rank, 2, port), logs[rank], then), daemon=True) for rank in range(2)
     ]
-    try:
-        said = [process.communicate(timeout=100)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode != 0 for process in started)
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(100)
+    assert [process.exitcode for process in started] == [1, 1]
+    said = [log.read_text() for log in logs]
     assert f"RuntimeError: {STOPPED}" in said[0] and "ValueError: the disk is full" in said[1]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from hf_sparsity import Plan
 from hf_sparsity.cli.main import main as command_line
-from tests.checkpoint.test_output import contents
 from tests.conftest import tiny
 from tests.launched import JOBS, run
+from tests.tools import contents
 
 ROOT = Path(__file__).parents[1]
 

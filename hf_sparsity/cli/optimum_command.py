@@ -11,8 +11,8 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import prune
-from .main import add_arguments, execute
+from hf_sparsity.cli import prune
+from hf_sparsity.cli.main import add_arguments, execute
 
 
 class SparsifyCommand(BaseOptimumCLICommand):

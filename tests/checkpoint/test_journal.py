@@ -8,7 +8,7 @@ import pytest
 
 from hf_sparsity.checkpoint.journal import Journal, remembered
 from hf_sparsity.distributed import Processes
-from tests.test_distributed import several
+from tests.tools import several
 
 ITEMS = {"a": 1, "b": 2, "c": 3, "d": 4}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 
@@ -17,28 +16,22 @@ from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.files import MARKER
 from hf_sparsity.model.layers import find_layers
 from tests.conftest import ZOO, Stopped, stop_after, tiny, tiny_batch
+from tests.tools import contents
 
 KINDS = ["llama", "gemma3", "qwen2_window", "bloom", "mixtral", "gpt_oss", "gpt2", "deepseek_v3", "mamba", "t5"]
+PAIRS = [(name, pruner) for name in KINDS for pruner in ("wanda", "sparsegpt")]
+# One of each kind of block: plain, of experts, transposed weights, with an encoder's output, with a cache of its own.
+QUICK = [("llama", "sparsegpt"), ("mixtral", "wanda"), ("gpt2", "sparsegpt"), ("t5", "wanda"), ("mamba", "wanda")]
+
+
+def mostly_slow(values, quick):
+    """The values as parameters; those that are not in `quick` are left to the slow run."""
+    return [value if value in quick else pytest.param(*value, marks=pytest.mark.slow) for value in values]
 
 
 def batches(name, count=3):
     batch = tiny_batch(name, sequences=count)
     return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(count)]
-
-
-def contents(folder):
-    """Every file of a finished folder, times taken out of the report."""
-    found = {}
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        data = file.read_bytes()
-        if file.name == "sparsity_report.json":
-            report = json.loads(data)
-            report.pop("seconds")
-            for layer in report["layers"].values():
-                layer.pop("seconds", None)
-            data = json.dumps(report).encode()
-        found[str(file.relative_to(folder))] = hashlib.sha256(data).hexdigest()
-    return found
 
 
 def auto(name):
@@ -56,8 +49,7 @@ def source(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "pruner"), mostly_slow(PAIRS, QUICK))
 def test_streamed_equals_in_memory(name, pruner, source, tmp_path):
     config = SparsityConfig(0.5, allocator="owl", pruner=pruner)
     model = auto(name).from_pretrained(source(name))
@@ -103,10 +95,13 @@ def test_a_folder_from_memory_equals_save_pretrained(name, source, tmp_path):
 
 @pytest.mark.parametrize(
     "name, stream, done",
-    [("llama", False, 1), ("llama", True, 2), ("mixtral", False, 2), ("mixtral", True, 1), ("gpt2", False, 1)]
-    + [(name, True, 2) for name in ("gemma3", "bloom", "gpt_oss", "t5", "qwen3_next")],
+    mostly_slow(
+        [("llama", False, 1), ("llama", True, 2), ("mixtral", False, 2), ("mixtral", True, 1), ("gpt2", False, 1)]
+        + [(name, True, 2) for name in ("gemma3", "bloom", "gpt_oss", "t5", "qwen3_next")],
+        [("llama", True, 2), ("mixtral", False, 2), ("t5", True, 2)],
+    ),
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path):
     config = SparsityConfig(0.5, allocator="owl", pruner="sparsegpt")
 
     def run(folder):
@@ -122,31 +117,41 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source,
     assert (tmp_path / "out" / MARKER).is_dir() and not (tmp_path / "out" / "config.json").exists()
     with pytest.raises(ValueError, match="unfinished"):
         SparseModel.from_pretrained(tmp_path / "out")
-    from hf_sparsity.pruning import prune as pruning
-
-    solved = []
-    solve = pruning.prune_block
-    monkeypatch.setattr(pruning, "prune_block", lambda *given: solved.append(given[0].name) or solve(*given))
-    run(tmp_path / "out")
+    records = []
+    run(Output(tmp_path / "out", after_record=records.append))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    solved = [record["name"] for record in records if record["what"] == "block"]
     assert len(solved) == len([b for b in find_layers(tiny(name)).blocks if b.weights]) - done
 
 
-def test_stored_inputs_are_used_where_the_architecture_allows_it(source, tmp_path, monkeypatch):
-    """A decoder of T5 looks at the encoder's output and at its first block's position bias; a Llama at neither."""
-    from hf_sparsity.streaming.stream import _Pass
+def passes_through(model):
+    """Counts the passes through each block from now on: [a growing count for each]."""
+    counts = [0] * len(find_layers(model).blocks)
 
-    starts = []
-    resume_at = _Pass.resume_at
-    monkeypatch.setattr(_Pass, "resume_at", lambda self: starts.append(resume_at(self)) or starts[-1])
-    for name in ("llama", "t5"):
-        model = auto(name).from_pretrained(source(name))
-        plan = make_plan(model, SparsityConfig(0.5))
-        output = Output(tmp_path / name, after_record=stop_after(len(find_layers(model).blocks) - 1))
-        with pytest.raises(Stopped):
-            prune(model, plan, batches(name), output_dir=output)
-        prune(auto(name).from_pretrained(source(name)), plan, batches(name), output_dir=tmp_path / name)
-    assert starts == [0, 2, 0, 0]
+    def count(number):
+        counts[number] += 1
+
+    for number, block in enumerate(find_layers(model).blocks):
+        linear = next(module for module in block.module.modules() if isinstance(module, torch.nn.Linear))
+        linear.register_forward_hook(lambda *_, number=number: count(number))
+    return counts
+
+
+@pytest.mark.parametrize(("name", "passes"), [("llama", 1), ("t5", 1 + 3)])
+def test_stored_inputs_are_used_where_the_architecture_allows_it(name, passes, source, tmp_path):
+    """A decoder of T5 looks at the encoder's output and at its first block's position bias; a Llama at neither.
+
+    Which it is, is tried with the first of three batches.
+    """
+    model = auto(name).from_pretrained(source(name))
+    plan = make_plan(model, SparsityConfig(0.5))
+    output = Output(tmp_path / name, after_record=stop_after(len(find_layers(model).blocks) - 1))
+    with pytest.raises(Stopped):
+        prune(model, plan, batches(name), output_dir=output)
+    model = auto(name).from_pretrained(source(name))
+    counts = passes_through(model)
+    prune(model, plan, batches(name), output_dir=tmp_path / name)
+    assert counts[0] == passes and counts[-1] >= 3
 
 
 def test_other_arguments_are_refused_and_named(source, tmp_path):
@@ -279,7 +284,7 @@ def test_hidden_states_beyond_the_limit_wait_on_disk(source, tmp_path, monkeypat
     written = []
     monkeypatch.setattr(spill, "SMALLEST", 1)
     monkeypatch.setattr(spill.Spill, "_file", _noting(spill.Spill._file, written))
-    for name in ("llama", "gemma3", "bloom", "mixtral", "t5"):
+    for name in ("llama", "mixtral", "t5"):
         config = SparsityConfig(0.5, allocator="owl")
         found = {}
         for limit in (None, 0, 20_000):
@@ -346,20 +351,17 @@ def test_what_safetensors_leaves_when_killed_goes(tmp_path, monkeypatch):
     assert load_file(tmp_path / "model.safetensors")["a"].sum() == 2
 
 
-def test_a_run_with_nothing_left_computes_nothing(source, tmp_path, monkeypatch):
-    from hf_sparsity.streaming.stream import _Pass
-
+def test_a_run_with_nothing_left_computes_nothing(source, tmp_path):
     model = auto("llama").from_pretrained(source("llama"))
     plan = make_plan(model, SparsityConfig(0.5))
-
-    def stop(*_, **__):
-        raise Stopped
 
     with pytest.raises(Stopped):
         output = Output(tmp_path / "out", after_record=stop_after(len(find_layers(model).blocks)))
         prune(model, plan, batches("llama"), output_dir=output)
-    monkeypatch.setattr(_Pass, "arrivals", stop)
-    prune(auto("llama").from_pretrained(source("llama")), plan, batches("llama"), output_dir=tmp_path / "out")
+    model = auto("llama").from_pretrained(source("llama"))
+    counts = passes_through(model)
+    prune(model, plan, batches("llama"), output_dir=tmp_path / "out")
+    assert not any(counts)
     assert not (tmp_path / "out" / MARKER).exists()
 
 

@@ -14,8 +14,8 @@ from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.files import MARKER
 from hf_sparsity.publish.layouts import pack
-from tests.checkpoint.test_output import contents
 from tests.conftest import Stopped, stop_after, tiny
+from tests.tools import contents
 
 CONFIG = {"sparsity": 0.6, "pruner": "magnitude"}
 

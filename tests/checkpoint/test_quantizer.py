@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparsity import make_plan, prune
 from hf_sparsity.checkpoint import packed_folder as packs
+from hf_sparsity.checkpoint.bitmask import codec
 from hf_sparsity.checkpoint.packed_folder import METHOD
 from hf_sparsity.checkpoint.quantizer import BitmaskConfig, BitmaskQuantizer, register
 from hf_sparsity.checkpoint.save import save_sparse
@@ -90,7 +91,13 @@ def round_trip(name, dtype, shards, folder):
     assert_equal(auto.from_pretrained(folder / "packed again", dtype=dtype), dense)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# One of each way that weights lie in a checkpoint: plain, transposed, tied, experts fused and apart, no text model.
+QUICK = ("llama", "gpt2", "llama_tied", "gpt_oss", "deepseek_v3", "vit")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_every_architecture(name, tmp_path):
     round_trip(name, torch.bfloat16, SMALL, tmp_path)
 
@@ -209,7 +216,7 @@ def test_codes_of_the_plan(name, tmp_path):
     codes = 0
     for key, stored in load_file(tmp_path / "packed/sparse.safetensors").items():
         if stored.dtype == torch.uint8:
-            header = packs.codec.read_header(stored)
+            header = codec.read_header(stored)
             assert header.group == (2, 4), key
             assert len(stored) <= header.size * 8.75 / 8 + 64 + 14
             codes += 1
@@ -414,17 +421,22 @@ def _without_first_shard(index: Path) -> None:
     index.write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
+def damages(part):
+    """The numbers of a part's ways: a quarter of all, or a few of the random ones and each of a kind of its own."""
+    return range(part, 240, 4) if part != "few" else [*range(0, 230, 15), *range(230, 240)]
+
+
+@pytest.mark.parametrize("part", ["few", *(pytest.param(part, marks=pytest.mark.slow) for part in range(4))])
 def test_240_ways_to_damage_a_folder(llama, tmp_path, part):
     """Each is an error, or loads the very values; so no bit of the files goes unchecked."""
     expected = load_all(llama / "dense")
     names = [name for name, _, _ in variants(llama / "packed", random.Random(0))]
-    assert len(names) >= 240
+    assert len(names) == 240
     refused = 0
     logging = hf.utils.logging
     logging.set_verbosity_error()
-    for number, name in list(enumerate(names))[part::4]:
-        folder = tmp_path / str(number)
+    for number in damages(part):
+        name, folder = names[number], tmp_path / str(number)
         shutil.copytree(llama / "packed", folder)
         _, damage, must_fail = list(variants(folder, random.Random(0)))[number]
         damage()
@@ -438,7 +450,7 @@ def test_240_ways_to_damage_a_folder(llama, tmp_path, part):
                 assert torch.equal(value, expected[key]), f"{name}: {key} is wrong"
         shutil.rmtree(folder)
     logging.set_verbosity_warning()
-    assert refused > 45
+    assert refused > 0.75 * len(damages(part))
 
 
 def load_all(folder):
@@ -499,8 +511,8 @@ def hostile(folder, kind):
     elif kind == "wrong shape":
         state = load_file(folder / first)
         name = next(k for k, v in state.items() if v.dtype == torch.uint8)
-        state[name] = packs.codec.pack(torch.eye(3))
-        checks = {k: packs.codec.checksum(v) for k, v in state.items() if v.dtype != torch.uint8}
+        state[name] = codec.pack(torch.eye(3))
+        checks = {k: codec.checksum(v) for k, v in state.items() if v.dtype != torch.uint8}
         save_file(state, folder / first, metadata={"format": "pt", packs.CHECKS: json.dumps(checks)})
         described["files"][first] = packs._header_digest(folder / first)
     (folder / "config.json").write_text(json.dumps(config))

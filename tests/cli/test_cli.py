@@ -33,7 +33,7 @@ def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
     made = run_json(
         capsys, "plan", "demo", "--sparsity", "0.6", "--allocator", "owl:outlier=7,spread=0.1", "--output", plan, *SMALL
     )
-    assert made["layers"] == 56 and made["sparsity"] == pytest.approx(0.6, abs=1e-6)
+    assert made["layers"] == 14 and made["sparsity"] == pytest.approx(0.6, abs=1e-6)
     assert Plan.load(plan).config["allocator"] == {
         "name": "owl",
         "outlier": 7,
@@ -44,7 +44,7 @@ def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
 
     text = run(capsys, "prune", "demo", "--plan", plan, "--output", out, *SMALL).out
     assert (
-        "to prune: 56 layers in 8 blocks" in text
+        "to prune: 14 layers in 2 blocks" in text
         and "stays dense: 2 x outside the blocks" in text
         and "memory: about" in text
     )
@@ -55,15 +55,15 @@ def test_plan_then_prune_then_inspect_then_eval(capsys, tmp_path):
         "config.json",
         "tokenizer.json",
     }
-    with safe_open(tmp_path / "out" / "model-00001-of-00009.safetensors", framework="pt") as tensors:
+    with safe_open(tmp_path / "out" / "model-00001-of-00003.safetensors", framework="pt") as tensors:
         zeros = float((tensors.get_tensor("model.layers.0.mlp.up_proj.weight") == 0).float().mean())
     assert zeros == pytest.approx(Plan.load(plan).layers["model.layers.0.mlp.up_proj"].sparsity, abs=1 / 192)
 
     shown = run_json(capsys, "inspect", out)
     assert shown["reached"] == pytest.approx(0.6, abs=0.01) and shown["planned"] == pytest.approx(0.6, abs=1e-6)
     table = run(capsys, "inspect", out).out
-    assert "model.layers.7" in table and "down_proj" in table and "measure" in table
-    assert "model.layers.7" in run(capsys, "inspect", plan).out
+    assert "model.layers.1" in table and "down_proj" in table and "measure" in table
+    assert "model.layers.1" in run(capsys, "inspect", plan).out
 
     few = ["--windows", "2", "--length", "64", "--text", __file__]
     (text,) = run_json(capsys, "eval", out, "--against", "demo", *few)["texts"]

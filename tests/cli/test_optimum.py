@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 REGISTERED = "optimum/commands/register/register_hf_sparsity.py"
-GIVEN = ["demo", "--sparsity", "0.6", "--pruner", "magnitude"]
+GIVEN = ["--sparsity", "0.6", "--pruner", "magnitude"]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def test_help_is_that_of_prune_and_needs_no_torch(installed):
     assert shown[0].split("LOADED")[0].split() == shown[1].split()
 
 
-def test_a_run_equals_hf_sparsity_prune_bit_for_bit(installed, tmp_path):
+def test_a_run_equals_hf_sparsity_prune_bit_for_bit(installed, small_demo, tmp_path):
     from hf_sparsity.cli.main import main
 
-    done = optimum(installed, "sparsify", *GIVEN, "--output", str(tmp_path / "optimum"))
+    done = optimum(installed, "sparsify", small_demo, *GIVEN, "--output", str(tmp_path / "optimum"))
     assert done.returncode == 0, done.stderr
-    assert main(["prune", *GIVEN, "--output", str(tmp_path / "ours"), "--json"]) == 0
+    assert main(["prune", small_demo, *GIVEN, "--output", str(tmp_path / "ours"), "--json"]) == 0
     files = {name: sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("optimum", "ours")}
     assert files["optimum"] == files["ours"]
     for name in files["ours"]:
@@ -71,7 +71,7 @@ def test_a_run_equals_hf_sparsity_prune_bit_for_bit(installed, tmp_path):
 
 
 def test_mistakes_have_the_exit_codes_of_hf_sparsity(installed, tmp_path):
-    done = optimum(installed, "sparsify", *GIVEN[:-1], "nonsense", "--output", str(tmp_path / "new"))
+    done = optimum(installed, "sparsify", "demo", *GIVEN[:-1], "nonsense", "--output", str(tmp_path / "new"))
     assert done.returncode == 2 and "nonsense" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
 

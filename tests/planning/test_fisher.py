@@ -208,7 +208,7 @@ def in_part(processes, name, ids, folder):
 
 
 def test_processes_share_the_sequences(tmp_path):
-    from tests.test_distributed import several
+    from tests.tools import several
 
     with several(2) as two:
         for name, ids, folder in [("llama", IDS, None), ("mixtral", IDS, str(tmp_path)), ("gpt2", IDS[:1], None)]:

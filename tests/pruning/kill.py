@@ -20,8 +20,8 @@ import transformers as hf
 
 from hf_sparsity import SparsityConfig, make_plan, prune
 from hf_sparsity.checkpoint.streamed import open_streamed
-from tests.checkpoint.test_output import contents
 from tests.conftest import tiny, tiny_batch
+from tests.tools import contents
 
 JOBS = {  # name: (architecture, streamed, config, hidden_limit)
     "streamed": ("llama", True, SparsityConfig(0.5, allocator="owl", pruner="wanda"), None),

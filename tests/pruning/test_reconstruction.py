@@ -14,8 +14,9 @@ from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.pruning.reconstruction import BlockReconstruction, Reconstruction
-from tests.checkpoint.test_output import auto, contents, source  # noqa: F401  (a fixture)
+from tests.checkpoint.test_output import auto, source  # noqa: F401  (a fixture)
 from tests.conftest import Stopped, stop_after, tiny, tiny_batch
+from tests.tools import contents
 
 QUICK = BlockReconstruction(epochs=2, lr=0.02)
 HALVES = {

@@ -146,7 +146,6 @@ def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
     for module in (threads, codec):
         monkeypatch.setattr(module, "TASK", 4096)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    threads._pool.cache_clear()
     with torch.inference_mode():
         assert torch.equal(pack(weight), expected)
         assert same(unpack(expected), weight)
@@ -154,7 +153,6 @@ def test_tasks_and_threads_give_the_same_bytes(monkeypatch):
     assert same(unpack(pack(coded, group=(2, 4))), coded)
     for shape in ((1, 1), (3, 5), (64, 64), (65, 127)):  # less than a task, or than the checksum's unit
         assert same(unpack(pack(few := sparse(shape, 0.5))), few) and codec.checksum(few)
-    threads._pool.cache_clear()
 
 
 def test_a_mask_that_changes_while_it_is_read(monkeypatch):

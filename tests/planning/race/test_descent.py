@@ -32,7 +32,7 @@ from hf_sparsity.streaming.gradients import BlocksNotAlone
 from tests.conftest import gemma3n, tiny, tiny_batch
 from tests.planning.race.test_evolution import Quadratic, config, grid, texts
 from tests.planning.test_fisher import offloaded, surroundings
-from tests.test_distributed import several
+from tests.tools import several
 
 
 def prepared(name, model=None, sequences=4):

@@ -25,7 +25,7 @@ from hf_sparsity.planning.race.evolution import Moves, run_search
 from hf_sparsity.planning.race.survey import survey
 from hf_sparsity.pruners import Wanda
 from tests.conftest import tiny
-from tests.test_distributed import several
+from tests.tools import several
 
 
 def texts(count: int = 16, tokens: int = 24) -> torch.Tensor:
