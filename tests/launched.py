@@ -1,12 +1,15 @@
-"""What two processes do in `test_launch.py`: `accelerate launch ... -m tests.launched SOURCE OUT`.
+"""What two processes do in `test_launch.py`.
 
-With `dying RANK`, what follows are arguments of `hf-sparsity`, and the process of that rank dies on the way.
+`accelerate launch ... -m tests.launched RANK ARGUMENTS` runs `hf-sparsity ARGUMENTS`; the process of that rank dies on
+the way.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -17,7 +20,6 @@ from hf_sparsity import SparsityConfig, make_plan, prune
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.cli.main import main as command_line
 from hf_sparsity.distributed import Processes
-from hf_sparsity.pruning import prune as pruning
 from tests.conftest import tiny_batch
 
 SEARCH = {"name": "msp", "generations": 1, "population": 4, "parents": 2}
@@ -46,31 +48,40 @@ def run(name: str, source: Path, output: Path | None = None):
     return plan, None if output else model.state_dict()
 
 
-def die_at_the_second_block(rank: int) -> None:
-    """The process of this rank ends without a word when it solves its second block."""
-    prune_block, seen = pruning.prune_block, []
+def run_all(processes: Processes, source: Path, out: Path) -> None:
+    """Runs every job in memory, its plan and weights written by each process; and one streamed."""
+    for name in JOBS:
+        plan, weights = run(name, source)
+        plan.save(out / f"{name}.{processes.rank}.json")
+        save_file({k: v.contiguous() for k, v in weights.items()}, out / f"{name}.{processes.rank}.safetensors")
+    run("sparsegpt", source, out / "streamed")
 
-    def dying(*given):
-        seen.append(given)
-        if len(seen) == 2 and Processes.current().rank == rank:
+
+def command(processes: Processes, arguments: list[str]) -> tuple[int, str]:
+    """(exit code, what it printed) of `hf-sparsity ARGUMENTS`."""
+    with redirect_stdout(io.StringIO()) as printed:
+        code = command_line(arguments)
+    return code, printed.getvalue()
+
+
+def die_after_files(count: int) -> None:
+    """Ends this process without a word when it has written so many files."""
+    replace, left = os.replace, [count]
+
+    def dying(source, target):
+        replace(source, target)
+        left[0] -= 1
+        if not left[0]:
             os._exit(9)
-        return prune_block(*given)
 
-    pruning.prune_block = dying
+    os.replace = dying
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    if sys.argv[1] == "dying":
-        die_at_the_second_block(int(sys.argv[2]))
-        sys.exit(command_line(sys.argv[3:]))
-    source, out = Path(sys.argv[1]), Path(sys.argv[2])
-    for name in JOBS:
-        plan, weights = run(name, source)
-        rank = Processes.current().rank
-        plan.save(out / f"{name}.{rank}.json")
-        save_file({k: v.contiguous() for k, v in weights.items()}, out / f"{name}.{rank}.safetensors")
-    run("sparsegpt", source, out / "streamed")
+    if Processes.current().rank == int(sys.argv[1]):
+        die_after_files(3)  # of the inputs of the second block, which it keeps for its four batches
+    sys.exit(command_line(sys.argv[2:]))
 
 
 if __name__ == "__main__":
