@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     rows: list[dict[str, Any]] = []
     plans: dict[str, Plan] = {}
-    for name, allocator, row_allocator in _runs():
+    for name, allocator, row_allocator in runs():
         config = replace(base, allocator=allocator, row_allocator=row_allocator)
         model, plans[name], report, row = _try(name, config, data, heldout)
         rows.append(row)
@@ -100,7 +100,7 @@ def _try(name: str, config: SparsityConfig, data: Any, heldout: Any) -> tuple[An
     return model, plan, report, row
 
 
-def _runs() -> list[tuple[str, Any, Any]]:
+def runs() -> list[tuple[str, Any, Any]]:
     """(name, allocator, row allocator) of each row of the table."""
     from ..allocators import ALLOCATORS, ROW_ALLOCATORS
 
