@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from .algorithm import GRAM, Algorithm, Allocator, Pattern, Pruner, RowAllocator
 from .allocators import ALLOCATORS, ROW_ALLOCATORS
 from .allocators.race import Race, Search
 from .pruners import PRUNERS
+from .validation import check_number
 
 A = TypeVar("A", bound=Algorithm)
 
@@ -67,6 +67,7 @@ class SparsityConfig:
         refit: bool = False,
     ) -> None:
         parsed = Pattern.parse(pattern)
+        check_number("seed", seed, whole=True)
         allocators: dict[str, type[Any]] = {**ALLOCATORS, **CHOOSERS}
         values = {
             "sparsity": _sparsity(sparsity, parsed),
@@ -85,8 +86,6 @@ class SparsityConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen: the one place that sets
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r}: an integer is expected")
         if not isinstance(refit, bool):
             raise ValueError(f"refit={refit!r}: True or False is expected")
         self._check_together(parsed)
@@ -204,10 +203,7 @@ def _sparsity(given: Any, pattern: Pattern) -> float:
                 f"sparsity is missing: give a number in [0, 1), or a fixed pattern such as '2:4' instead of {str(pattern)!r}"
             )
         return implied
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or math.isnan(given) or not 0 <= given < 1:
-        raise ValueError(
-            f"sparsity={given!r}: a number in [0, 1) is expected, the fraction of weights to remove (0.7, not 70)"
-        )
+    check_number("sparsity", given, "[0, 1)", hint=": the fraction of weights to remove, in [0, 1) (0.7, not 70)")
     if implied is not None and abs(given - implied) > 1e-9:
         raise ValueError(
             f"sparsity={given} contradicts pattern={str(pattern)!r}, which keeps {pattern.kept} of {pattern.group} and so has sparsity "

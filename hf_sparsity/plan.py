@@ -32,6 +32,7 @@ from .files import LARGEST_FILE as LARGEST_FILE
 from .files import read_json as read_json
 from .files import write_json as write_json
 from .race_record import RaceDetails
+from .validation import check_number
 
 LARGEST_DEVIATION = 0.005  # how far below its plan a layer may end, beside the rounding of whole weights per row
 
@@ -121,8 +122,7 @@ class Plan:
 
     def with_target(self, target: float) -> Plan:
         """The same plan shifted to another target: every layer by the same amount, clamped to [0, 0.998]."""
-        if not 0 <= target < 1:
-            raise ValueError(f"target is {target}; it must be in [0, 1)")
+        check_number("target", target, "[0, 1)")
         high = max(0.998, target)
         low, above = -1.0, 1.0
         total = sum(layer.size for layer in self.layers.values())

@@ -91,7 +91,7 @@ def test_it_runs_in_races_over_its_grid_and_measures_once_for_what_shares_a_meas
     names = {row["name"] for row in plan.chosen["candidates"] if row["kind"] == "single"}
     assert names and names <= {f"loud(slope={s}, power={p})" for s in (0.05, 0.1) for p in (1.0, 2.0)}
     blocks = len(tiny("llama").model.layers)
-    assert MEASURED == {1.0: blocks, 2.0: blocks}
+    assert {1.0: blocks, 2.0: blocks} == MEASURED
     assert set(plan.story.measures) == {"loud(power=1.0)", "loud(power=2.0)"}
 
 

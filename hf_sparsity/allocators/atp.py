@@ -13,6 +13,7 @@ from typing import Any
 
 from ..algorithm import LOSS, Allocator, Citation, ModelOracle
 from ..core.budget import meet, meet_groups
+from ..validation import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,11 @@ class ATP(Allocator):
     needs = frozenset({LOSS})
 
     def __post_init__(self) -> None:
-        if self.beta is not None and not 0 <= self.beta < 1:
-            raise ValueError(f"atp: beta={self.beta!r} must be at least 0 and below 1, or None to have it chosen")
-        if not 0 < self.step < 1 or self.trials < 1 or not 2 <= self.steps <= 255:
-            raise ValueError("atp: needs 0 < step < 1, trials >= 1 and 2 <= steps <= 255")
+        if self.beta is not None:
+            check_number("atp: beta", self.beta, "[0, 1)", hint=", or None to have it chosen")
+        check_number("atp: step", self.step, "(0, 1)")
+        check_number("atp: trials", self.trials, "[1, inf)", whole=True)
+        check_number("atp: steps", self.steps, "[2, 255]", whole=True)
         object.__setattr__(self, "needs", frozenset({LOSS} if self.beta is None else ()))
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 from ..algorithm import Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.power_law import check_choices, sparsities_by_exponent, tail_exponent
 from ..core.spectra import sliding, spectra
+from ..validation import check_number
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,9 @@ class FARMS(Allocator):
 
     def __post_init__(self) -> None:
         check_choices(fit=self.fit, per=self.per, spread=self.spread, floor=self.floor)
-        for field, value in (("rows", self.rows), ("ops", self.ops)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field}={value!r} must be a whole number, at least 1")
-        if (
-            isinstance(self.ratio, bool)
-            or not isinstance(self.ratio, (int, float))
-            or not 0 < self.ratio < float("inf")
-        ):
-            raise ValueError(f"ratio={self.ratio!r} must be a positive number (columns per row of a window)")
+        check_number("farms: rows", self.rows, "[1, inf)", whole=True)
+        check_number("farms: ops", self.ops, "[1, inf)", whole=True)
+        check_number("farms: ratio", self.ratio, "(0, inf)", hint=": the columns of a window per row")
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner | None = None) -> dict[str, Any]:
         """{layer: alpha of its pooled windows, or None}. Weights are read as float32, as the authors do."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..algorithm import FISHER, Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.allocation import check_per, floored, standard_logs
+from ..validation import check_number
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Fisher(Allocator):
 
     def __post_init__(self) -> None:
         check_per(self.per)
-        if not 0 <= self.spread < 1:
-            raise ValueError(f"fisher: spread={self.spread!r} must be at least 0 and below 1")
+        check_number("fisher: spread", self.spread, "[0, 1)")
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
         """Each layer's trace: mean over sequences of the squared norm of the loss' gradient."""

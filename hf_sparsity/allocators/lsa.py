@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..algorithm import GRAM, Allocator, Layer, ModelOracle, Pruner
 from ..core.allocation import check_per, check_spread, rising_with_measure
+from ..validation import check_number
 
 TILE = 1 << 15  # numbers of a group treated at a time on a CPU: what its caches hold
 WIDE_TILE = 1 << 24  # elsewhere
@@ -52,10 +53,8 @@ class LSA(Allocator):
     def __post_init__(self) -> None:
         check_per(self.per)
         check_spread(self.name, self.spread)
-        if not 0 < self.trial < 1 or self.columns < 2:
-            raise ValueError(
-                f"lsa: needs 0 < trial < 1 and columns >= 2, not trial={self.trial}, columns={self.columns}"
-            )
+        check_number("lsa: trial", self.trial, "(0, 1)")
+        check_number("lsa: columns", self.columns, "[2, inf)", whole=True)
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
         """Each layer's error, in the authors' units: of twice the mean over sequences of the summed squares."""

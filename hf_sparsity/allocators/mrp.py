@@ -19,6 +19,7 @@ from ..core.allocation import check_per
 from ..core.budget import Curve, fill
 from ..core.masks import keep_rows
 from ..core.outliers import Survivors, row_levels
+from ..validation import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,10 @@ class MRP(Allocator):
         for field, allowed in options.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"mrp: {field}={getattr(self, field)!r} is unknown; use one of {', '.join(allowed)}")
-        if not (self.step > 0 and self.growth > 0 and (self.outlier is None or self.outlier > 0)):
-            raise ValueError("mrp: step, growth and outlier must be positive")
+        check_number("mrp: step", self.step, "(0, inf)")
+        check_number("mrp: growth", self.growth, "(0, inf)")
+        if self.outlier is not None:
+            check_number("mrp: outlier", self.outlier, "(0, inf)", hint=", or None to go by the target")
         needs = {SCORES if self.score == "pruner" else NORMS} | ({REMEASURE} if self.refresh != "F0" else set())
         object.__setattr__(self, "needs", frozenset(needs))
 

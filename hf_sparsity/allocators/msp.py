@@ -16,6 +16,7 @@ from typing import Any
 
 from ..algorithm import FISHER, LOSS, Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.allocation import floored, standard_logs
+from ..validation import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,14 @@ class MSP(Allocator):
         object.__setattr__(self, "kappas", tuple(self.kappas))
         if self.per not in ("block", "layer"):
             raise ValueError(f"msp: per={self.per!r} is unknown; use 'block' or 'layer'")
-        if not 1 <= self.parents <= self.population or self.steps < 2 or not 0 <= self.mutation <= 1:
-            raise ValueError("msp: needs 1 <= parents <= population, steps >= 2 and 0 <= mutation <= 1")
-        if self.evaluations is not None and self.evaluations < 1:
-            raise ValueError("msp: evaluations must be at least 1, or None")
+        for name in ("population", "parents"):
+            check_number(f"msp: {name}", getattr(self, name), "[1, inf)", whole=True)
+        if self.parents > self.population:
+            raise ValueError(f"msp: needs 1 <= parents <= population, not {self.parents} of {self.population}")
+        check_number("msp: steps", self.steps, "[2, 255]", whole=True)
+        check_number("msp: mutation", self.mutation, "[0, 1]")
+        if self.evaluations is not None:
+            check_number("msp: evaluations", self.evaluations, "[1, inf)", whole=True, hint=", or None for no limit")
 
     @property
     def grid_steps(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from ..algorithm import NORMS, Allocator, Citation, Layer, ModelOracle, Pruner
 from ..core.allocation import check_per, groups_by_block_or_layer, linear_sparsities, normalized
 from ..core.outliers import outlier_percent
+from ..validation import check_number
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class OWL(Allocator):
 
     def __post_init__(self) -> None:
         check_per(self.per)
+        check_number("owl: outlier", self.outlier, "[0, inf)")
+        check_number("owl: spread", self.spread)
+        check_number("owl: group_spread", self.group_spread)
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
         """The block's outliers in percent of its weights, D, the same for each of its layers; or each layer's own."""

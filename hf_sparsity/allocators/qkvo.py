@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..algorithm import Allocator, Citation, ModelOracle
+from ..validation import check_number
 
 # Last part of a layer's name -> projection.
 NAMES = {
@@ -57,8 +58,10 @@ class QKVO(Allocator):
     race_grid = {"strength": (0.5, 1.0)}
 
     def __post_init__(self) -> None:
-        if not all(-1 < x < 1 for x in (self.q, self.k, self.v, self.o)):
-            raise ValueError("qkvo: q, k, v and o are differences of sparsities, between -1 and 1 (0.09, not 9)")
+        for name in ("q", "k", "v", "o"):
+            hint = ": a difference of sparsities, between -1 and 1 (0.09, not 9)"
+            check_number(f"qkvo: {name}", getattr(self, name), "(-1, 1)", hint=hint)
+        check_number("qkvo: strength", self.strength)
 
     def assign(
         self,

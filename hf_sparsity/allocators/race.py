@@ -6,12 +6,12 @@ allocator, so it is done in `planning/race/`.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..algorithm import LOSS, Algorithm
+from ..validation import check_number
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|evals|tokens|[kKMG] tokens)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "evals": 1, "tokens": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -61,10 +61,8 @@ class Race(Algorithm):
             raise ValueError(f"{self.name}: metric={self.metric!r} is unknown; use 'kl' or 'loss'")
         if not self.slices or self.slices[0] < 1 or any(a >= b for a, b in zip(self.slices, self.slices[1:])):  # noqa: B905
             raise ValueError(f"{self.name}: slices={self.slices} must be rising numbers of tokens")
-        if self.descent < 0:
-            raise ValueError(f"{self.name}: descent={self.descent} must be a number of steps, or 0 for none")
-        if not 0 < self.confidence < 1 or math.isnan(self.confidence):
-            raise ValueError(f"{self.name}: confidence={self.confidence} must be between 0 and 1, such as 0.95")
+        check_number(f"{self.name}: descent", self.descent, "[0, inf)", whole=True, hint=": steps, or 0 for none")
+        check_number(f"{self.name}: confidence", self.confidence, "(0, 1)", hint=", such as 0.95")
 
 
 @dataclass(frozen=True)
@@ -86,5 +84,5 @@ class Search(Race):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.offspring < 1 or self.patience < 1:
-            raise ValueError("search: offspring and patience must be at least 1")
+        check_number("search: offspring", self.offspring, "[1, inf)", whole=True)
+        check_number("search: patience", self.patience, "[1, inf)", whole=True)

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag
 
 from ..algorithm import SCORES, Citation, Layer, RowAllocator
 from ..core.stats import SAMPLES
+from ..validation import check_number
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class TRIM(RowAllocator):
             raise ValueError(
                 f"trim: row_quality {self.row_quality!r} is unknown; use one of {', '.join(ROW_QUALITIES)}"
             )
-        if self.iterations < 1 or not 0 < self.cap <= 1:
-            raise ValueError(f"trim: iterations {self.iterations} must be at least 1 and cap {self.cap} in (0, 1]")
+        check_number("trim: iterations", self.iterations, "[1, inf)", whole=True)
+        check_number("trim: cap", self.cap, "(0, 1]")
 
     def rows(self, layer: Layer) -> Tensor:
         """Sparsity of each row, float32 `[out]`, on the weight's device; the mean is `layer.sparsity`.

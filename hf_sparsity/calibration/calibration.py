@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.loading import find_tokenizer
+from ..validation import check_number
 from . import chats
 from .documents import IDS, find_column, read_documents
 from .mixture import LEAST, SELF, Mixture, Source, counts, interleaved, names, sources_in
@@ -97,8 +98,8 @@ def calibration_batches(
             `Source`; a model that cannot write samples, or whose positions are fewer than `length`.
     """
     for name, value, least in (("sequences", sequences, 1), ("length", length, 2)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}={value!r}: a whole number, at least {least}, is expected")
+        if value is not None:
+            check_number(name, value, f"[{least}, inf)", whole=True)
     if packing not in ("full", "documents"):
         raise ValueError(f"packing={packing!r}: use 'full' or 'documents'")
     if model is not None and length is not None:

@@ -11,6 +11,8 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from ..validation import check_number
+
 SELF = "self"  # as data: the model's own samples
 LEAST = 2  # sequences of each source: one to prune with, one to judge by
 _LONGEST = 100  # characters of a name
@@ -41,9 +43,7 @@ class Source:
     def __post_init__(self) -> None:
         if self.data is None or isinstance(self.data, Source):
             raise ValueError(f"a source's data is {self.data!r}; texts, a file, a dataset or 'self' are expected")
-        weight = self.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
-            raise ValueError(f"source {self.called}: its weight is {weight!r}; a number above 0 is expected")
+        check_number(f"source {self.called}: weight", self.weight, "(0, inf)")
         name = self.name
         if name is not None and not (isinstance(name, str) and name.strip() == name and 0 < len(name) <= _LONGEST):
             raise ValueError(f"a source's name is {name!r}; a text of 1 to {_LONGEST} characters is expected")

@@ -14,6 +14,7 @@ from ..calibration.positions import default_length
 from ..checkpoint.streamed import open_streamed
 from ..config import SparsityConfig
 from ..model.loading import find_tokenizer, load_model
+from ..validation import check_number
 from .arguments import parse_algorithm, parse_source
 
 DEMO = "demo"
@@ -74,10 +75,9 @@ def hidden_limit(options: argparse.Namespace) -> int | None:
     """Returns `--hidden-limit`, which is in GiB, in bytes; None where it was not given."""
     if options.hidden_limit is None:
         return None
-    if not options.hidden_limit >= 0:
-        raise ValueError(
-            f"--hidden-limit is {options.hidden_limit}; GiB of memory are expected, 0 to keep as few as possible"
-        )
+    check_number(
+        "--hidden-limit", options.hidden_limit, "[0, inf)", hint=": GiB of memory, 0 to keep as few as possible"
+    )
     return int(options.hidden_limit * 2**30)
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from ..validation import check_number
+
 PER = ("block", "layer")
 LOWEST = 0.01  # sparsity used in place of one of 0 or less (luuyin/OWL and ironartisan/DLP, lib/prune*.py)
 # Half the span of the sparsities by target, as the authors of LSA choose it for their method and for DLP
@@ -15,10 +17,8 @@ SPREADS = ((0.5, 0.04), (0.6, 0.1), (0.7, 0.15), (0.8, 0.12))
 
 def check_spread(name: str, spread: float | None) -> None:
     """Raises ValueError unless `spread` is None or in [0, 0.5)."""
-    if spread is not None and not 0 <= spread < 0.5:
-        raise ValueError(
-            f"{name}: spread={spread!r} must be at least 0 and below 0.5, or None to choose it by the target"
-        )
+    if spread is not None:
+        check_number(f"{name}: spread", spread, "[0, 0.5)", hint=", or None to choose it by the target")
 
 
 def usual_spread(target: float) -> float:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..validation import check_number
+
 FITS = ("peak", "mid", "ks", "peak_fixed")
 PER = ("block", "layer")
 BINS = 100  # number of bins of the histogram of log10 eigenvalues, as published
@@ -25,9 +27,8 @@ def check_choices(*, fit: str, per: str, spread: float, floor: float) -> None:
     for field, value, allowed in (("fit", fit, FITS), ("per", per, PER)):
         if value not in allowed:
             raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(allowed)}")
-    for field, number, high in (("spread", spread, 1.0), ("floor", floor, math.inf)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < high:
-            raise ValueError(f"{field}={number!r} must be a number, at least 0 and below {high}")
+    check_number("spread", spread, "[0, 1)")
+    check_number("floor", floor, "[0, inf)")
 
 
 def tail_exponent(eigenvalues: Tensor, fit: str = "peak", *, floor: float = 0.0) -> float | None:

@@ -19,6 +19,7 @@ from ..model.classes import location_of, require_next_token
 from ..model.fingerprint import versions, weights_fingerprint
 from ..model.loading import find_tokenizer, load_model
 from ..plan import read_json
+from ..validation import check_number
 from .metrics import Metrics, TextAgainst, TextRecord
 from .perplexity import score_windows
 from .resampling import CONFIDENCE, RESAMPLES, Resampling
@@ -92,10 +93,10 @@ def evaluate(
     least = {"length": 2, "windows": 1, "shots": 0, "batch_size": 1, "resamples": 1}
     given = {"length": length, "windows": windows, "shots": shots, "batch_size": batch_size, "resamples": resamples}
     for name, number in given.items():
-        if number is not None and number < least[name]:
-            raise ValueError(f"{name} is {number}; at least {least[name]} is expected")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit is {limit}; a number of documents, or a share of them below 1, is expected")
+        if number is not None:
+            check_number(name, number, f"[{least[name]}, inf)", whole=True)
+    if limit is not None:
+        check_number("limit", limit, "(0, inf)", hint=": documents, or a share of them below 1")
     folder = _record_folder(model, record)
     if folder is not None:
         Metrics.load(folder)  # a damaged record is an error now, not after the work

@@ -18,6 +18,7 @@ from ..model.fingerprint import versions
 from ..model.inference import Batch
 from ..model.layers import ModelLayers
 from ..streaming.memory import Estimate, check_room, describe
+from ..validation import check_number
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def prepare(
     Raises:
         ValueError: too little memory or disk space; a process with another model or other data.
     """
+    if hidden_limit is not None:
+        check_number("hidden_limit", hidden_limit, "[0, inf)", hint=": bytes, or None for all")
     processes = Processes.current()
     estimate = check_room(
         model,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..algorithm import GRAM, Cells, Citation, Layer, Pruner
 from ..core import masks
 from ..core.least_squares import Problem
+from ..validation import check_number
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,9 @@ class ADMM(Pruner):
     updates_survivors = True
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ValueError(f"admm: ridge is {self.ridge}; it must be positive, such as 0.1")
-        if not 1 <= self.choosing <= self.rounds:
-            raise ValueError(f"admm: choosing is {self.choosing}; it must be from 1 to rounds, {self.rounds}")
+        check_number("admm: ridge", self.ridge, "(0, inf)", hint=", such as 0.1")
+        check_number("admm: rounds", self.rounds, "[1, inf)", whole=True)
+        check_number("admm: choosing", self.choosing, f"[1, {self.rounds}]", whole=True, hint=", the rounds")
 
     def scores(self, layer: Layer) -> Tensor:
         """`|W_ij| norm(x_j)`, by which the first mask is chosen; float32 `[out, in]`."""

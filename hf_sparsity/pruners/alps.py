@@ -25,6 +25,7 @@ from torch import Tensor
 from ..algorithm import GRAM, Cells, Citation, Layer, Pruner
 from ..core import masks
 from ..core.least_squares import Problem, solve_on_mask
+from ..validation import check_number
 
 CHECK = 3  # rounds between two looks at the support
 SETTLED = 33  # from this round on, a change of fewer than FEW of the kept entries ends the search
@@ -63,10 +64,9 @@ class ALPS(Pruner):
     def __post_init__(self) -> None:
         if self.compare not in ("layer", "row"):
             raise ValueError(f"alps: compare is {self.compare!r}; it must be 'layer' or 'row'")
-        if not self.ridge > 0 or not self.rho > 0:
-            raise ValueError(f"alps: ridge and rho must be positive, not {self.ridge} and {self.rho}")
-        if self.rounds < CHECK:
-            raise ValueError(f"alps: rounds is {self.rounds}; it must be at least {CHECK}")
+        check_number("alps: ridge", self.ridge, "(0, inf)")
+        check_number("alps: rho", self.rho, "(0, inf)")
+        check_number("alps: rounds", self.rounds, f"[{CHECK}, inf)", whole=True)
 
     def scores(self, layer: Layer) -> Tensor:
         """`|W_ij| e_j`, by which the search starts: Wanda's score with the ridge in the norm. Float32 `[out, in]`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algorithm import NORMS, Cells, Layer, Pruner
 from ..core import masks
+from ..validation import check_number
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class RIA(Pruner):
     def __post_init__(self) -> None:
         if self.compare not in ("layer", "row"):
             raise ValueError(f"ria: compare is {self.compare!r}; it must be 'row' or 'layer'")
-        if not self.power >= 0:
-            raise ValueError(f"ria: power is {self.power}; it must not be negative, such as 0.5")
+        check_number("ria: power", self.power, "[0, inf)", hint=", such as 0.5")
 
     def scores(self, layer: Layer) -> Tensor:
         """`(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * norm(x_j)^power`, 0/0 being 0; float32 `[out, in]`."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..algorithm import Cells, Citation, Layer, Pruner
 from ..core import masks
 from ..core.stats import GRAM
+from ..validation import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,8 @@ class SparseGPT(Pruner):
     updates_survivors = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ValueError(f"sparsegpt: damping is {self.damping}; it must be positive, such as 0.01")
-        if self.block_size < 1:
-            raise ValueError(f"sparsegpt: block_size is {self.block_size}; it must be at least 1, such as 128")
+        check_number("sparsegpt: damping", self.damping, "(0, inf)", hint=", such as 0.01")
+        check_number("sparsegpt: block_size", self.block_size, "[1, inf)", whole=True, hint=", such as 128")
 
     def scores(self, layer: Layer) -> Tensor:
         """`|W_ij| U_jj^-1`, the root of the paper's saliency; 0 in dead columns. Float32 `[out, in]`."""

@@ -27,6 +27,7 @@ from ..model.layers import Block, ModelLayers
 from ..streaming.run import Progress
 from ..streaming.stream import StreamedBlock
 from ..streaming.twin_walk import TwinWalk
+from ..validation import check_number
 from .half_blocks import DENSE, HALF, DenseOutputs, Example, HalfBlock, energy, example, observe
 
 logger = logging.getLogger(__name__)
@@ -59,15 +60,9 @@ class BlockReconstruction:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"BlockReconstruction: {name}={value!r}; a whole number of at least 1 is expected")
-        for name, high in (("lr", 1.0), ("heldout", 0.5)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= high:
-                raise ValueError(
-                    f"BlockReconstruction: {name}={value!r}; a number above 0 and up to {high} is expected"
-                )
+            check_number(f"BlockReconstruction: {name}", getattr(self, name), "[1, inf)", whole=True)
+        check_number("BlockReconstruction: lr", self.lr, "(0, 1]")
+        check_number("BlockReconstruction: heldout", self.heldout, "(0, 0.5]")
 
     def to_dict(self) -> dict[str, Any]:
         """The options, as JSON types."""

@@ -28,6 +28,7 @@ from ..model.identity import renew_identity
 from ..model.sparsity import fit_names, model_plan
 from ..plan import Plan
 from ..planning.make_plan import make_plan
+from ..validation import check_number
 from .checks import as_plan, check_has_zeros, check_supported, fitting_layers, sparsities, unwrapped
 from .gradual import SCHEDULES, GradualPruning, Schedule, gradual_pruner
 from .record import TrainingRecord
@@ -85,8 +86,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise ValueError(f"schedule={schedule!r} needs a config or a plan that says what to prune to")
         if schedule is not None and schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: {' or '.join(map(repr, SCHEDULES))} is expected")
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"interval={interval!r}: a positive number of optimizer steps is expected")
+        check_number("interval", interval, "[1, inf)", whole=True, hint=": optimizer steps")
         _steps("start", start, 1000), _steps("end", end, 1000)
         self.config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
         self.plan = as_plan(plan)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..validation import check_number
+
 if TYPE_CHECKING:
     from ..pruning.reconstruction import BlockReconstruction
 
@@ -37,8 +39,8 @@ class RecoveryMethod:
             raise ValueError("give steps or tokens, not both")
         for name in ("steps", "tokens"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        check_count("batch", self.batch)
+                check_number(name, getattr(self, name), "[1, inf)", whole=True)
+        check_number("batch", self.batch, "[1, inf)", whole=True)
 
     def resolved(self, *, length: int, width: int) -> Any:
         """Returns a copy with every default filled in, for sequences of `length` tokens and a model of hidden size `width`."""
@@ -66,11 +68,11 @@ class Training(RecoveryMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("accumulation", self.accumulation)
+        check_number("accumulation", self.accumulation, "[1, inf)", whole=True)
         if self.batch % self.accumulation:
             raise ValueError(f"batch={self.batch} sequences cannot be cut into accumulation={self.accumulation} parts")
-        if self.lr is not None and (not isinstance(self.lr, (int, float)) or not self.lr > 0):
-            raise ValueError(f"lr={self.lr!r}: a number above 0 is expected")
+        if self.lr is not None:
+            check_number("lr", self.lr, "(0, inf)")
         object.__setattr__(self, "training", dict(self.training or {}))
 
     def resolved(self, *, length: int, width: int) -> Any:
@@ -94,7 +96,7 @@ class MaskedLora(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("rank", self.rank)
+        check_number("rank", self.rank, "[1, inf)", whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +159,3 @@ def as_method(method: Any, options: Mapping[str, Any]) -> RecoveryMethod:
         return Reconstruction(blocks=method)
     expected = ", ".join(f"{kind.__name__}(...)" for kind in METHODS.values())
     raise ValueError(f"method is a {type(method).__name__}; one of {expected} or {', '.join(METHODS)} is expected")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a whole number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: a whole number above 0 is expected")

@@ -27,8 +27,9 @@ from ..model.loading import find_tokenizer, load_model, load_sparse
 from ..model.offload import weight_store
 from ..model.sparsity import check_zeros
 from ..pruning.reconstruction import BlockReconstruction
+from ..validation import check_number
 from .distillation import check_teacher, check_weights
-from .methods import MaskedLora, Reconstruction, RecoveryMethod, Training, check_count
+from .methods import MaskedLora, Reconstruction, RecoveryMethod, Training
 
 HELD_OUT = 16  # one sequence of this many is never trained on,
 MOST_HELD_OUT = 128  # up to this number of sequences
@@ -102,7 +103,7 @@ def prepare(
         tokenizer = find_tokenizer(model)
     model, teacher = _load_model(model), _load_teacher(teacher)
     length = length or (data.shape[1] if isinstance(data, Tensor) else default_length(model, tokenizer))
-    check_count("length", length)
+    check_number("length", length, "[1, inf)", whole=True)
     method = method.resolved(length=length, width=text_config(model.config).hidden_size)
     _check(method, model, teacher)
     writer = model if teacher is None else teacher

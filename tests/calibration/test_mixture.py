@@ -142,7 +142,7 @@ def test_a_mix_goes_where_ids_go():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": 0}, "source c4: its weight is 0; a number above 0"),
+        ({"weight": 0}, "source c4: weight=0 must be a number, above 0"),
         ({"weight": -1.0}, "its weight is -1.0"),
         ({"weight": float("nan")}, "its weight is nan"),
         ({"weight": float("inf")}, "its weight is inf"),

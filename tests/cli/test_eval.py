@@ -81,11 +81,11 @@ def test_the_embedded_model_brings_its_text(capsys):
         (["--text", "wikitext2"], "wikitext2 could not be reached"),
         (["--text", "none.txt"], "none.txt"),
         (["--text", __file__, "--length", "100000"], "longer than the 128 positions"),
-        (["--text", __file__, "--length", "16", "--windows", "0"], "windows is 0; at least 1"),
+        (["--text", __file__, "--length", "16", "--windows", "0"], "windows=0 must be a whole number, at least 1"),
         (["--text", "text.jsonl", "--column", "words"], "words"),
         (["--tasks", "x", "--include-path", "none"], "'none' is not a folder"),
         (["--tasks", "mine", "--include-path", "code"], "allow that with --trust-remote-code"),
-        (["--text", __file__, "--batch-size", "0"], "batch_size is 0; at least 1"),
+        (["--text", __file__, "--batch-size", "0"], "batch_size=0 must be a whole number, at least 1"),
     ],
 )
 def test_wrong_input_is_exit_code_2(capsys, work, arguments, message, monkeypatch):

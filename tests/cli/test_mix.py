@@ -103,8 +103,8 @@ def test_a_race_on_a_mix_and_its_certificate_again(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
-        (["c4@0"], "source c4: its weight is 0; a number above 0"),
-        (["c4@nan"], "its weight is nan"),
+        (["c4@0"], "source c4: weight=0 must be a number, above 0"),
+        (["c4@nan"], "weight=nan"),
         (["a=c4", "a=wikitext2"], "two sources of the calibration mix are called 'a'"),
         (
             ["self", "gone.txt@0.5"],

@@ -67,7 +67,7 @@ def test_mistakes_come_before_the_model_is_loaded(tmp_path):
     for more, message in (
         (["--candidates", "owll"], "unknown candidate 'owll'"),
         (["--budget", "soon"], "budget='soon'"),
-        (["--descent", "-1"], "descent=-1 must be a number of steps"),
+        (["--descent", "-1"], "descent=-1 must be a whole number, at least 0: steps"),
         (["--metric", "accuracy"], "use 'kl' or 'loss'"),
         (["--report", str(tmp_path / "report.png")], "must end in .html"),
         (["--report", str(tmp_path / "plan.html"), "--output", str(tmp_path / "plan.html")], "both go to"),

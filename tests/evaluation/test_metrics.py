@@ -265,7 +265,7 @@ def test_mistakes_are_said_before_the_work(folders, tokenizer, tmp_path):
     folder, _ = folders
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(folder)
-    with pytest.raises(ValueError, match="resamples is 0; at least 1"):
+    with pytest.raises(ValueError, match="resamples=0 must be a whole number, at least 1"):
         evaluate(folder, texts="x.txt", resamples=0)
     with pytest.raises(ValueError, match="has no tokenizer"):
         evaluate(small(), texts=Text("mine", DOCUMENTS))

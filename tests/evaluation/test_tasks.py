@@ -179,7 +179,7 @@ def test_tasks_that_run_what_the_model_writes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0}, "limit is 0; a number of documents"),
+        ({"limit": 0}, "limit=0 must be .*documents"),
         ({"shots": -1}, "shots is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],

@@ -177,12 +177,12 @@ def test_a_refit_never_makes_a_row_worse(golden):
     ("make", "message"),
     [
         (lambda: ALPS(compare="column"), "compare is 'column'"),
-        (lambda: ALPS(ridge=0), "ridge and rho"),
+        (lambda: ALPS(ridge=0), "ridge=0 must be"),
         (lambda: ALPS(rounds=2), "at least 3"),
-        (lambda: ADMM(ridge=-1), "ridge is -1"),
-        (lambda: ADMM(choosing=30), "choosing is 30"),
+        (lambda: ADMM(ridge=-1), "ridge=-1 must be"),
+        (lambda: ADMM(choosing=30), "choosing=30 must be"),
         (lambda: RIA(compare="x"), "compare is 'x'"),
-        (lambda: RIA(power=-1), "power is -1"),
+        (lambda: RIA(power=-1), "power=-1 must be"),
     ],
 )
 def test_bad_hyperparameters_are_named(make, message):
