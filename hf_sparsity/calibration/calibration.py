@@ -250,7 +250,7 @@ def model_batches(
 
 
 def _is_batch(one: Any) -> bool:
-    """Whether an entry is a batch for the model: a dict with tensors, arrays or nested lists of ids."""
+    """Returns whether an entry is a batch for the model: a dict with tensors, arrays or nested lists of ids."""
     if not isinstance(one, Mapping):
         return False
     ids = one.get(IDS)

@@ -33,7 +33,7 @@ class NoTokenizer(ValueError):
 
 
 def is_chat(document: Any) -> bool:
-    """Whether a document is a list of messages: objects with a role and a content, or ShareGPT's from and value."""
+    """Returns whether a document is a list of messages: objects with a role and a content, or ShareGPT's from and value."""
     return (
         isinstance(document, Sequence)
         and not isinstance(document, (str, bytes))
@@ -146,7 +146,7 @@ def _rendered(messages: list[dict[str, Any]], tokenizer: Any, options: Mapping[s
 
 
 def _is_told(messages: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether the text has what at least one message says, and no list of parts written out as Python or JSON."""
+    """Returns whether the text has what at least one message says, and no list of parts written out as Python or JSON."""
     contents = [message.get("content") for message in messages]
     lists = [content for content in contents if isinstance(content, list) and content]
     if any(str(parts) in text or json.dumps(parts, ensure_ascii=False) in text for parts in lists):

@@ -117,7 +117,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _is_file(one: Any) -> bool:
-    """Whether an entry of a list is the path of a file, not a text."""
+    """Returns whether an entry of a list is the path of a file, not a text."""
     if isinstance(one, Path):
         return True
     return isinstance(one, str) and len(one) < 1024 and not set(one) & set("\n\t") and _kind(Path(one)) is not None

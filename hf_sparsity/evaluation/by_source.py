@@ -21,7 +21,7 @@ class SourceScores:
         self._dense = PlanScores.of(self._reference.rows())
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Of the model as it is now, by source: see `plan.Report`."""
+        """Returns the scores of the model as it is now, by source: see `plan.Report`."""
         pruned = PlanScores.of(self._reference.rows())
         result: dict[str, dict[str, Any]] = {}
         for name, rows in rows_of(self._apart.sources, self._apart.weights).items():
@@ -45,10 +45,10 @@ def compare_by_source(sources: Sequence[str], uniform: PlanScores, chosen: PlanS
 
 
 def rows_of(sources: Sequence[str], order: Iterable[str]) -> dict[str, list[int]]:
-    """Which sequences each source has, of those that have any."""
+    """Returns the sequences of each source that has any."""
     return {name: rows for name in order if (rows := [i for i, one in enumerate(sources) if one == name])}
 
 
 def part(scores: PlanScores, rows: list[int]) -> PlanScores:
-    """Of some of the sequences."""
+    """Returns the scores of some of the sequences."""
     return PlanScores(scores.kl[rows], scores.loss[rows], scores.tokens[rows])

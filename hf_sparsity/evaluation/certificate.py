@@ -75,7 +75,7 @@ def certify(
 
 
 def _against(dense: PreTrainedModel, model: PreTrainedModel, batches: Sequence[Batch]) -> PlanScores:
-    """Of a second model in memory."""
+    """Returns the scores of the model against a second one in memory."""
     rows = []
     with evaluating(dense), evaluating(model), torch.no_grad():
         for batch in joined(dense, batches):

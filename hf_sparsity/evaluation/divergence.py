@@ -40,7 +40,7 @@ SequenceSums = list[list[float]]  # (summed KL, summed loss, tokens) of each seq
 
 @dataclass(frozen=True)
 class PlanScores:
-    """Per sequence, means over its tokens in nats: `kl` from the dense model, `loss` of the next token; and `tokens`."""
+    """Scores of a plan: per sequence, means over its tokens in nats: `kl` from the dense model, `loss` of the next token; and `tokens`."""
 
     kl: Tensor
     loss: Tensor
@@ -48,12 +48,12 @@ class PlanScores:
 
     @classmethod
     def of(cls, rows: SequenceSums) -> PlanScores:
-        """From what `Reference.rows` gives."""
+        """Returns the scores of what `DenseReference.rows` gives."""
         table = torch.tensor(rows, dtype=torch.float64)
         return cls(table[:, 0] / table[:, 2], table[:, 1] / table[:, 2], table[:, 2])
 
     def mean(self, metric: str = "kl") -> float:
-        """Per token."""
+        """Returns the mean over all predictions, in nats; `metric` is "kl" or "loss"."""
         return float((getattr(self, metric) * self.tokens).sum() / self.tokens.sum())
 
     @property
@@ -98,7 +98,7 @@ class DenseReference:
             yield arrivals
 
     def dense_logits(self, number: int) -> Tensor:
-        """Of a batch: from the stored output of the last block, or from a run of the model."""
+        """Returns the dense model's logits of a batch: from the stored output of the last block, or from a run of the model."""
         found: list[Tensor] = []
         with (
             prepared(self.model),
@@ -113,7 +113,7 @@ class DenseReference:
         return found[0]
 
     def rows(self, masks: Callable[[Block], Mapping[str, Tensor]] | None = None) -> SequenceSums:
-        """Of the model as it is now, or with the `masks` (True = kept, `[out, in]`) of each block's layers.
+        """Returns the sums of the model as it is now, or with the `masks` (True = kept, `[out, in]`) of each block's layers.
 
         In the order of the sequences.
         """

@@ -63,7 +63,7 @@ def evaluate(
         split: of Hub datasets.
         column: of datasets.
         length: tokens in a window; by default 2048, or the model's limit if that is smaller.
-        windows: score only the first so many of each text.
+        windows: score only the first of each text, this number of them.
         include_path: a folder of task files; see `find_tasks`.
         shots: examples in a task's prompt; by default the task's own number.
         limit: documents of each task; below 1 a share of them.
@@ -176,7 +176,7 @@ def _measure(
 
 
 def recordable(folder: str | os.PathLike[str]) -> bool:
-    """Whether this is a sparse model's folder; `ValueError` when its run was interrupted."""
+    """Returns whether this is a sparse model's folder; `ValueError` when its run was interrupted."""
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False

@@ -120,7 +120,7 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Metrics:
-    """All recorded evaluations of a model, oldest first."""
+    """The recorded evaluations of a model, oldest first."""
 
     texts: tuple[TextRecord, ...] = ()
     tasks: tuple[TaskRecord, ...] = ()
@@ -130,7 +130,7 @@ class Metrics:
         return Metrics(_updated(self.texts, newer.texts), _updated(self.tasks, newer.tasks))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns the record as plain JSON types."""
         return {"version": VERSION, "texts": [asdict(x) for x in self.texts], "tasks": [asdict(x) for x in self.tasks]}
 
     @classmethod

@@ -37,7 +37,7 @@ class Text:
 
 @dataclass(frozen=True)
 class _Paper:
-    """Where a text of the papers is on the Hub, and how they join it."""
+    """The place of a text of the papers on the Hub, and how they join it."""
 
     load: dict[str, Any]
     split: str
@@ -127,7 +127,7 @@ class Windows:
 
 
 def cut(text: Text, tokenizer: Any, length: int, windows: int | None = None) -> Windows:
-    """Joined text -> non-overlapping windows of `length` tokens, the rest dropped; at most so many.
+    """Returns the joined text in windows of `length` tokens that do not overlap, at most `limit` of them; the rest is dropped.
 
     Raises:
         ValueError: the text does not fill one window.

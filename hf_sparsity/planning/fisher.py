@@ -52,7 +52,7 @@ def fisher_information(
 
 
 def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
-    """Of one sequence; padding does not count."""
+    """Returns the loss of one sequence; padding does not count."""
     one = {name: tensor[row : row + 1] for name, tensor in batch.items() if name != "decoder_input_ids"}
     labels = one["input_ids"]
     if "attention_mask" in one:
@@ -101,7 +101,7 @@ class _Energy(Gradients):
         self._visits.clear()
 
     def release(self) -> None:
-        """Stops watching."""
+        """Removes the hooks from the model."""
         super().release()
         self._pending.clear()
 

@@ -85,7 +85,7 @@ class Candidates:
         return self([candidate])[0]
 
     def __call__(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:
-        """In the order of the candidates."""
+        """Returns the losses in the order of the candidates."""
         names = [digest(candidate) for candidate in candidates]
         items = dict(zip(names, candidates, strict=True))
         losses = remembered(self._journal, self._processes, "loss", items, self._loss)

@@ -45,7 +45,7 @@ class Measuring:
 
     @property
     def batches(self) -> list[Batch]:
-        """This process's."""
+        """The batches of this process."""
         return share(self.data, self.run.processes)
 
     def first(self) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ JUDGED, SCORED = 2048, 16384  # tokens to judge by; and to score weights on, at 
 
 
 def made_on_other_weights(plan: Plan, model: Mapping[str, Any]) -> bool:
-    """Whether the plan was made on other weights than those of this fingerprint; False where either is not known."""
+    """Returns whether the plan was made on other weights than those of this fingerprint; False where either is not known."""
     made, now = plan.model.get("weights"), model.get("weights")
     return made is not None and now is not None and made != now
 
@@ -112,7 +112,7 @@ def _origin(plan: Plan) -> str:
 
 
 def _last(data: Sequence[Batch]) -> list[Batch]:
-    """From the end as many as judge: at least two, at most half."""
+    """Returns the last batches with at least JUDGED tokens together; between two batches and half of all."""
     count = 2
     while count < len(data) // 2 and sum(map(batch_tokens, data[-count:])) < JUDGED:
         count += 1
@@ -152,7 +152,7 @@ def _write_masks(
 
 
 def _masks(model_layers: ModelLayers, place: Path, side: int) -> Callable[[Block], dict[str, Tensor]]:
-    """What `Reference.rows` takes."""
+    """Returns masks as `DenseReference.rows` takes them."""
     numbers = {block.name: index for index, block in enumerate(model_layers.blocks)}
 
     def masks(block: Block) -> dict[str, Tensor]:

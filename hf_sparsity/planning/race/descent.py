@@ -29,7 +29,7 @@ INTERRUPTED = "interrupted"  # why it stopped; a search then goes no further, ei
 
 @dataclass
 class Descent:
-    """Where it came to; `points` has all it stood on, the start first."""
+    """The course of a descent; `points` has all points it reached, the start first."""
 
     points: list[Point]
     steps: int = 0
@@ -40,7 +40,7 @@ class Descent:
 
     @property
     def point(self) -> Point:
-        """The last."""
+        """The point the descent has reached."""
         return self.points[-1]
 
     def to_dict(self) -> dict[str, Any]:

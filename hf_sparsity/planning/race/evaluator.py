@@ -33,7 +33,7 @@ class SearchBudget:
     _start: float = field(default_factory=time.perf_counter)
 
     def over(self, moment: str) -> bool:
-        """Whether the budget is spent. `moment` names the point in the run, where an interrupted one had used time too."""
+        """Returns whether the budget is spent. `moment` names the point in the run, where an interrupted one had used time too."""
         if "seconds" in self.limits and self.seconds(moment) >= self.limits["seconds"]:
             return True
         return any(self.spent[kind] >= limit for kind, limit in self.limits.items() if kind in self.spent)
@@ -51,7 +51,7 @@ class SearchBudget:
 
 
 class Evaluator:
-    """Judges points of the grid on pieces of text; slices are the first so many of them.
+    """Judges points of the grid on pieces of text; a slice is the first of them, up to a number.
 
     What is known is not computed again, in this run or after an interruption. Points are shared out among processes;
     each is judged by one of them, on the same batches, so that the numbers do not depend on how many there are.
@@ -73,11 +73,11 @@ class Evaluator:
         self.tokens = [sum(batch_tokens(b) for p in pieces[:end] for b in p.batches) for end in self.ends]
 
     def scores(self, points: Sequence[Point], slice_: int) -> list[PlanScores]:
-        """Of each point, on the slice of this number."""
+        """Returns the scores of each plan on the slice with this number."""
         return self.scores_on(points, range(self.ends[slice_]))
 
     def scores_on(self, points: Sequence[Point], pieces: Sequence[int]) -> list[PlanScores]:
-        """Of each point, on the pieces of these numbers."""
+        """Returns the scores of each plan on the pieces with these numbers."""
         for piece in pieces:
             self._judge([p for p in dict.fromkeys(points) if (piece, p) not in self._known], piece)
         return [PlanScores.of([row for i in pieces for row in self._known[i, p]]) for p in points]

@@ -27,7 +27,7 @@ from ...streaming.gradients import Gradients, differentiable
 
 PASSES = 4  # what it takes, in forward passes: forward, forward again, and backward, which is two
 
-INPUTS, SHARE = 2**25, 16  # the inputs of blocks may take so many bytes, or one for so many weights if that is more
+INPUTS, SHARE = 2**25, 16  # memory for block inputs: the larger of 32 MiB and 1/16 byte per weight
 
 Sums = list[float]  # of `-g w` for each layer in the order of the steps; and last the number of predictions
 
@@ -90,7 +90,7 @@ class _Masked(Gradients):
         self.sums: dict[str, float] = {}
 
     def lends(self, block: Block) -> bool:
-        """All are."""
+        """True for every block: each is computed with masked copies of its weights."""
         return True
 
     @contextmanager

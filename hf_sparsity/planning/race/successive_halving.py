@@ -24,7 +24,7 @@ from .evaluator import Evaluator
 
 logger = logging.getLogger(__name__)
 
-REDUCTION = 3  # after each round one in so many goes on; and no fewer than MIXED
+REDUCTION = 3  # each round keeps the best third, but at least MIXED
 
 
 @dataclass
@@ -37,12 +37,12 @@ class ScoredCandidate:
 
     @property
     def last(self) -> PlanScores:
-        """Of the longest slice it was judged on."""
+        """The scores on the longest slice it was judged on."""
         return self.scores[-1]
 
 
 def run_race(race: Race, contest: Evaluator, entrants: Sequence[Candidate], pattern: Pattern) -> list[ScoredCandidate]:
-    """All who ran, those who came furthest first, the better before the worse; the uniform is judged in all rounds.
+    """Returns all candidates, those that came furthest first, the better before the worse; uniform is judged in all rounds.
 
     The first round is always run; later ones while the budget lasts.
     """
@@ -65,7 +65,7 @@ def run_race(race: Race, contest: Evaluator, entrants: Sequence[Candidate], patt
 
 
 def distinct(contest: Evaluator, entrants: Sequence[Candidate]) -> list[ScoredCandidate]:
-    """On the grid; of those that are the same there, the first."""
+    """Returns the candidates that differ on the grid; of equal ones the first."""
     found: dict[Point, ScoredCandidate] = {}
     for entrant in entrants:
         point = contest.grid.nearest(entrant.sparsities)
@@ -80,7 +80,7 @@ def judge(contest: Evaluator, runners: Sequence[ScoredCandidate], slice_: int) -
 
 
 def ranking(race: Race, runners: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:
-    """Those judged on the longest slice first, then by the metric."""
+    """Returns the candidates in order: those judged on the longest slice first, then by the metric."""
     return sorted(runners, key=lambda r: (-len(r.scores), r.last.mean(race.metric), r.entrant.name))
 
 
