@@ -1,44 +1,79 @@
-"""Files, whole or not at all; and JSON that may come from strangers. Standard library only."""
+"""Files that are whole or not there, and JSON that may come from strangers. Standard library only."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-MARKER = "UNFINISHED"
-
+MARKER = "UNFINISHED"  # the folder inside an output, or beside a plan's file, until it is complete
 LARGEST_FILE = 64 * 2**20  # bytes of a JSON file; a plan of 100,000 layers has 15 MB
 
 
-def write_whole(file: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes to a temporary file beside it, then renames: the file is whole or not there. Returns its path."""
+@contextmanager
+def replacing(file: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
+    """Yields a path to write to; what is written there becomes `file` when the block ends, and vanishes if it fails.
+
+    The path is in a folder of its own beside `file`, because some writers make further files beside their target.
+    `durable`: the content is on the disk before it gets its name, so it survives a loss of power; the folder has a fixed
+    name then, and what a killed process left in it is removed. For one writer at a time.
+    """
     path = Path(file)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if durable:
+        place = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+    else:
+        place = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = place / path.name
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
+        yield temporary
+        if durable:
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+        if durable:
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a loss of power, where the system can open folders."""
+    with suppress(PermissionError, IsADirectoryError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_whole(file: str | os.PathLike[str], data: bytes) -> Path:
+    """Writes a file so that it is whole or not there; returns its path."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(data)
+    return Path(file)
 
 
 def write_json(file: str | os.PathLike[str], data: Any) -> None:
-    """Writes JSON, whole or not at all; makes the folder. `ValueError` for NaN and infinity."""
+    """Writes JSON so that the file is whole or not there, and makes its folder. Raises ValueError for NaN and infinity."""
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, text.encode("utf-8"))
 
 
 def read_json(file: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file of at most `LARGEST_FILE` bytes; `ValueError` when it is truncated or not JSON.
+    """Reads a JSON file of at most `LARGEST_FILE` bytes.
 
-    `FileNotFoundError` says whether the file or its folder is missing.
+    Raises:
+        FileNotFoundError: the file or its folder is missing; the message says which.
+        ValueError: the file is too large, truncated or not JSON.
     """
     path = Path(file)
     if not path.exists():
@@ -53,7 +88,7 @@ def read_json(file: str | os.PathLike[str]) -> Any:
 
 
 def check_finished(folder: str | os.PathLike[str]) -> None:
-    """`ValueError` for a folder whose run was interrupted."""
+    """Raises ValueError for a folder whose run was interrupted."""
     if (Path(folder) / MARKER).is_dir():
         raise ValueError(
             f"{folder} is unfinished: its run was interrupted. Start the same command again to complete it"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: temporary names, renames, and what a failed or interrupted write says."""
+"""Model folders and weight files that are whole or not there, and what a failed or interrupted write says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import replacing
+
 
 def check_output(folder: str | os.PathLike[str]) -> Path:
-    """The folder as a path; `ValueError` when it exists and holds anything."""
+    """Returns the folder as a path. Raises ValueError when it exists and holds anything."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"output {str(path)!r} exists and is not an empty folder; choose another, or remove it")
@@ -27,7 +29,11 @@ def check_output(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name at the end, or vanishes; `ValueError` as `check_output`."""
+    """Yields a temporary folder beside `output`, which takes its name when the block ends, and vanishes if it fails.
+
+    Raises:
+        ValueError: `output` exists and holds anything.
+    """
     path = check_output(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -43,44 +49,22 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file that gets its name when it is safely on disk.
+    """Writes a safetensors file that gets its name when it is safely on disk.
 
-    Until then it is in a folder of its own, since safetensors writes beside its goal under a name of chance: what a
-    killed run left there goes when the file is written again.
+    Raises:
+        WriteError: the disk is full, or the file cannot be written.
     """
-    place = path.with_name(f".{path.name}.partial")
-    with uninterrupted(), disk_errors(path.parent):
-        shutil.rmtree(place, ignore_errors=True)
-        try:
-            place.mkdir()
-            temporary = place / path.name
-            save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a loss of power, where the system can open folders."""
-    with suppress(PermissionError, IsADirectoryError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with uninterrupted(), disk_errors(path.parent), replacing(path, durable=True) as temporary:
+        save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
 
 
 class WriteError(OSError):
-    """A write failed; what was finished before is safe."""
+    """A failed write; what was finished before it is safe."""
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A failed write as a `WriteError` that says what is safe and what to do."""
+    """Turns the error of a failed write into a `WriteError` that says what is safe and what to do."""
     try:
         yield
     except WriteError:
@@ -95,19 +79,21 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C, and a SIGTERM that somebody handles, wait until a write is done."""
+    """Makes Ctrl-C, and a SIGTERM that has a handler, wait until a write is done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[tuple[int, Any]] = []
-    found = ((number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM))
-    handlers: dict[int, Callable[[int, Any], Any]] = {number: one for number, one in found if callable(one)}
+    received: list[tuple[int, Any]] = []
+    current = ((number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM))
+    handlers: dict[int, Callable[[int, Any], Any]] = {
+        number: handler for number, handler in current if callable(handler)
+    }
     for number in handlers:
-        signal.signal(number, lambda *given: pressed.append(given))
+        signal.signal(number, lambda *arguments: received.append(arguments))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in pressed[:1]:
+        for number, frame in received[:1]:
             handlers[number](number, frame)

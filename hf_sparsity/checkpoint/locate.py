@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
 from ..model.accepted import quantization_of, quantized_message
 from .bitmask import codec
 from .packed_folder import METHOD, check_description, check_headers, check_tensors
-from .safetensors_index import Stored, find_files, read_headers
-
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from .safetensors_index import NAMES, Stored, find_files, read_headers
 
 
 def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[str, Any]) -> dict[str, Stored]:
@@ -53,5 +50,4 @@ def _matrix(name: str, place: Stored) -> Stored:
             header = codec.read_header(file.get_tensor(name))
         except ValueError as error:
             raise ValueError(f"{place.file}: {name}: {error}") from None
-    dtype = _NAMES.get(header.dtype, str(header.dtype).removeprefix("torch."))
-    return place._replace(dtype=dtype, shape=header.shape, packed=True)
+    return place._replace(dtype=NAMES[header.dtype], shape=header.shape, packed=True)

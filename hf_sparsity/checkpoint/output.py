@@ -24,13 +24,14 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..distributed import Processes
-from ..files import MARKER
+from ..files import MARKER, sync_folder
 from ..model.layers import Block, ModelLayers
 from ..model.offload import onload, weight_store
 from ..plan import LayerReport, Report, read_json, write_json
-from .atomic import disk_errors, sync_folder, write_tensors
+from .atomic import disk_errors, write_tensors
 from .journal import Journal
 from .packed_folder import check_layout, pack_into
+from .safetensors_index import DTYPES
 from .streamed import read_blocks
 from .transformers_internals import custom_object_save, revert_weight_conversion
 from .zeros import REPORT_FILE, check_written
@@ -230,7 +231,7 @@ class Output:
             with safe_open(self._dense / file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a dict)
                     part = opened.get_slice(name)
-                    size += torch.Size(part.get_shape()).numel() * _ITEMSIZE[part.get_dtype()]
+                    size += torch.Size(part.get_shape()).numel() * DTYPES[part.get_dtype()].itemsize
         return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
 
     def _write(self, model: PreTrainedModel, file: str, state: Mapping[str, Tensor]) -> list[str]:
@@ -242,10 +243,6 @@ class Output:
 
     def _shard(self, model_layers: ModelLayers, number: int) -> str:
         return f"model-{number + 1:05d}-of-{len(model_layers.blocks) + 1:05d}.safetensors"
-
-
-_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_ITEMSIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
 
 
 def _names(model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, list[str]]:

@@ -26,7 +26,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .bitmask import codec
 from .packed_folder import METHOD, check_description, check_headers, check_index, check_tensors
-from .safetensors_index import prefetch, read_headers
+from .safetensors_index import read_headers
+from .system import prefetch
 from .transformers_internals import (
     ASKS_FOR_DTYPES,
     AUTO_QUANTIZATION_CONFIG_MAPPING,

@@ -6,11 +6,11 @@ import json
 import os
 import struct
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -18,9 +18,37 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .bitmask import codec
 
+# The names of dtypes in safetensors headers.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The dtypes of weights: what "auto" may choose.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class Stored(NamedTuple):
-    """The place of a tensor: bytes `start` to `end` of a safetensors file, and what they are, or once `packed` were."""
+    """Where a tensor is: bytes `start` to `end` of a safetensors file.
+
+    `dtype` (as safetensors names it) and `shape` are those of the tensor; of a `packed` one, those once unpacked.
+    """
 
     file: str
     start: int
@@ -99,27 +127,3 @@ def _unpacked(file: Any, key: str) -> Tensor:
         return codec.unpack(file.get_tensor(key))
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-
-
-def prefetch(ranges: Iterable[tuple[Any, ...]]) -> None:
-    """Reads bytes into the system's file cache, in this order, and returns at once: `(file, start, end, ...)` or `Stored`.
-
-    The system sends them to nowhere, one call a stretch, so that neither memory nor Python's lock is taken. Does nothing
-    where it cannot.
-    """
-    if hasattr(os, "sendfile"):
-        threading.Thread(target=_read, args=(list(ranges),), daemon=True).start()
-
-
-def _read(ranges: Iterable[tuple[Any, ...]]) -> None:
-    merged: list[list[Any]] = []
-    for file, start, end, *_ in ranges:
-        if merged and merged[-1][0] == file and merged[-1][2] == start:
-            merged[-1][2] = end
-        else:
-            merged.append([file, start, end])
-    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # whoever needs the bytes says what is wrong with them
-        for file, start, end in merged:
-            with open(file, "rb", buffering=0) as stream:
-                while start < end and (sent := os.sendfile(nowhere.fileno(), stream.fileno(), start, end - start)):
-                    start += sent

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 TILE = 2**20  # values whose masks are widened at a time: 4 MiB in float32
-# Bytes of a floating point value -> the integer of its size.
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bytes of a value -> the integer of its size.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def zero_(values: Tensor, dead: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..files import replacing
 from .layers import Weight
 
 _STORE = "_hf_sparsity_source"  # the attribute of a model that holds its `WeightStore`
@@ -165,9 +166,8 @@ def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
         store.save_folder = tempfile.mkdtemp(prefix="hf_sparsity_offload_")
     os.makedirs(store.save_folder, exist_ok=True)
     file = os.path.join(store.save_folder, f"{key}.pruned.safetensors")
-    partial = f"{file}.{os.getpid()}.partial"  # processes of one run may share the folder
-    save_file({key: value.to("cpu", dtype).contiguous()}, partial)
-    os.replace(partial, file)
+    with replacing(file) as temporary:  # processes of one run may share the folder
+        save_file({key: value.to("cpu", dtype).contiguous()}, temporary)
     new_entry = {"safetensors_file": file, "weight_name": key, "dtype": str(dtype).removeprefix("torch.")}
     place = (entry.get("safetensors_file"), entry.get("weight_name", key))
     for other, tied in list(store.index.items()):  # other names of the same tensor follow it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -91,19 +90,3 @@ def visits(model: PreTrainedModel, model_layers: ModelLayers, batch: Batch) -> l
             "load it in bfloat16 or float32, or check the checkpoint"
         )
     return order
-
-
-def release_memory() -> None:
-    """Gives freed heap back to the system: glibc keeps it otherwise, and peak memory would grow with depth."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
-
-
-def _find_malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
-        return None
-
-
-_malloc_trim = _find_malloc_trim()

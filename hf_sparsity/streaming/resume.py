@@ -30,7 +30,7 @@ def visit_to_resume_at(
     """
     if journal is None:
         return 0
-    start = min(processes.gather(journal.start))
+    start = min(processes.gather(journal.hidden.start))
     if start and not _arrive_alike(start, journal, blocks, walk_pair):
         start = 0
     return min(processes.gather(start))
@@ -48,7 +48,7 @@ def _arrive_alike(
                 with onload(blocks[arrival.index].module):
                     output = arrival.run(0)
                 arrival.finish(0, output)
-                arrival.finish(1, journal.output(0, blank=visit < start - 1) if visit < start else output)
+                arrival.finish(1, journal.hidden.output(0, blank=visit < start - 1) if visit < start else output)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         logger.info("no way to go on from stored inputs (%s); the finished blocks are computed again", error)
         return False

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..algorithm import Layer
+from ..checkpoint.system import release_memory
 from ..core.stats import InputStats
 from ..model.inference import Batch, prepared
 from ..model.layers import Block, ModelLayers, Weight
 from ..model.masked import masked
 from ..model.offload import Onloaded, onload
-from .forward import drive, known_order, padding, release_memory
+from .forward import drive, known_order, padding
 from .lockstep import Arrival, lockstep
 from .observer import Collector, Enough, Operands
 from .resume import visit_to_resume_at
@@ -167,10 +168,10 @@ class _Pass:
                 if visit < start:
                     assert journal is not None
                     for number in range(len(self.walks)):
-                        arrival.finish(number, journal.output(number, blank=visit < start - 1))
+                        arrival.finish(number, journal.hidden.output(number, blank=visit < start - 1))
                     continue
                 last = visit + 1 == len(order) and after_last is None  # nobody wants the output of the last block
-                keep = journal.keeper(visit) if journal and not last else None
+                keep = journal.hidden.keeper(visit) if journal and not last else None
                 if self.twins and self.run.has_finished(block) and not last:
                     raise RuntimeError(_NO_WAY_BACK.format(block.name))
                 with onload(block.module) as onloaded:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from hf_sparsity.algorithm import GRAM
 from hf_sparsity.calibration.batches import prepare_batches
-from hf_sparsity.checkpoint import safetensors_index
+from hf_sparsity.checkpoint import system
 from hf_sparsity.checkpoint.streamed import open_streamed, read_blocks
 from hf_sparsity.model.fingerprint import model_fingerprint
 from hf_sparsity.model.layers import find_layers
@@ -441,7 +441,7 @@ def test_prefetched_bytes_are_in_memory(tmp_path):
         if there(2**25):
             pytest.skip("this file system keeps its files in memory")
         forget()
-        safetensors_index._read([(str(path), 2**24, 2**25)])
+        system.read_ahead([(str(path), 2**24, 2**25)])
         assert all(there(offset) for offset in range(2**24, 2**25, 2**12))
         assert not there(2**26 - 1)
 

@@ -44,8 +44,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ...core.masks import INTEGERS
+from ..system import populate
 from .bits import GROUPS, code_width, compress, count, decode, encode, expand, fill, mark, padded
-from .threads import TASK, populate, run_tasks
+from .threads import TASK, run_tasks
 
 MAGIC, VERSION, HEADER = b"HFSP", 1, 64
 DTYPES = (
@@ -54,7 +56,6 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 )
 _HEADER = struct.Struct("<4sBBBBBB6x3QQ8s8x")
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def unpack(packed: Tensor) -> Tensor:
         packed = packed.clone()  # a slice of a file may start anywhere; words may not
     if _digest(packed) != bytes(packed[48:56].tolist()):
         raise ValueError("packed weight: the checksum is wrong; the data are damaged")
-    flat = packed.new_empty(header.size, dtype=_INTEGERS[header.dtype.itemsize])
+    flat = packed.new_empty(header.size, dtype=INTEGERS[header.dtype.itemsize])
     which, values = packed[HEADER : HEADER + header.which_bytes], _values(packed, header)
     found = run_tasks(lambda a, b: _bits(which, a, b, header), flat)
     ends = [0, *accumulate(kept for _, kept in found)]
@@ -234,7 +235,7 @@ def _share(values: Tensor, ends: list[int], start: int) -> Tensor:
 
 def _integers(weight: Tensor) -> Tensor:
     """Returns all elements in order, as integers of their size."""
-    return weight.contiguous().view(-1).view(_INTEGERS[weight.element_size()])
+    return weight.contiguous().view(-1).view(INTEGERS[weight.element_size()])
 
 
 def _tensor(raw: bytes, device: torch.device) -> Tensor:
@@ -245,7 +246,7 @@ def _values(packed: Tensor, header: Header) -> Tensor:
     """The values of a packed weight as integers, a view."""
     start = HEADER + padded(header.which_bytes)
     raw = packed[start : start + header.values * header.dtype.itemsize]
-    return raw.view(_INTEGERS[header.dtype.itemsize])
+    return raw.view(INTEGERS[header.dtype.itemsize])
 
 
 def _digest(data: Tensor, skip: int | None = 48) -> bytes:

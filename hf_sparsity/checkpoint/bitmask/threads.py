@@ -6,11 +6,7 @@ what a thread needs for itself it keeps, and for what it leaves behind it asks i
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Callable
-from functools import cache
 from threading import local
 from typing import TypeVar
 
@@ -20,7 +16,6 @@ from torch import Tensor
 from ...core.threads import thread_pool
 
 TASK = 2**21  # elements that a thread works on at a time: with fewer, threads wait for each other between torch's calls
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later; others refuse it and nothing is lost
 _T = TypeVar("_T")
 _buffers = local()
 
@@ -49,16 +44,3 @@ def buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Te
         with torch.inference_mode(False):  # else it could not be used outside that mode
             kept[key] = torch.empty(size, dtype=dtype, device=device)
     return kept[key][:size]
-
-
-def populate(new: Tensor) -> None:
-    """Asks for the pages of new memory all at once: one by one, as it is written, they cost half as much again."""
-    start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (new.data_ptr() + new.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform == "linux" and new.device.type == "cpu" and size > 0:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _POPULATE_WRITE)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

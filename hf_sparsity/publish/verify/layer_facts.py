@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ...algorithm import Pattern
+from ...core.masks import INTEGERS
 from ...model.sparsity import mask_hash
 
 GRID = 256  # 8 bits have no more values
 ROWS = 16  # looked at per layer
 _WINDOW = 128  # inputs that share a scale in most group-wise formats
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -76,5 +76,5 @@ def _few_values(part: Tensor) -> bool:
         return False
     sizes = found.abs()
     # As integers, neighbouring positive floats differ by one.
-    low, high = (int(x.view(_INTEGERS[x.element_size()])) for x in (sizes.min(), sizes.max()))
+    low, high = (int(x.view(INTEGERS[x.element_size()])) for x in (sizes.min(), sizes.max()))
     return len(found) < high - low + 1  # half of both signs
