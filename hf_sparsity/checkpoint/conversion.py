@@ -1,4 +1,4 @@
-"""Names, layouts and data types of a checkpoint -> those of the model, by transformers' own converter.
+"""From names, layouts and dtypes of a checkpoint to those of the model, by transformers' own converter.
 
 The functions of transformers used here are not part of its documented interface; see `transformers_internals.py`.
 """
@@ -30,7 +30,7 @@ from .transformers_internals import (
 
 
 def slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Every name of every parameter -> the module that has it, and its name there."""
+    """Returns every name of every parameter -> (the module that has it, its name there)."""
     return {
         f"{path}.{attribute}" if path else attribute: (module, attribute)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -42,7 +42,10 @@ def slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def read_parameters(
     model: PreTrainedModel, stored: Mapping[str, Stored], keys: Iterable[str], device: torch.device
 ) -> dict[str, Tensor]:
-    """The parameters that some tensors of a checkpoint make, by all their names in the model, which stays as it was."""
+    """Returns the parameters that some tensors of a checkpoint make, by all their names in the model.
+
+    The model itself stays as it was.
+    """
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     known = {id(parameter) for _, parameters, _ in before for parameter in parameters.values()}
     try:
@@ -59,8 +62,10 @@ def read_parameters(
 def rehearse(model: PreTrainedModel, stored: Mapping[str, Stored]) -> set[str]:
     """Loads the whole checkpoint without its values; returns the names in the model that it does not provide.
 
-    Gives each parameter the dtype it will have, and `_weight_conversions` as loading the whole model does, so
-    that reverting them gives the names that the checkpoint has.
+    Afterwards each parameter has the dtype it will have, and saving gives the names that the checkpoint has.
+
+    Raises:
+        ValueError: tensors of another shape than the config says, or that cannot be converted.
     """
     empty = {key: torch.empty(tensor.shape, device="meta") for key, tensor in stored.items()}
     info, used = convert(model, empty, torch.device("meta"))
@@ -77,9 +82,10 @@ def rehearse(model: PreTrainedModel, stored: Mapping[str, Stored]) -> set[str]:
 
 
 def convert(model: PreTrainedModel, tensors: dict[str, Any], device: torch.device) -> tuple[Any, list[Any]]:
-    """Runs the converter on some tensors of a checkpoint, setting parameters and buffers of the model.
+    """Runs the converter on some tensors of a checkpoint, which sets parameters and buffers of the model.
 
-    Returns what the converter says, and the conversions that were used.
+    Returns:
+        (what the converter reports, the conversions that were used).
     """
     before = conversions_of(model)
     dtype: Any = model.config.dtype
@@ -97,7 +103,7 @@ def convert(model: PreTrainedModel, tensors: dict[str, Any], device: torch.devic
 
 
 def targets(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the checkpoint -> in the model (of one that becomes several, the first), those of no use left out."""
+    """Returns name in the checkpoint -> name in the model; the first of several; names without a use are left out."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -113,9 +119,10 @@ def targets(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _undoing_prefix(model: PreTrainedModel, keys: Mapping[str, Any], used: list[Any]) -> list[Any]:
-    """The conversions `used`, and one that undoes a prefix that the checkpoint has more or less than the model.
+    """Returns the conversions `used`, and one more where the names in the checkpoint have another prefix.
 
-    transformers' converter adds or removes it silently, and would save under the names of the model.
+    transformers' converter adds or removes the prefix of the base model silently, and would save under the names of
+    the model.
     """
     prefix, state = model.base_model_prefix, model.state_dict()
 
@@ -132,6 +139,6 @@ def _undoing_prefix(model: PreTrainedModel, keys: Mapping[str, Any], used: list[
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of some names, for a message."""
+    """Returns the first few names as text, for a message."""
     first = sorted(names)
     return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")

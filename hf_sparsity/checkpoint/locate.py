@@ -1,4 +1,4 @@
-"""Find the tensors of a checkpoint, dense or packed."""
+"""Finds the tensors of a checkpoint, dense or packed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .safetensors_index import NAMES, Stored, find_files, read_headers
 
 
 def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[str, Any]) -> dict[str, Stored]:
-    """Name -> place of all tensors; of packed ones with the dtype and shape that they have once unpacked.
+    """Returns name -> place of all tensors; packed ones have the dtype and shape that they have once unpacked.
 
     Args:
         source: a folder or Hub id.
-        config: the model's; what says that the folder is packed is taken out of it.
+        config: the model's config; the entries that describe the packed layout are removed from it.
         location: `revision`, `token`, `cache_dir`, ... as in transformers.
 
     Raises:
@@ -44,7 +44,7 @@ def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[s
 
 
 def _matrix(name: str, place: Stored) -> Stored:
-    """A packed tensor as what it becomes; of its bytes only the first few are read."""
+    """Returns a packed tensor's place with the dtype and shape of what it unpacks to; only its header is read."""
     with safe_open(place.file, framework="pt") as file:
         try:
             header = codec.read_header(file.get_tensor(name))

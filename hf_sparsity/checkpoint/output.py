@@ -40,8 +40,9 @@ PACKED = "packed"  # the dense files, under the name that says that they are nee
 
 
 class Output:
-    """The folder a model is written to. `journal` says what is there already; `layout`: "dense" or "bitmask", see `save_sparse`.
+    """The folder that a sparse model is written to, and the record of what is there already, `journal`.
 
+    `layout`: "dense" or "bitmask", see `save_sparse`. `overwrite`: replace an unfinished run or a sparse model.
     `after_record`: see `Journal`.
 
     Raises:
@@ -68,10 +69,10 @@ class Output:
             self.journal = self._new_journal()
 
     def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
-        """Begins planning or pruning into the folder, or goes on with it; until then nothing is touched.
+        """Begins planning or pruning into the folder, or goes on with it; before this call nothing is written.
 
         Raises:
-            ValueError: an unfinished run with other arguments.
+            ValueError: an unfinished run with other arguments is there.
             OSError: the folder cannot be written to.
         """
         if self.processes.main:
@@ -93,7 +94,7 @@ class Output:
         return Journal(self.path / MARKER, self.processes, after_record=self._after_record)
 
     def _is_ours(self) -> bool:
-        """Returns whether there is a run or a sparse model that may be replaced; `ValueError` for anything else."""
+        """Returns whether a run or a sparse model is there, which may be replaced. Raises ValueError for other files."""
         if (self.path / MARKER).is_dir():
             return True
         if not self.path.is_dir() or not any(self.path.iterdir()):
@@ -121,7 +122,7 @@ class Output:
             raise ValueError(f"output {str(self.path)!r} exists and is not an empty folder; choose another{hint}")
 
     def resume(self, model: PreTrainedModel, model_layers: ModelLayers) -> None:
-        """Puts the finished blocks into the model, in its memory or where it is read from."""
+        """Puts the finished blocks into the model: into memory, or where a streamed model reads them from."""
         order = self.journal.order or []
         if len(set(order)) < len(order):  # statistics over repeated visits are taken while all blocks are dense
             self.journal.forget_blocks()
@@ -145,7 +146,7 @@ class Output:
     def write_block(
         self, model: PreTrainedModel, model_layers: ModelLayers, block: Block, layers: Mapping[str, LayerReport]
     ) -> None:
-        """Writes the shard of a block whose weights are on its device; recorded with the next `journal.commit`.
+        """Writes the shard of a block whose weights are on its device; the next `journal.commit` records it.
 
         Raises:
             RuntimeError: the file has fewer zeros than the layers' reports say.
@@ -168,7 +169,7 @@ class Output:
         self.journal.block_done(block.name, record)
 
     def report(self) -> dict[str, LayerReport]:
-        """What became of the layers of all finished blocks."""
+        """Returns the reports of the layers of all finished blocks."""
         return {
             name: LayerReport(**layer)
             for record in self.journal.blocks.values()
@@ -176,7 +177,7 @@ class Output:
         }
 
     def finish(self, model: PreTrainedModel, model_layers: ModelLayers, report: Report, tokenizer: Any = None) -> None:
-        """Writes what is not in a pruned block, the index, the config; the folder is complete then."""
+        """Writes what is not in a pruned block, the index and the config; then the folder is complete."""
         if self.processes.main:
             with self.finishing(report, tokenizer) as place:
                 write_json(place / SAFE_WEIGHTS_INDEX_NAME, self._write_rest(model, model_layers))
@@ -185,9 +186,9 @@ class Output:
 
     @contextmanager
     def finishing(self, report: Report, tokenizer: Any = None) -> Iterator[Path]:
-        """A folder for the dense model inside the unfinished one.
+        """Yields a folder for the files of the dense model inside the unfinished one.
 
-        What is put there, packed if so asked, moves out, `config.json` last, and all is complete.
+        When the block ends, its files, packed if the layout is, move to the output, `config.json` last.
         """
         place = self.journal.folder / "final"
         shutil.rmtree(place, ignore_errors=True)
@@ -211,7 +212,7 @@ class Output:
             self.journal.remove()
 
     def _write_rest(self, model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, Any]:
-        """Shards of what no pruned block holds; returns the index of all."""
+        """Writes the shards of what no pruned block holds; returns the index of all shards."""
         names = _names(model, model_layers)
         where: dict[str, str] = {}
         for number, block in enumerate(model_layers.blocks):
@@ -235,7 +236,7 @@ class Output:
         return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
 
     def _write(self, model: PreTrainedModel, file: str, state: Mapping[str, Tensor]) -> list[str]:
-        """A shard under the source's names, which are returned."""
+        """Writes a shard under the names of the source, and returns them."""
         named = revert_weight_conversion(model, dict(state))
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
         write_tensors(self._dense / file, kept, {"format": "pt"})
@@ -246,7 +247,7 @@ class Output:
 
 
 def _names(model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, list[str]]:
-    """State-dict names by block ("" for the rest): each tensor once, without those tied to another."""
+    """Returns the names in the state dict by block ("" for the rest): each tensor once, without those tied to another."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     result: dict[str, list[str]] = {name: [] for name in ("", *(block.name for block in model_layers.blocks))}
@@ -267,7 +268,7 @@ def _tensor(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def _lent(model: PreTrainedModel, name: str) -> Tensor:
-    """A tensor that may be offloaded."""
+    """Returns a tensor of the model, also if it is offloaded."""
     if (tensor := _tensor(model, name)).device.type != "meta":
         return tensor
     with onload(model.get_submodule(name.rpartition(".")[0])):
@@ -275,7 +276,7 @@ def _lent(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
-    """config.json, generation_config.json and code that came with the model, as `save_pretrained` writes them."""
+    """Writes config.json, generation_config.json and the model's own code, as `save_pretrained` does."""
     if model.is_remote_code():
         custom_object_save(model, str(folder), config=model.config)  # type: ignore[arg-type]
     model.config.architectures = [type(model).__name__]
@@ -287,7 +288,7 @@ def _save_config(model: PreTrainedModel, folder: Path) -> None:
 
 
 def open_output(given: str | os.PathLike[str] | Output | None, overwrite: bool, processes: Processes) -> Output | None:
-    """Returns the `Output` for a folder; what is one already, or None, stays as it is."""
+    """Returns the `Output` for a folder; an `Output` or None is returned as it is."""
     if given is None or isinstance(given, Output):
         return given
     return Output(given, overwrite=overwrite, processes=processes)

@@ -1,4 +1,4 @@
-"""Model folders on disk: dense <-> packed, file by file.
+"""The packed layout of a model folder: reading it, checking it, and rewriting folders to and from it, file by file.
 
 A packed folder is a model folder in which
 
@@ -10,7 +10,7 @@ A packed folder is a model folder in which
   checksums) -> tensors;
 * `config.json` has, as `transformers_weights`, a sentence that says what is needed to load the folder. Without
   this package transformers takes it for a file name and raises an error that quotes it. With it, the quantizer
-  of `bitmask.py` puts the real name there.
+  of `quantizer.py` puts the real name there.
 
 Which tensors are packed is decided by what is in them: every floating-point matrix that becomes shorter. That needs
 no table of how each architecture names its experts on disk.
@@ -51,22 +51,19 @@ _WEIGHTS = re.compile(r"(model|sparse|pytorch_model)[^/]*\.(safetensors|bin)(\.i
 
 
 def check_layout(layout: Any) -> None:
-    """`ValueError` for the name of none."""
+    """Raises ValueError unless `layout` is 'dense' or 'bitmask'."""
     if layout not in ("dense", "bitmask"):
         raise ValueError(f"layout {layout!r} is unknown; use 'dense' or 'bitmask'")
 
 
 def check_worth(plan: Plan, dtype: torch.dtype) -> None:
-    """`ValueError` when no layer of a plan is sparse enough for its bits to take less than its zeros did."""
+    """Raises ValueError when no layer of a plan is so sparse that a mask takes less room than the zeros."""
     if all(layer.sparsity * dtype.itemsize * 8 <= 1 for layer in plan.layers.values()):
         raise ValueError(f"a sparsity of {plan.sparsity:.4f} leaves nothing worth packing: use layout='dense'")
 
 
-# ---- reading a packed folder, also for the quantizer
-
-
 def check_description(described: Any) -> dict[str, Any]:
-    """The `quantization_config` of a packed folder, checked: `ValueError` says what is wrong with it."""
+    """Returns the `quantization_config` of a packed folder. Raises ValueError that says what is wrong with it."""
     if not isinstance(described, Mapping) or described.get("quant_method") != METHOD:
         raise ValueError("this folder is not packed by hf_sparsity: its config.json has no such quantization_config")
     if described.get("layout") != LAYOUT or described.get("version") != VERSION:
@@ -87,7 +84,7 @@ def check_description(described: Any) -> dict[str, Any]:
 
 
 def check_index(folder: Path, described: Mapping[str, Any]) -> None:
-    """`ValueError` when the index of a packed folder, if there is one, is damaged or names other files than its config."""
+    """Raises ValueError when a packed folder has an index that is damaged or names other files than its config."""
     index = folder / described["weights_file"]
     if not index.name.endswith(".json") or not index.is_file():
         return
@@ -99,7 +96,12 @@ def check_index(folder: Path, described: Mapping[str, Any]) -> None:
 
 
 def check_headers(files: list[Path], described: Mapping[str, Any]) -> None:
-    """`ValueError` unless these are the files that the config was written for; `FileNotFoundError` where one is missing."""
+    """Checks that these are the files that the config was written for, by their names and headers.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: other files, or a damaged header.
+    """
     if sorted(file.name for file in files) != sorted(described["files"]) or len({f.parent for f in files}) > 1:
         raise ValueError(
             f"packed folder: the index names {sorted(str(f) for f in files)[:3]}, config.json {sorted(described['files'])[:3]}"
@@ -110,10 +112,13 @@ def check_headers(files: list[Path], described: Mapping[str, Any]) -> None:
 
 
 def check_tensors(files: list[Path]) -> dict[str, bool]:
-    """Checks the tensors that are not packed; packed ones are when they are unpacked. {tensor: whether it is packed}.
+    """Checks the tensors that are not packed; the packed ones are checked when they are unpacked.
+
+    Returns:
+        {tensor: whether it is packed}.
 
     Raises:
-        ValueError: one of them, or a name, is damaged.
+        ValueError: a tensor or a name is damaged.
     """
     packed: dict[str, bool] = {}
     for file in files:
@@ -129,7 +134,7 @@ def check_tensors(files: list[Path]) -> dict[str, bool]:
 
 
 def _header_digest(file: Path) -> str:
-    """SHA-256 of the header of a safetensors file; `ValueError` when it is longer than the file or 64 MiB."""
+    """Returns the SHA-256 of a safetensors file's header. Raises ValueError when it is longer than the file or 64 MiB."""
     with file.open("rb") as stream:
         size = stream.read(8)
         length = int.from_bytes(size, "little")
@@ -139,7 +144,7 @@ def _header_digest(file: Path) -> str:
 
 
 def _checks(tensors: Any) -> dict[str, str]:
-    """{tensor: checksum} of what a file has unpacked; `ValueError` when its metadata are no such thing."""
+    """Returns {tensor: checksum} of the tensors that a file stores dense. Raises ValueError when its metadata have none."""
     try:
         checks = json.loads((tensors.metadata() or {}).get(CHECKS, "{}"))
     except RecursionError:
@@ -159,13 +164,10 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _check_name(name: Any, stem: str) -> None:
-    """Weight files have plain names, so that no index can point outside its folder."""
+    """Raises ValueError unless this is a plain name of a weight file, so that no index can point outside its folder."""
     match = _SHARD.fullmatch(name) if isinstance(name, str) else None
     if match is None or match[1] != stem:
         raise ValueError(f"{name!r} is not the name of a weight file of this folder ({stem}*.safetensors)")
-
-
-# ---- writing
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_unless_prunable(config: Mapping[str, Any]) -> Plan:
-    """The plan of a config whose model can be packed; `ValueError` for all others."""
+    """Returns the plan of a config whose model can be packed. Raises ValueError for all others."""
     quantized = config.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
@@ -193,7 +195,10 @@ def refuse_unless_prunable(config: Mapping[str, Any]) -> Plan:
 
 
 def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
-    """`pack` into a folder that is there; `consume`: takes each dense file away once it is packed."""
+    """Writes the packed layout of a dense folder into a folder that exists.
+
+    `consume`: each dense file is removed once it is packed. Raises ValueError when nothing is worth packing.
+    """
     config = read_config(folder)
     plan = refuse_unless_prunable(config)
     named = {layer.pattern for layer in plan.layers.values()} - {"unstructured"}
@@ -217,7 +222,7 @@ def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The weight files of a dense folder, in order."""
+    """Returns the weight files of a dense folder, in order."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -234,7 +239,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _packed(tensor: Tensor, groups: list[tuple[int, int]]) -> tuple[Tensor, bool]:
-    """(what to store, whether it is packed): the shortest of dense, bitmask and the plan's codes in both directions."""
+    """Returns (what to store, whether it is packed): the shortest of dense, bitmask and N:M codes along either axis.
+
+    `groups`: the (N, M) that the plan names.
+    """
     if not tensor.is_floating_point() or tensor.ndim not in (2, 3) or not tensor.numel():
         return tensor, False
     if tensor.dtype not in codec.DTYPES or codec.packed_bytes(tensor) >= tensor.nbytes:
@@ -244,7 +252,7 @@ def _packed(tensor: Tensor, groups: list[tuple[int, int]]) -> tuple[Tensor, bool
 
 
 def _coded(tensor: Tensor, group: tuple[int, int]) -> Tensor | None:
-    """The tensor in the code of (N, M), in whichever direction it has the pattern; None where a bitmask is shorter."""
+    """Returns the tensor in the code of (N, M), along the axis that has the pattern; None where a bitmask is shorter."""
     for swapped in (False, True):
         if tensor.shape[-2 if swapped else -1] % group[1] == 0:
             packed = codec.pack(tensor, group=group, swapped=swapped)
@@ -266,7 +274,14 @@ def unpack_tensor(tensor: Tensor, name: str, checks: Mapping[str, str]) -> tuple
 def write_shards(
     sources: list[Path], output: Path, stem: str, convert: Any, *, consume: bool = False
 ) -> tuple[list[Path], int]:
-    """Converts file by file; writes an index when there are several. Returns the files and how many tensors changed."""
+    """Converts file by file, and writes an index when there are several.
+
+    `convert`: (tensor, name, checksums of the file) -> (what to store, whether it was converted). `stem`: of the new
+    names, "model" or "sparse". `consume`: each source is removed once it is converted.
+
+    Returns:
+        (the new files, the number of tensors that were converted).
+    """
     files, changed, weight_map, size, count = [], 0, {}, 0, 0
     for number, source in enumerate(sources, 1):
         name = f"{stem}-{number:05d}-of-{len(sources):05d}.safetensors" if len(sources) > 1 else f"{stem}.safetensors"
@@ -296,7 +311,7 @@ def write_shards(
 
 
 def copy_other_files(folder: Path, output: Path) -> None:
-    """Everything beside weights and config: tokenizer, generation config, report, card."""
+    """Copies everything beside weights and config: tokenizer, generation config, report, card."""
     for item in sorted(folder.iterdir()):
         if item.name.startswith(".") or item.name == "config.json" or _WEIGHTS.fullmatch(item.name):
             continue

@@ -1,4 +1,4 @@
-"""A file that a plan goes to, and beside it, until the plan is whole, the record of the run that makes it."""
+"""A plan's file, and beside it, until the plan is whole, the record of the run that makes it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .journal import Journal
 
 
 class PlanFile:
-    """The file that `make_plan` writes a plan to: `path`, JSON. The record is in the folder `<path>.UNFINISHED`.
+    """The JSON file `path` that `make_plan` writes a plan to; until then a record is in the folder `<path>.UNFINISHED`.
 
     Raises:
-        ValueError: the file exists, and `overwrite` is not asked for.
+        ValueError: `path` is a folder, or a file that exists while `overwrite` is False.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, processes: Processes | None = None):
@@ -37,10 +37,10 @@ class PlanFile:
             self.journal = Journal(self._record, self.processes)
 
     def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
-        """Begins planning, or goes on with it; until then nothing is touched.
+        """Begins planning, or goes on with it; before this call nothing is written.
 
         Raises:
-            ValueError: an unfinished run with other arguments.
+            ValueError: an unfinished run with other arguments is there.
             OSError: the folder cannot be written to.
         """
         if self.processes.main:
@@ -54,7 +54,7 @@ class PlanFile:
         self.journal.begin(phase, arguments)
 
     def save(self, plan: Plan) -> None:
-        """The plan is whole; the record goes."""
+        """Writes the plan and removes the record."""
         if self.processes.main:
             with disk_errors(self.path.parent):
                 plan.save(self.path)

@@ -1,4 +1,4 @@
-"""Packed folders load through plain transformers: `AutoModelFor….from_pretrained(folder)`.
+"""Makes packed folders load through plain transformers: `AutoModelFor….from_pretrained(folder)`.
 
 transformers lets others read their own formats by a *quantizer* that it finds by `quantization_config.quant_method`.
 Ours has nothing to quantize: it unpacks, and takes itself away. What comes out is the dense model, bit for bit.
@@ -56,7 +56,7 @@ def register() -> None:
 
 
 class BitmaskConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed folder; see `pack.py`. `ValueError` when it is not one we can read."""
+    """The `quantization_config` of a packed folder; see `packed_folder.py`. Raises ValueError when it cannot be read."""
 
     def __init__(self, **described: Any) -> None:
         vars(self).update(check_description(described))
@@ -68,9 +68,9 @@ class BitmaskConfig(QuantizationConfigMixin):
 
 
 class Unpack(ConversionOps):
-    """Packed bytes -> matrices in the model's dtype; anything else passes.
+    """Turns packed bytes into matrices in the model's dtype; any other tensor passes unchanged.
 
-    `whole`: the operation is alone in its converter, for one tensor, and names what it returns.
+    `whole`: the operation is the only one of its converter, for one tensor, and names what it returns.
     """
 
     def __init__(self, whole: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -110,7 +110,11 @@ class BitmaskQuantizer(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}  # of the parameters, for releases that do not ask `get_new_dtype`
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The one hook before files are looked for: says which they are, refuses what cannot work."""
+        """Names the weight files, in the one call that comes before they are looked for.
+
+        Raises:
+            ValueError: the model is to be distributed, which packed weights cannot be.
+        """
         if getattr(config, "distributed_config", None) is not None:
             raise ValueError(
                 "a packed folder cannot be loaded with tensor parallelism or another distributed_config: a slice of a "
@@ -182,7 +186,7 @@ class BitmaskQuantizer(HfQuantizer):
         return sorted(patterns)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Answers transformers' question for the dtype of a parameter; packed bytes must not be cast, their matrix will."""
+        """Notes the dtype a parameter shall have: its matrix is cast to it, while its packed bytes must not be."""
         self._restore_environment()
         operations = getattr(converter, "operations", ())
         if operations and isinstance(operations[0], Unpack):
@@ -190,7 +194,7 @@ class BitmaskQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _restore_environment(self) -> None:
-        """Puts the environment back as soon as transformers has read it: at the first tensor, or at the end of a load that had none."""
+        """Restores the environment once transformers has read it: at the first tensor, or at the end of loading."""
         while self.environment:
             name, value = self.environment.popitem()
             if value is None:
@@ -199,7 +203,7 @@ class BitmaskQuantizer(HfQuantizer):
                 os.environ[name] = value
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        """Leaves nothing of the loading behind, so that the model saves as any other."""
+        """Removes all traces of the loading, so that the model saves as any other."""
         self.undo()
         for name, dtype in self.dtypes.items():
             tensor = model.get_parameter_or_buffer(name)
@@ -210,17 +214,17 @@ class BitmaskQuantizer(HfQuantizer):
             del model.config.transformers_weights
 
     def is_serializable(self) -> bool:
-        """The loaded model is an ordinary one."""
+        """Returns True: the loaded model is an ordinary one."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """The loaded model is an ordinary one."""
+        """True: the loaded model is an ordinary one."""
         return True
 
 
 def _check_loaded(model: PreTrainedModel, loading_info: Any, stored: dict[str, bool]) -> None:
-    """`ValueError` where transformers would warn and go on with random weights in place of damaged or missing ones.
+    """Raises ValueError where transformers would warn and go on with random weights for damaged or missing ones.
 
     A model of the class that was saved must be complete. Another class may have a new head, but a weight whose like
     in another block is in the files cannot be new.
@@ -245,5 +249,5 @@ def _check_loaded(model: PreTrainedModel, loading_info: Any, stored: dict[str, b
 
 
 def _kind(name: str, model: PreTrainedModel) -> str:
-    """A parameter's name without the numbers of blocks and experts, and without the prefix of a head's model."""
+    """Returns a parameter's name without the numbers of blocks and experts, and without the base model's prefix."""
     return re.sub(r"\.\d+(?=\.)", ".#", name.removeprefix(model.base_model_prefix + "."))

@@ -1,4 +1,4 @@
-"""Where tensors are stored: the safetensors files of a checkpoint, read without loading them."""
+"""The index of a checkpoint's safetensors files: which tensor is where, read without loading any."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ class Stored(NamedTuple):
 
 
 def find_files(source: str | os.PathLike[str], config: Any, location: Mapping[str, Any]) -> list[str]:
-    """The safetensors files of a checkpoint, fetched from the Hub if need be."""
+    """Returns the safetensors files of a checkpoint, fetched from the Hub if need be.
+
+    Raises:
+        ValueError: there are none, or the config names a file that is none.
+    """
     named = getattr(config, "transformers_weights", None)
     if named is not None and (os.path.basename(named) != named or not named.endswith((".safetensors", ".json"))):
         raise ValueError(f"transformers_weights={named!r} in the config is not the name of a safetensors file")
@@ -74,7 +78,7 @@ def find_files(source: str | os.PathLike[str], config: Any, location: Mapping[st
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Stored]:
-    """Name -> place of all tensors in safetensors files.
+    """Returns name -> place of all tensors in safetensors files.
 
     Raises:
         ValueError: a file is missing, cut short, or not safetensors.
@@ -104,7 +108,10 @@ def read_headers(files: Iterable[str]) -> dict[str, Stored]:
 
 @contextmanager
 def opened(stored: Mapping[str, Stored], keys: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Name -> slice of the tensors in open files, in this order; only packed ones are read already, and unpacked."""
+    """Yields name -> slice of the tensors of open files, in the order of `keys`.
+
+    Slices are read when they are used; packed tensors are read and unpacked at once.
+    """
     # A private mapping reserves memory for the whole file on Windows; transformers reads without one there too.
     options = {"backend": "pread"} if sys.platform == "win32" else {}
     files: dict[str, Any] = {}
@@ -122,7 +129,7 @@ def opened(stored: Mapping[str, Stored], keys: Iterable[str]) -> Iterator[dict[s
 
 
 def _unpacked(file: Any, key: str) -> Tensor:
-    """A packed tensor as a matrix; `ValueError` names it when it is damaged."""
+    """Returns a packed tensor as a matrix. Raises ValueError with its name when it is damaged."""
     try:
         return codec.unpack(file.get_tensor(key))
     except ValueError as error:

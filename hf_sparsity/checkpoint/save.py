@@ -1,4 +1,4 @@
-"""Save a sparse model with its plan."""
+"""Saves a sparse model with its plan."""
 
 from __future__ import annotations
 

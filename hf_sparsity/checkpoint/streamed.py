@@ -1,7 +1,7 @@
-"""Open a model larger than memory: each block's weights come from its checkpoint while the block is in use.
+"""Opens a model larger than memory: each block's weights come from its checkpoint while the block is in use.
 
 The model is built without weights. What is outside the blocks is loaded once and stays; a block is
-read when it is lent and dropped when it leaves. The road in is accelerate's own hook with our mapping
+read when it is lent and dropped when it leaves. Weights come in through accelerate's own hook, with our mapping
 behind it, so `onload`, a plain forward and evaluation work as with any offloaded model. Names, fused
 experts and data types are the business of transformers' converter, run on one block's tensors.
 
@@ -69,7 +69,7 @@ class StreamedWeights(WeightStore):
         return len(self._map.owner)
 
     def release(self) -> None:
-        """Lets go of the block that is held, so that the next use reads it again."""
+        """Drops the block that is held, so that the next use reads it again."""
         self._held, self._held_block = {}, None
 
     def block_keys(self, block: str) -> list[str]:
@@ -107,11 +107,11 @@ class StreamedWeights(WeightStore):
             self.release()
 
     def is_written(self, name: str) -> bool:
-        """Whether a changed parameter is already where it will be read: its block was redirected while it was lent."""
+        """Returns whether a changed parameter is already where it will be read next."""
         return self._map.owner.get(name) in self._written
 
     def load_resident(self) -> None:
-        """Loads everything but the parameters of the blocks, and ties what is tied."""
+        """Loads everything but the parameters of the blocks."""
         keys = [key for key, target in self._keys.targets.items() if target not in self._map.streamed]
         with opened(self._keys.stored, self._keys.sorted(keys)) as tensors:
             convert(self._model, tensors, self._device)
@@ -139,7 +139,7 @@ class StreamedWeights(WeightStore):
         attach_store(self._model, self)
 
     def _read(self, block: str) -> None:
-        """Makes `block` the one that is held; the model itself is left as it was."""
+        """Reads a block, which becomes the one that is held; the model itself stays as it was."""
         self.release()  # before reading, so that there are never two
         order = list(self._map.blocks)
         if self.reads_ahead:
@@ -157,7 +157,7 @@ class StreamedWeights(WeightStore):
 
 
 class _BlockHook(AlignDevicesHook):
-    """accelerate's hook, which also lets go of the block when its forward is over."""
+    """accelerate's hook, which also drops the block when its forward is over."""
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         output = super().post_forward(module, output)
@@ -169,9 +169,9 @@ class _BlockHook(AlignDevicesHook):
 def read_blocks(
     model: PreTrainedModel, folder: str | os.PathLike[str], blocks: Mapping[str, Mapping[str, str]]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yields blocks of any model, as name and parameters by full name, from shards that were written for it.
+    """Yields (block, {full name of a parameter: tensor}) from shards that were written for a model.
 
-    `blocks`: for each its tensors, as named in the file, and the file in `folder`. In float32, which holds all narrower
+    `blocks`: block -> {name of a tensor in its file: the file in `folder`}. Tensors are float32, which holds all narrower
     values, whatever the config says of the model's dtype.
     """
     if not blocks:
@@ -235,7 +235,7 @@ def open_streamed(
 
 
 def _separate(module: nn.Module) -> None:
-    """Makes parameters that a block has twice two, since accelerate fills only the first name of each."""
+    """Splits parameters that a block has under two names, since accelerate fills only the first name of each."""
     seen: set[int] = set()
     for child in module.modules():
         for name, parameter in child._parameters.items():
@@ -245,11 +245,11 @@ def _separate(module: nn.Module) -> None:
 
 
 def _choose_dtype(dtype: str | torch.dtype, config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
-    """Returns the dtype as transformers chooses it: "auto" is what the config says, else the first floating point type in the checkpoint."""
+    """Returns the dtype as transformers chooses it: "auto" is the config's, else the checkpoint's first float dtype."""
     if isinstance(dtype, str) and dtype == "auto":
         dtypes = (DTYPES.get(tensor.dtype) for tensor in stored.values())
         dtype = config.dtype or next((dtype for dtype in dtypes if dtype in WEIGHT_DTYPES), torch.float32)
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype):
         raise ValueError(f'dtype={dtype!r} is not known; give "auto", a torch.dtype or its name')
-    return found
+    return chosen

@@ -15,7 +15,7 @@ REPORT_FILE = "sparsity_report.json"
 
 
 def check_written(files: Iterable[Path], layers: Mapping[str, LayerReport]) -> None:
-    """`RuntimeError` when dense files, read again, have fewer zeros than the reports of their layers say."""
+    """Raises RuntimeError when dense files, read again, have fewer zeros than the reports of their layers say."""
     written, expected = sum(map(count_zeros, files)), sum(layer.zeros for layer in layers.values())
     if written < expected:
         raise RuntimeError(
@@ -24,7 +24,7 @@ def check_written(files: Iterable[Path], layers: Mapping[str, LayerReport]) -> N
 
 
 def count_zeros(file: Path) -> int:
-    """Zeros in all matrices of a safetensors file, read tensor by tensor."""
+    """Counts the zeros in all matrices of a safetensors file, which is read tensor by tensor."""
     zeros = 0
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118  (not a dict)
@@ -35,5 +35,5 @@ def count_zeros(file: Path) -> int:
 
 
 def folder_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of the weight files in a folder."""
+    """Returns the size of the weight files in a folder, in bytes."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""`hf-sparsity pack`: store a sparse folder small."""
+"""The command `hf-sparsity pack`: stores a sparse folder small."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HELP = "store a sparse folder small: one bit per pruned weight and the values that are left"
+HELP = "store a sparse folder small: one bit per pruned weight and the values that were kept"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the arguments of this command."""
+    """Adds the command's arguments."""
     command.add_argument("folder", help="a sparse model's folder")
     command.add_argument("output", help="new or empty folder")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """A dense folder into the bitmask layout."""
+    """Rewrites a dense folder in the bitmask layout."""
     from ..publish.layouts import pack
 
     return repacked(options, pack)
 
 
 def repacked(options: argparse.Namespace, change: Callable[[str, str], Path]) -> dict[str, Any]:
-    """Rewrites the folder, and says what it takes now."""
+    """Rewrites the folder by `change`, and prints and returns how large its weights are now and were before."""
     from ..checkpoint.zeros import folder_bytes
 
     output = change(options.folder, options.output)

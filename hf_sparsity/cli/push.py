@@ -1,4 +1,4 @@
-"""`hf-sparsity push`: a sparse model's folder, card and plot to the Hub, in one commit."""
+"""The command `hf-sparsity push`: publishes a sparse model's folder, card and plot on the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HELP = "publish a sparse model's folder on the Hub, with its card, in one commit
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Its arguments. No token: one on the command line would be seen by everybody on the machine."""
+    """Adds the command's arguments. None is a token, which everybody on the machine could see on a command line."""
     command.add_argument("folder", help="a sparse model's folder")
     command.add_argument("repo", help="USER/NAME on the Hub; made if it does not exist")
     visible = command.add_mutually_exclusive_group()
@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Pushes with the token of `hf auth login` or `HF_TOKEN`."""
+    """Publishes the folder with the token of `hf auth login` or `HF_TOKEN`."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     from ..publish.hub import push_sparse

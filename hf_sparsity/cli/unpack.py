@@ -1,4 +1,4 @@
-"""`hf-sparsity unpack`: the reverse of `pack`."""
+"""The command `hf-sparsity unpack`: reverses `pack`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HELP = "make an ordinary checkpoint of a packed folder"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """A packed folder into the dense layout."""
+    """Rewrites a packed folder in the dense layout."""
     from ..publish.layouts import unpack
 
     return repacked(options, unpack)

@@ -1,4 +1,4 @@
-"""`hf-sparsity verify`: does a folder hold what its plan and report say? Exit code 1 if it does not."""
+"""The command `hf-sparsity verify`: checks a folder against its plan and report; exit code 1 if they do not match."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from .arguments import add_model_class, add_text, parse_source
 
 HELP = "check a sparse model's folder against its plan, its report and the dense model"
-LINES = 20  # problems that are printed
+LINES = 20  # most problems, and most notes, that are printed
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the arguments of this command."""
+    """Adds the command's arguments."""
     command.add_argument("folder", help="a sparse model's folder, dense or packed")
     command.add_argument(
         "--against",
         metavar="DENSE",
-        help="the dense model, a folder or Hub id or 'demo': the weights left must be those of it, unless the pruner "
+        help="the dense model, a folder or Hub id or 'demo': the kept weights must equal its weights, unless the pruner "
         "updates them or they were trained",
     )
     command.add_argument("--revision", help="of a Hub model to compare with")
@@ -31,7 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prints what was found; what `--json` prints has all of it, with `ok` for the exit code."""
+    """Prints the verdict and the findings; returns all of them, with `ok` for the exit code."""
     from .. import demo
     from ..publish.verify.verify import verify
 
@@ -71,7 +71,7 @@ def _certificate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _scored_again(certificate: dict[str, Any]) -> str:
-    """What the certificate's text says today, beside what was recorded."""
+    """Returns the line that compares the certificate's scores of today with the recorded ones."""
     pairs = [
         f"{name} {certificate['now'][name]:.4f} (recorded {recorded:.4f})"
         for name, recorded in certificate["recorded"].items()
@@ -82,7 +82,7 @@ def _scored_again(certificate: dict[str, Any]) -> str:
 
 
 def _text(result: Any) -> str:
-    """The verdict, then a line for each check that passed and for each problem."""
+    """Returns the verdict, then a line for each check that passed and for each problem."""
     lines = [f"{result.folder}: {'holds what it says' if result.ok else 'does NOT hold what it says'}"]
     if (measured := result.measured) is not None:
         lines[0] += f"; sparsity {measured.sparsity:.4f} (target {measured.target:.4f}), {len(measured.layers)} layers"

@@ -1,4 +1,4 @@
-"""Publishing: a sparse model's folder, with its card and plot, in one commit of a Hub repository.
+"""Publishes a sparse model's folder, with its card and plot, in one commit of a Hub repository.
 
 transformers' own `push_to_hub` replaces the README by one of its own, and huggingface_hub's `upload_folder` may cut a large
 folder into several commits, between which nobody can load it. Here all checks come first, without the network; then the
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 _WEIGHTS = re.compile(r"(model|sparse)(-\d{5,6}-of-\d{5,6})?\.safetensors(\.index\.json)?")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
-# What the Trainer, tests and file managers leave beside a model: no part of it.
+# Files that the Trainer, tests and file managers leave beside a model, and that are no part of it.
 _LEFTOVERS = re.compile(
     r"\..*|__pycache__|checkpoint-\d+|runs|logs|wandb|trainer_state\.json|training_args\.bin|"
     r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth"
@@ -36,7 +36,7 @@ _LEFTOVERS = re.compile(
 
 
 class HubError(OSError):
-    """The Hub could not be reached or said no. The repository shows all of a push or nothing of it."""
+    """A push that the Hub refused, or that did not reach it. The repository shows all of a push or nothing of it."""
 
 
 def push_sparse(
@@ -96,25 +96,25 @@ def push_sparse(
 
 
 def check_publishable(folder: Path) -> Plan:
-    """The plan of a folder that may be published; `ValueError` or `FileNotFoundError` says why it may not."""
+    """Returns the plan of a folder that may be published. Raises ValueError or FileNotFoundError that says why not."""
     from .verify.verify import verify
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r} is not a folder; give the folder of a sparse model")
     check_finished(folder)
     files_to_publish(folder)
-    found = verify(folder)
-    if not found.ok:
-        reasons = "; ".join(f"{one.where}: {one.message}".removeprefix(": ") for one in found.failed[:3])
+    result = verify(folder)
+    if not result.ok:
+        reasons = "; ".join(f"{finding.where}: {finding.message}".removeprefix(": ") for finding in result.failed[:3])
         raise ValueError(
-            f"{str(folder)!r} does not hold what it says ({len(found.failed)} checks failed): {reasons}. "
+            f"{str(folder)!r} does not hold what it says ({len(result.failed)} checks failed): {reasons}. "
             f"`hf-sparsity verify {folder}` shows all"
         )
     return Plan.load(folder)
 
 
 def files_to_publish(folder: Path) -> dict[str, Path]:
-    """{name in the repository: file}, sorted; what does not belong to the model is left out.
+    """Returns {name in the repository: file}, sorted; files that do not belong to the model are left out.
 
     Raises:
         ValueError: a link that points outside the folder, pickled weights, or an index that names other than plain files
@@ -143,7 +143,7 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yields all files but leftovers, sorted; links to folders are yielded, not entered."""
+    """Yields all files and folders but leftovers, sorted; links to folders are yielded, not entered."""
     for path in sorted(folder.iterdir()):
         if _LEFTOVERS.fullmatch(path.name):
             continue
@@ -153,11 +153,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """The repository's full id, once it and the branch exist; `ValueError` when its visibility is not what was asked for."""
+    """Makes the repository and the branch where they do not exist; returns the repository's full id.
+
+    Raises:
+        ValueError: the repository exists, and is not as public or private as asked for.
+    """
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    found = api.model_info(repo)
-    if private is not None and found.private is not None and bool(found.private) != private:
-        is_, wanted = ("private", "public") if found.private else ("public", "private")
+    info = api.model_info(repo)
+    if private is not None and info.private is not None and bool(info.private) != private:
+        is_, wanted = ("private", "public") if info.private else ("public", "private")
         raise ValueError(
             f"{repo} exists and is {is_}, so the model would not be {wanted}: change that in the repository's settings, "
             "choose another name, or leave the choice out"
@@ -169,16 +173,17 @@ def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | 
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """What goes wrong between here and the Hub as a `HubError` that says what to do."""
+    """Turns what goes wrong between here and the Hub into a `HubError` that says what to do."""
     try:
         yield
     except OfflineModeIsEnabled as error:
         raise HubError("HF_HUB_OFFLINE is set, so the Hub is out of reach; unset it to publish") from error
     except (HTTPError, RuntimeError, OSError) as error:  # of a large file: RuntimeError with a cause; OSError by Xet
-        raise HubError(f"{_advice(error, repo_id)} ({_said(error)})") from error
+        raise HubError(f"{_advice(error, repo_id)} ({_reason(error)})") from error
 
 
 def _advice(error: BaseException, repo_id: str) -> str:
+    """Returns what a person can do about an error of the Hub."""
     status = getattr(getattr(_root(error), "response", None), "status_code", None)
     if status == 401:
         return f"The Hub knows no token that may see or write {repo_id}: run `hf auth login`, or set HF_TOKEN."
@@ -199,13 +204,13 @@ def _advice(error: BaseException, repo_id: str) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The error that a failed request raised, behind those that were raised because of it."""
+    """Returns the error of the failed request itself, which others may have been raised from."""
     while not isinstance(error, HTTPError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def _said(error: BaseException) -> str:
-    """Returns in one line what the server or the connection said."""
+def _reason(error: BaseException) -> str:
+    """Returns what the server or the connection said, in one line."""
     root = _root(error)
     return " ".join((getattr(root, "server_message", None) or str(root) or type(root).__name__).split())

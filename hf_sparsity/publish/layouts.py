@@ -1,4 +1,4 @@
-"""Change the layout of a finished sparse folder."""
+"""Changes the layout of a finished sparse folder: dense to packed and back."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..plan import write_json
 
 
 def pack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """Rewrites a dense sparse-model folder with its pruned matrices packed; about one shard is in memory.
+    """Rewrites the folder of a sparse model with its pruned matrices packed; about one shard is in memory.
 
-    All other files are copied, but a card of ours is rendered for the new layout. Returns `output`.
+    All other files are copied; a card made by `make_card` is rendered again for the new layout. Returns `output`.
 
     Raises:
         FileNotFoundError: no config or weights.
@@ -39,7 +39,7 @@ def pack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path
 
 
 def unpack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """The reverse of `pack`: ordinary files that load everywhere; about one dense shard is in memory.
+    """Rewrites a packed folder as ordinary files that load everywhere; about one dense shard is in memory.
 
     Returns `output`.
 

@@ -1,4 +1,4 @@
-"""The checks of `verify`, one function each: from what was read to findings."""
+"""The checks of `verify`: each is a function from what was read to findings."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ EVALUATION, SURVIVORS, EXPLANATION = "evaluation", "survivors", "explanation"
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of one check: `status` is ok, failed, note (worth knowing, not wrong) or not applicable.
+    """One result of one check.
 
-    `where`: the layer, parameter, block or file it is about; "" for the whole folder.
+    Attributes:
+        check: which.
+        status: "ok", "failed", "note" (worth knowing, not wrong) or "not applicable".
+        where: the layer, parameter, block or file it is about; "" for the whole folder.
+        message: a sentence.
     """
 
     check: str
@@ -39,10 +43,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Known:
-    """What the checks look at: the plan, the layers of the model, their reports by layer, and what was measured.
+    """The facts that the checks compare.
 
-    `compared`: in which dtype weights were compared with the dense model's, "" if they were not; `excuse`: why those that
-    are left may differ from them, "" if they may not.
+    Attributes:
+        plan: of the folder.
+        model_layers: of the model.
+        reports: layer -> its report; empty where there is none.
+        seen: what was measured.
+        compared: in which dtype weights were compared with the dense model's; "" if they were not.
+        excuse: why the kept weights may differ from the dense model's; "" if they may not.
     """
 
     plan: Plan
@@ -54,19 +63,19 @@ class Known:
 
 
 def _failures(check: str, wrong: Mapping[str, str], right: str) -> list[Finding]:
-    """One finding for each place where something is wrong, or one that says all is right."""
+    """Returns one finding for each place where something is wrong, or one that says all is right."""
     if not wrong:
         return [Finding(check, OK, "", right)]
     return [Finding(check, FAILED, where, message) for where, message in wrong.items()]
 
 
 def files(known: Known) -> list[Finding]:
-    """The files are whole: their headers, and of packed ones every checksum."""
+    """Checks that the files are whole: their headers, and every checksum of packed ones."""
     return _failures(FILES, known.seen.damaged, "every tensor could be read")
 
 
 def plan(known: Known, model: PreTrainedModel) -> list[Finding]:
-    """The plan is about this model's layers, which it names with their sizes, and meets its own target."""
+    """Checks that the plan names this model's layers with their sizes, and meets its own target."""
     try:
         check_plan(Plan(known.plan.config, known.plan.layers), model, known.model_layers)
     except ValueError as error:
@@ -75,7 +84,7 @@ def plan(known: Known, model: PreTrainedModel) -> list[Finding]:
 
 
 def fingerprints(known: Known, kind: str) -> list[Finding]:
-    """What config.json says of the model, the data and the versions is there and fits."""
+    """Checks that config.json names the model, the data and the versions, and that they fit."""
     made, wrong, absent = known.plan.model, {}, []
     if made.get("type") not in (None, kind):
         wrong["type"] = f"the plan was made for a model of type {made['type']!r}, this is {kind!r}"
@@ -91,7 +100,7 @@ def fingerprints(known: Known, kind: str) -> list[Finding]:
 
 
 def report(told: Report, plan: Plan) -> list[Finding]:
-    """The report is about the layers of the plan, in the sizes and with the sparsities it wanted."""
+    """Checks that the report is about the layers of the plan, with their sizes and planned sparsities."""
     names = [name for name in {**plan.layers, **told.layers} if (name in plan.layers) != (name in told.layers)]
     wrong = {n: f"it is in {'the plan' if n in plan.layers else 'the report'} alone" for n in names}
     if abs(told.target - plan.target) > 1e-6:
@@ -107,7 +116,7 @@ def report(told: Report, plan: Plan) -> list[Finding]:
 
 
 def zeros(known: Known) -> list[Finding]:
-    """Each layer has the zeros of its report; and those of the plan, but for what pruning may deviate."""
+    """Checks that each layer has the zeros of its report, and of the plan within what pruning may deviate."""
     if not known.seen.facts:
         return [Finding(ZEROS, NOT_APPLICABLE, "", "no planned layer could be read")]
     wrong, sparser = {}, {}
@@ -143,7 +152,7 @@ def pattern(known: Known) -> list[Finding]:
 
 
 def masks(known: Known) -> list[Finding]:
-    """The zeros are where the report says, by a hash of each layer's mask."""
+    """Checks that the zeros are where the report says, by a hash of each layer's mask."""
     stored = {n: told.mask for n, told in known.reports.items() if told.mask is not None and n in known.seen.facts}
     if not stored:
         return [Finding(MASKS, NOT_APPLICABLE, "", "the report has no hashes of masks")]
@@ -154,13 +163,13 @@ def masks(known: Known) -> list[Finding]:
 
 
 def finite(known: Known) -> list[Finding]:
-    """No NaN or infinity in any parameter."""
+    """Checks that no parameter has NaN or infinity."""
     wrong = dict.fromkeys(known.seen.not_finite, "NaN or infinite values")
     return _failures(FINITE, wrong, f"all {len(known.seen.samples)} parameters are finite")
 
 
 def tied(model: PreTrainedModel, plan: Plan) -> list[Finding]:
-    """Weights that the config ties are one, and not planned."""
+    """Checks that weights that the config ties are the same, and not planned."""
     mapping = model.get_expanded_tied_weights_keys(all_submodels=True)
     if not mapping:
         return [Finding(TIED, NOT_APPLICABLE, "", "the config ties no weights")]
@@ -175,7 +184,7 @@ def tied(model: PreTrainedModel, plan: Plan) -> list[Finding]:
 
 
 def evaluation(folder: Path, weights: list[str]) -> list[Finding]:
-    """The recorded evaluations are of these weights, of which `weights` are the possible fingerprints."""
+    """Checks that the recorded evaluations are of these weights; `weights`: the fingerprints they can have."""
     try:
         metrics = Metrics.load(folder)
     except ValueError as error:
@@ -192,7 +201,7 @@ def evaluation(folder: Path, weights: list[str]) -> list[Finding]:
 
 
 def survivors(known: Known) -> list[Finding]:
-    """Against the dense model: what pruning left is unchanged, where nothing was meant to change it."""
+    """Checks that the kept weights are the dense model's, where nothing was meant to change them."""
     if not known.compared:
         return [Finding(SURVIVORS, NOT_APPLICABLE, "", "no dense model to compare with was given")]
     kept = {name: fact.size - fact.zeros for name, fact in known.seen.facts.items()}
@@ -210,7 +219,7 @@ def survivors(known: Known) -> list[Finding]:
 
 
 def updating(plan: Plan) -> str:
-    """Why pruning itself may have changed the weights that stay; "" when it may not."""
+    """Says why pruning itself may have changed the kept weights; "" if it may not."""
     if plan.config.get("refit"):
         return "the weights that stay were refitted"
     given = plan.config.get("pruner")
@@ -221,7 +230,7 @@ def updating(plan: Plan) -> str:
 
 
 def explained(known: Known) -> list[Finding]:
-    """What a later step seems to have done."""
+    """Returns notes on what a later step seems to have done."""
     facts = {n: x for n, x in known.seen.facts.items() if known.plan.layers[n].size == x.size}
     changed = {} if known.excuse else known.seen.changed
     told = explain(known.plan.layers, facts, known.reports, changed)

@@ -1,4 +1,4 @@
-"""What a later step did to the zeros, told from what the layers were and are."""
+"""Tells what a later step did to the zeros, from what the layers were and are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from ...plan import LARGEST_DEVIATION, LayerPlan, LayerReport
 from .layer_facts import LayerFacts
 
-DENSE = 0.01  # a layer with fewer zeros than this is full
-SPARSER = 0.02  # how far above its plan a layer may be without a word, as while pruning
+DENSE = 0.01  # fraction of zeros below which a layer counts as dense
+SPARSER = 0.02  # fraction of zeros that a layer may have beyond its plan without a note, as while pruning
 
 
 def expected(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> tuple[float, float]:
-    """(fewest, most) zeros that a layer may have: those of its report, or else as pruning itself allows."""
+    """Returns (fewest, most) zeros that a layer may have: those of its report, or else as pruning itself allows."""
     if report is not None:
         return report.zeros, report.zeros
     lower = plan.sparsity - LARGEST_DEVIATION - 1 / facts.width
@@ -20,17 +20,17 @@ def expected(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> 
 
 
 def lost(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> bool:
-    """Returns whether zeros are gone."""
+    """Returns whether the layer has fewer zeros than it may have."""
     return facts.zeros < expected(plan, facts, report)[0]
 
 
 def gained(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> bool:
-    """Returns whether there are more zeros than there should be."""
+    """Returns whether the layer has more zeros than it may have."""
     return facts.zeros > expected(plan, facts, report)[1]
 
 
 def moved(facts: LayerFacts, report: LayerReport | None) -> bool:
-    """Returns whether equally many zeros are in other places."""
+    """Returns whether the layer has as many zeros as its report, in other places."""
     known = report is not None and report.mask is not None and report.zeros == facts.zeros
     return known and report is not None and report.mask != facts.mask
 
@@ -41,9 +41,9 @@ def explain(
     reports: Mapping[str, LayerReport],
     changed: Mapping[str, int],
 ) -> list[str]:
-    """One sentence for each thing that seems to have happened; all arguments are by layer.
+    """Returns one sentence for each thing that seems to have happened; all arguments are by layer.
 
-    `changed`: how many weights that are left differ from the dense model's, though nothing says that they should.
+    `changed`: number of kept weights that differ from the dense model's, though nothing says that they should.
     """
     less = [n for n in facts if lost(planned[n], facts[n], reports.get(n))]
     more = [n for n in facts if gained(planned[n], facts[n], reports.get(n))]
@@ -90,6 +90,6 @@ def _of(some: list[str], every: Mapping[str, LayerFacts]) -> str:
 
 
 def _kinds(names: list[str]) -> str:
-    """The projections that layers are, such as `q_proj, v_proj`."""
+    """Returns which projections the layers are, such as `q_proj, v_proj`."""
     kinds = dict.fromkeys(name.split("[")[0].rsplit(".", 1)[-1] for name in names)
     return ", ".join([*list(kinds)[:6], *(["..."] if len(kinds) > 6 else [])])

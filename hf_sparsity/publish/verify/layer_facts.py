@@ -1,4 +1,4 @@
-"""What the weights of one layer are like, as they are in a folder: zeros, groups, the mask, values on a grid."""
+"""Facts of one layer's weights, as they are in a folder: zeros, groups, the mask, values on a grid."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from ...algorithm import Pattern
 from ...core.masks import INTEGERS
 from ...model.sparsity import mask_hash
 
-GRID = 256  # 8 bits have no more values
-ROWS = 16  # looked at per layer
+GRID = 256  # values that 8 bits can have
+ROWS = 16  # rows of each layer that are tested for a grid
 _WINDOW = 128  # inputs that share a scale in most group-wise formats
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a look at one layer's weights tells: `size` weights in rows of `width`, of which `zeros` are zero; `mask` is the hash of their places.
+    """Facts of one layer's weights.
 
-    `crowded`: groups of the pattern with more weights than it keeps, of `groups` (0: unstructured, or a width that the
-    groups do not divide). `on_grid`: the values are so few that they must have been rounded.
+    Attributes:
+        zeros: number of weights that are zero.
+        size: number of weights.
+        width: weights in a row.
+        mask: hash of the places of the zeros, see `mask_hash`.
+        groups: groups of the N:M pattern; 0 if unstructured, or if the groups do not divide the width.
+        crowded: groups that keep more weights than the pattern allows.
+        on_grid: whether there are so few different values that they must have been rounded.
     """
 
     zeros: int
@@ -34,12 +40,12 @@ class LayerFacts:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights that are zero."""
+        """The fraction of the weights that are zero."""
         return self.zeros / self.size
 
 
 def look(weight: Tensor, pattern: Pattern) -> LayerFacts:
-    """The facts of a weight `[out, in]` of any floating-point dtype that is to have this pattern."""
+    """Returns the facts of a weight `[out, in]` of any floating-point dtype, which should have this pattern."""
     groups, crowded = 0, 0
     if pattern.group is not None and pattern.kept is not None and weight.shape[1] % pattern.group == 0:
         kept = (weight != 0).reshape(-1, pattern.group).sum(1)
@@ -50,9 +56,9 @@ def look(weight: Tensor, pattern: Pattern) -> LayerFacts:
 
 
 def is_on_grid(weight: Tensor) -> bool:
-    """Returns whether the values of a weight `[out, in]` were rounded to few: over all of it, by row, or by 128 inputs.
+    """Returns whether a weight `[out, in]` has only few values: in all of it, in each row, or in 128 inputs of a row.
 
-    A sample of rows is looked at, and most of its parts must agree.
+    A sample of rows is tested, and most of its parts must agree.
     """
     rows = weight[:: max(1, weight.shape[0] // ROWS)].contiguous()
     if rows.element_size() == 1:
@@ -64,17 +70,17 @@ def is_on_grid(weight: Tensor) -> bool:
 
 
 def _few_values(part: Tensor) -> bool:
-    """Returns whether there are at most 256 values, each taken twice on average, and under half of those that the dtype has in their range.
+    """Returns whether there are at most 256 values, each twice on average, and under half of the dtype's in their range.
 
     The last condition is for bf16, which has only 128 magnitudes between a number and its double.
     """
     values = part[part != 0]
     if values.numel() < 32 or not torch.isfinite(values).all():
         return False
-    found = values.unique()
-    if len(found) > GRID or 2 * len(found) > len(values):
+    different = values.unique()
+    if len(different) > GRID or 2 * len(different) > len(values):
         return False
-    sizes = found.abs()
+    sizes = different.abs()
     # As integers, neighbouring positive floats differ by one.
     low, high = (int(x.view(INTEGERS[x.element_size()])) for x in (sizes.min(), sizes.max()))
-    return len(found) < high - low + 1  # half of both signs
+    return len(different) < high - low + 1  # half of both signs

@@ -1,6 +1,6 @@
-"""`verify`: does a folder hold what its plan and report say, and if not, what happened to it?
+"""The verb `verify`: checks that a folder holds what its plan and report say, and tells what happened to it if not.
 
-One pass over the weights, block by block, of dense and packed folders alike. The checks are in `checks.py`.
+The weights of dense and packed folders alike are read once, block by block. The checks are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from .walk import Measured, measure
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found, check by check.
+    """The result of `verify`.
 
-    `measured` is the report that the weights themselves give (None where they could not be read), `weights` their
-    fingerprint.
+    Attributes:
+        folder: what was verified.
+        findings: the results of all checks.
+        measured: the report that the weights themselves give; None where they could not be read.
+        weights: the fingerprint of the weights; None where they could not be read.
     """
 
     folder: str
@@ -46,11 +49,11 @@ class Verification:
 
     @property
     def failed(self) -> list[Finding]:
-        """What the folder says and does not hold."""
+        """The findings of the checks that failed."""
         return [finding for finding in self.findings if finding.status == checks.FAILED]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the checks as plain JSON types."""
+        """Returns the result as plain JSON types."""
         return {
             "ok": self.ok,
             "folder": self.folder,
@@ -75,8 +78,8 @@ def verify(
 
     Args:
         folder: a sparse model, dense or packed. One block of it is in memory at a time.
-        against: the dense model, a folder or Hub id: the weights that are left must be those of it, unless the pruner
-            updates them or they were trained; they are compared in the dtype of `folder`.
+        against: the dense model, a folder or Hub id: the weights that were kept must equal its weights, unless the
+            pruner updates them or they were trained; they are compared in the dtype of `folder`.
         auto_class: the class to open both with, or its name; by default the one that each `config.json` names.
         **location: `revision`, `token`, ... of `against`, as for `open_streamed`.
 
@@ -121,7 +124,7 @@ def verify(
 
 
 def _plan(path: Path) -> Plan:
-    """The plan of a folder that is fit to be verified."""
+    """Returns the plan of a folder that can be verified."""
     check_finished(path)
     config = read_json(path / CONFIG_NAME)
     if not isinstance(config, Mapping) or "sparsity_config" not in config:
@@ -146,13 +149,13 @@ def _dense(source: str | os.PathLike[str], auto_class: Any, location: Mapping[st
 
 
 def _report(path: Path, plan: Plan) -> tuple[list[Finding], Report | None]:
-    """What is to be said about the report, and the report if it is of use."""
+    """Returns the findings about the report, and the report unless it is missing or damaged."""
     if not (path / REPORT_FILE).exists():
         return [Finding(checks.REPORT, checks.NOT_APPLICABLE, REPORT_FILE, "there is none")], None
     try:
         report = Report.load(path / REPORT_FILE)
         return checks.report(report, plan), report
-    except (ValueError, TypeError) as error:  # a text where a number belongs
+    except (ValueError, TypeError) as error:  # TypeError: a text where a number belongs
         return [Finding(checks.REPORT, checks.FAILED, REPORT_FILE, str(error))], None
 
 
@@ -179,7 +182,7 @@ def _how(model: PreTrainedModel, dense: PreTrainedModel) -> str:
 
 
 def _trained(path: Path) -> str:
-    """Says how the weights that are left were trained on purpose, as the config has it; "" if they were not."""
+    """Says how the kept weights were trained on purpose, by the config; "" if they were not."""
     known = read_json(path / CONFIG_NAME)["sparsity_config"]
     recovered, pruned = known.get("recovered"), known.get("pruned")
     if isinstance(recovered, Mapping):

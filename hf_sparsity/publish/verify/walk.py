@@ -1,4 +1,4 @@
-"""One pass over the weights of a folder, block by block: what each layer is like, and what differs from another model."""
+"""One pass over the weights of a folder, block by block: facts of each layer, and differences from another model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ from .layer_facts import LayerFacts, look
 
 @dataclass
 class Measured:
-    """What `measure` saw.
+    """The result of `measure`.
 
-    `facts` by layer; `samples`, a few values of each parameter by its name, float64; `not_finite`: parameters with NaN
-    or infinity; `damaged`: block -> why it cannot be read. Against another model: `changed`, how many of a layer's
-    weights that are not zero differ; `others`, parameters without planned weights that differ.
+    Attributes:
+        facts: layer -> its facts.
+        samples: parameter -> a few of its values, float64.
+        not_finite: parameters with NaN or infinity.
+        damaged: block -> why it cannot be read.
+        changed: layer -> number of its kept weights that differ from the other model's.
+        others: parameters without planned weights that differ from the other model's.
     """
 
     facts: dict[str, LayerFacts] = field(default_factory=dict)
@@ -37,7 +41,7 @@ class Measured:
     others: list[str] = field(default_factory=list)
 
     def fingerprints(self, model: nn.Module) -> list[str]:
-        """What `held.fingerprint` says of the model in memory: as stored, and as loaded in bf16 or fp16."""
+        """Returns the fingerprints that the loaded model can have: in the stored dtype, in bf16 and in fp16."""
         names = [name for name, _ in model.named_parameters()]
         if any(name not in self.samples for name in names):
             return []
@@ -72,9 +76,9 @@ def measure(
         twin = twins.get(block.name)
         try:
             with ExitStack() as stack:
-                for one in (block, twin):
-                    if one is not None:
-                        stack.enter_context(onload(one.module))
+                for needed in (block, twin):
+                    if needed is not None:
+                        stack.enter_context(onload(needed.module))
                 _block(seen, block, planned, twin)
         except ValueError as error:  # bytes of a packed folder that are not what was packed
             seen.damaged[block.name] = str(error)
@@ -85,7 +89,7 @@ def measure(
 
 
 def _block(seen: Measured, block: Block, planned: Mapping[str, LayerPlan], twin: Block | None) -> None:
-    """Everything about a block that is on its device."""
+    """Measures a block that is on its device."""
     theirs = dict(twin.module.named_parameters(prefix=twin.name)) if twin is not None else None
     whole = {weight.parameter for weight in block.weights.values()}
     for name, parameter in block.module.named_parameters(prefix=block.name):
@@ -110,5 +114,5 @@ def _parameter(seen: Measured, name: str, parameter: Tensor, other: Tensor | Non
 
 
 def _outside(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """What stays in memory while the blocks come and go."""
+    """Yields the parameters that stay in memory while the blocks come and go."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.device.type != "meta")
