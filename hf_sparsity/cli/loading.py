@@ -17,7 +17,7 @@ from ..model.loading import find_tokenizer, load_model
 from ..validation import check_number
 from .arguments import parse_algorithm, parse_source
 
-DEMO = "demo"
+DEMO = demo_model.NAME
 DEMO_LENGTH = 512  # tokens of a calibration or evaluation window of the embedded model
 
 

@@ -7,11 +7,11 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from ..demo import NAME as DEMO
 from ..recovery.methods import METHODS, MaskedLora
 from .arguments import add_output, parse_source
 
 HELP = "train what pruning left, every zero kept, into a new folder"
-DEMO = "demo"
 DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
 
 

@@ -13,6 +13,7 @@ import hashlib
 import sysconfig
 from pathlib import Path, PurePosixPath
 
+NAME = "demo"  # what the command line calls it
 PATH = str(Path(__file__).parent)  # what `from_pretrained` takes
 
 SPLITS = ("calibration", "heldout", "training")

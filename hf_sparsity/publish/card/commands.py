@@ -16,26 +16,33 @@ from .model_facts import DEMO, Facts, field
 
 TABLES: dict[str, Mapping[str, Any]] = {"allocator": ALLOCATORS, "row_allocator": ROW_ALLOCATORS, "pruner": PRUNERS}
 BASE, TEXT = "BASE_MODEL", "CALIBRATION_TEXT"  # stand for what is not recorded or not public
-SHARE = 16 / 15  # of a recovery's sequences to those it trains on: one in 16 is held out
-TRAINED = ("length", "batch", "accumulation", "lr", "rank", "seed")  # options of `hf-sparsity recover`
+SHARE = 16 / 15  # sequences of a recovery for each one that it trains on: one in 16 is held out
+RECOVER = ("lora", "full", "reconstruct")  # methods of `hf-sparsity recover`
+OPTIONS = ("length", "batch", "accumulation", "lr", "rank", "seed")  # its options that a record has
 
 
 def commands(facts: Facts) -> list[list[str]]:
-    """Each command as a list of words, in order; none where pruning was not one run of ours."""
-    if not isinstance(facts.stored.get("pruned"), Mapping) or facts.plan.config.get("pruner") is None:
+    """Returns each command as a list of words, in order.
+
+    Nothing where the model was not pruned in one run of this package, and nothing from the first training on that was not
+    a run of `hf-sparsity recover`.
+    """
+    if not facts.pruned or facts.gradual or facts.plan.config.get("pruner") is None:
         return []
-    made = _prune(facts, "sparse")
+    lines = _prune(facts, "sparse")
     last = "sparse"
-    for nth, done in enumerate(facts.recoveries, 1):
+    for nth, record in enumerate(facts.recoveries, 1):
+        if record.get("method") not in RECOVER:
+            break
         output = "recovered" if len(facts.recoveries) == 1 else f"recovered-{nth}"
-        made.append(_recover(facts, done, last, output))
+        lines.append(_recover(facts, record, last, output))
         last = output
-    return made
+    return lines
 
 
-def as_text(made: list[list[str]]) -> str:
-    """Returns the commands as text for a shell, a line each."""
-    return "\n".join(" ".join(shlex.quote("".join(c if c.isprintable() else " " for c in w)) for w in c) for c in made)
+def as_text(lines: list[list[str]]) -> str:
+    """Returns commands as text for a shell, one a line."""
+    return "\n".join(" ".join(shlex.quote("".join(c if c.isprintable() else " " for c in w)) for w in c) for c in lines)
 
 
 def is_expressible(facts: Facts) -> bool:
@@ -44,8 +51,8 @@ def is_expressible(facts: Facts) -> bool:
 
 
 def _prune(facts: Facts, output: str) -> list[list[str]]:
-    pruned = facts.stored["pruned"]
-    again = any(done.get("method") == "reconstruct" for done in facts.recoveries)  # then `pruned` is about that run
+    pruned = facts.pruned
+    again = any(record.get("method") == "reconstruct" for record in facts.recoveries)  # then `pruned` is about that run
     planning, pruning = facts.plan.data, None if again else pruned.get("data")
     start = ["hf-sparsity", "prune", _base(facts)]
     end = [*_reconstruct(pruned, again), "--output", output]
@@ -83,78 +90,78 @@ def _config(facts: Facts) -> list[str]:
     return [*words, "--seed", str(config.get("seed", 0))]
 
 
-def _algorithm(role: str, given: Any) -> str | None:
-    """`owl:outlier=7`, with what differs from the defaults; "" for none; None where the command line cannot say it."""
-    if given is None:
+def _algorithm(role: str, algorithm: Any) -> str | None:
+    """Returns `owl:outlier=7`, with what differs from the defaults; "" for none; None if the command line cannot say it."""
+    if algorithm is None:
         return ""
-    if not isinstance(given, Mapping) or given.get("name") not in TABLES[role]:
+    if not isinstance(algorithm, Mapping) or algorithm.get("name") not in TABLES[role]:
         return None
-    defaults = {f.name: f.default for f in fields(TABLES[role][given["name"]])}
+    defaults = {f.name: f.default for f in fields(TABLES[role][algorithm["name"]])}
     changed = []
-    for key, value in given.items():
-        known = defaults.get(key)
-        if key == "name" or value == (list(known) if isinstance(known, tuple) else known):
+    for key, value in algorithm.items():
+        default = defaults.get(key)
+        if key == "name" or value == (list(default) if isinstance(default, tuple) else default):
             continue
         if not isinstance(value, (bool, int, float, type(None))) and not (
             isinstance(value, str) and value.isidentifier()
         ):
             return None
         changed.append(f"{key}={value}")
-    return ":".join([str(given["name"]), *([",".join(changed)] if changed else [])])
+    return ":".join([str(algorithm["name"]), *([",".join(changed)] if changed else [])])
 
 
 def _mix(facts: Facts) -> Mapping[str, Any]:
-    """The sources that the model was pruned with, if there were several."""
+    """Returns the sources of the calibration mix that the model was pruned with; empty where there was only one."""
     return facts.report.sources if facts.report is not None else {}
 
 
 def _data(facts: Facts, data: Any, mix: Mapping[str, Any] | None = None) -> list[str]:
-    """The calibration text's options; its own name is recorded nowhere."""
+    """Returns the options for the calibration text, whose own name is recorded nowhere."""
     if not isinstance(data, Mapping):
         return []
-    given = [_source(name, one) for name, one in mix.items()] if mix else [] if facts.is_demo else [TEXT]
-    words = ["--calibration", *given] if given else []
+    texts = [_source(name, source) for name, source in mix.items()] if mix else [] if facts.is_demo else [TEXT]
+    words = ["--calibration", *texts] if texts else []
     sequences, tokens = data.get("sequences"), data.get("tokens")
     if isinstance(sequences, int) and isinstance(tokens, int) and sequences > 0:
-        words += ["--sequences", str(sequences + _apart(facts, mix))]
+        words += ["--sequences", str(sequences + _held_out(facts, mix))]
         words += ["--length", str(tokens // sequences)] if tokens % sequences == 0 else []
     return words
 
 
-def _source(name: str, one: Any) -> str:
-    weight = number(field(one, "weight"), "the report's weight")
+def _source(name: str, source: Any) -> str:
+    weight = number(field(source, "weight"), "the report's weight")
     return f"{name if name == SELF else f'{name}={TEXT}'}@{weight:.6g}"
 
 
-def _apart(facts: Facts, mix: Mapping[str, Any] | None) -> int:
-    """Sequences that were given with the others and kept apart."""
+def _held_out(facts: Facts, mix: Mapping[str, Any] | None) -> int:
+    """Returns how many sequences of the calibration text pruning did not see, because they judge it."""
     if not mix:
         return 0
     certified = field(facts.stored, "pruned", "certificate") is not None
     whole = [field(facts.plan.chosen, "data", "certificate")]
-    counts = whole if certified else [field(one, "sequences") for one in mix.values()]
-    return sum(int(number(count, "a number of sequences kept apart")) for count in counts)
+    counts = whole if certified else [field(source, "sequences") for source in mix.values()]
+    return sum(int(number(count, "a number of held-out sequences")) for count in counts)
 
 
-def _recover(facts: Facts, done: Mapping[str, Any], model: str, output: str) -> list[str]:
-    options = done.get("options")
+def _recover(facts: Facts, record: Mapping[str, Any], model: str, output: str) -> list[str]:
+    options = record.get("options")
     options = options if isinstance(options, Mapping) else {}
-    words = ["hf-sparsity", "recover", model, "--method", str(done.get("method"))]
-    words += ["--teacher", _base(facts)] if done.get("teacher") else []
-    if not (facts.is_demo and done.get("teacher")):
+    words = ["hf-sparsity", "recover", model, "--method", str(record.get("method"))]
+    words += ["--teacher", _base(facts)] if record.get("teacher") else []
+    if not (facts.is_demo and record.get("teacher")):
         words += ["--data", TEXT]
-    steps = done.get("steps") or _steps(done)
+    steps = record.get("steps") or _steps(record)
     words += ["--steps", str(steps)] if isinstance(steps, int) else []
-    for name in TRAINED:
+    for name in OPTIONS:
         value = options.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             words += [f"--{name}", str(value)]
     return [*words, "--output", output]
 
 
-def _steps(done: Mapping[str, Any]) -> int | None:
-    """The steps that lead to as many sequences in a reconstruction, with 8 each; None if the text was short of them."""
-    sequences = done["data"].get("sequences") if isinstance(done.get("data"), Mapping) else None
+def _steps(record: Mapping[str, Any]) -> int | None:
+    """Returns the steps of 8 sequences behind a reconstruction's number of sequences; None if the text had too few for them."""
+    sequences = record["data"].get("sequences") if isinstance(record.get("data"), Mapping) else None
     if not isinstance(sequences, int) or not 2 < sequences < 2**40:
         return None
     steps = round((sequences - 1) / SHARE / 8)

@@ -1,4 +1,4 @@
-"""What a model card is made of: the files of a sparse model's folder, read and checked. No weights are loaded."""
+"""The facts of a model card: the files of a sparse model's folder, read and checked. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ...checkpoint.bitmask.bits import GROUPS
 from ...checkpoint.bitmask.codec import Header
 from ...checkpoint.packed_folder import METHOD
 from ...checkpoint.zeros import REPORT_FILE
+from ...demo import NAME as DEMO
 from ...evaluation.metrics import METRICS_FILE, Metrics, TaskRecord, TextRecord
 from ...files import check_finished
 from ...plan import LayerPlan, Plan, Report, read_json
 from .markdown import line, number, slug
 
-DEMO = "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of all weights in both layouts; the one in `stored` is what the files hold, the other is computed."""
+    """The bytes of all weights in both layouts; the layout `stored` is measured, the other one is computed."""
 
     dense: int
     bitmask: int
@@ -37,7 +37,14 @@ class Sizes:
 class Facts:
     """Everything that is known of a sparse model without its weights.
 
-    `stored` is `sparsity_config`: the plan, and what was done with it.
+    Args:
+        plan: from `config.json`.
+        stored: all of `sparsity_config` there: the plan, and the records of what was done with it.
+        config: all of `config.json`.
+        report: how many zeros were counted, or None if there is no report.
+        metrics: recorded evaluations.
+        sizes: of both layouts; None where there are no weight files, or where they are not as the plan says.
+        file_bytes: of the tensors in the weight files, or None if there are none.
     """
 
     plan: Plan
@@ -78,57 +85,65 @@ class Facts:
     @property
     def hub_id(self) -> str | None:
         """The dense model on the Hub, if that is where it came from."""
-        given = str(self.plan.model.get("name") or "")
-        return given if is_hub_id(given) else None
+        name = self._recorded_name
+        return name if is_hub_id(name) else None
 
     @property
     def base(self) -> str:
         """What to call the dense model: a Hub id, or the last part of a path, which is nobody else's business."""
-        given = str(self.plan.model.get("name") or "").rstrip("/\\")
-        return self.hub_id or re.split(r"[/\\]", given)[-1] or str(self.plan.model.get("type") or "model")
+        last = re.split(r"[/\\]", self._recorded_name.rstrip("/\\"))[-1]
+        return self.hub_id or last or str(self.plan.model.get("type") or "model")
 
     @property
     def is_demo(self) -> bool:
         """True if the dense model is the one inside the package."""
-        given = str(self.plan.model.get("name") or "")
-        return given == DEMO or Path(given).parts[-2:] == ("hf_sparsity", DEMO)
+        return self._recorded_name == DEMO or Path(self._recorded_name).parts[-2:] == ("hf_sparsity", DEMO)
+
+    @property
+    def _recorded_name(self) -> str:
+        return str(self.plan.model.get("name") or "")
 
     @property
     def name(self) -> str:
-        """A name from what was done: `Llama-3.1-8B-sparse60-owl-wanda`."""
+        """A name made from what was done, such as `Llama-3.1-8B-sparse60-owl-wanda`."""
         pattern = str(self.plan.config.get("pattern", "unstructured"))
         fixed = re.fullmatch(r"(\d+):(\d+)", pattern)
         sparse = f"{fixed[1]}of{fixed[2]}" if fixed else f"{100 * self.plan.target:g}"
         names = [name for role, name in self.algorithms if not (role == "allocator" and name == "uniform")]
-        done = "-recovered" if self.recoveries else ""
-        return slug(f"{self.base.rsplit('/', 1)[-1]}-sparse{sparse}-{'-'.join(names)}") + done
+        end = "-recovered" if self.recoveries else ""
+        return slug(f"{self.base.rsplit('/', 1)[-1]}-sparse{sparse}-{'-'.join(names)}") + end
 
     @property
     def algorithms(self) -> list[tuple[str, str]]:
-        """(role, name) of what planned and pruned."""
+        """The (role in the config, name) of each algorithm that planned or pruned."""
         roles = ((role, self.plan.config.get(role)) for role in ("allocator", "row_allocator", "pruner"))
         return [(role, str(one["name"])) for role, one in roles if isinstance(one, Mapping) and "name" in one]
 
     @property
     def recoveries(self) -> list[Mapping[str, Any]]:
-        """What `recover` did, the first run first."""
-        found: list[Mapping[str, Any]] = []
-        done = self.stored.get("recovered")
-        while isinstance(done, Mapping) and len(found) < 100:
-            found.append(done)
-            done = done.get("previous")
-        return found[::-1]
+        """The records of all trainings since the model was pruned, or while it was; the first one first."""
+        records: list[Mapping[str, Any]] = []
+        record = self.stored.get("recovered")
+        while isinstance(record, Mapping) and len(records) < 100:
+            records.append(record)
+            record = record.get("previous")
+        return records[::-1]
+
+    @property
+    def gradual(self) -> bool:
+        """Whether zeros came in step by step while the model was trained."""
+        return any(record.get("method") == "gradual" for record in self.recoveries)
 
     @property
     def zeros(self) -> int:
-        """Zero weights: counted, or what is planned where nobody counted."""
+        """The number of zero weights: counted, or as planned where there is no report."""
         if self.report is not None:
             return sum(layer.zeros for layer in self.report.layers.values())
         return round(sum(layer.sparsity * layer.size for layer in self.plan.layers.values()))
 
     @property
     def weights(self) -> int:
-        """Weights of all planned layers."""
+        """The number of weights in all planned layers."""
         return sum(layer.size for layer in self.plan.layers.values())
 
 
@@ -137,8 +152,8 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
 
     Raises:
         FileNotFoundError: no `config.json`.
-        ValueError: an unfinished run; a config without a plan; a file that is damaged or none of its kind; evaluations of
-            other weights than each other's, or of the weights before they were trained again.
+        ValueError: an unfinished run; a config without a plan; a damaged file; evaluations that are not all of the same
+            weights, or that were made before a training.
     """
     folder = Path(folder)
     check_finished(folder)
@@ -158,7 +173,7 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
 
 
 def field(entry: Any, *path: str) -> Any:
-    """A value deep in nested objects, or None where there is no such thing."""
+    """Returns a value deep in nested JSON objects, or None where there is no such key."""
     for key in path:
         entry = entry.get(key) if isinstance(entry, Mapping) else None
     return entry
@@ -170,7 +185,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def _check_weights(facts: Facts, file: Path) -> None:
-    """Refuses evaluations that cannot all be of the weights beside them."""
+    """Raises ValueError for evaluations that cannot all be of the weights beside them."""
     seen: dict[str, str] = {}
     records: list[TextRecord | TaskRecord] = [*facts.metrics.texts, *facts.metrics.tasks]
     for record in records:
@@ -182,7 +197,7 @@ def _check_weights(facts: Facts, file: Path) -> None:
             f"{file}: the evaluations on {first!r} and {second!r} are of different weights; evaluate again on both, or "
             "remove the file"
         )
-    if any(done.get("model") in seen for done in facts.recoveries):
+    if any(record.get("model") in seen for record in facts.recoveries):
         raise ValueError(f"{file}: the model was evaluated before it was trained again; evaluate it again")
 
 
@@ -190,7 +205,7 @@ def _check_weights(facts: Facts, file: Path) -> None:
 
 
 def _sizes(facts: Facts, stored: int | None) -> Sizes | None:
-    """Both layouts: the one in the files as they say, the other by the formula of `checkpoint/bitmask/codec.py`."""
+    """Returns both sizes: one is `stored`, as the files say, the other follows from `checkpoint/bitmask/codec.py`."""
     dtype = _dtype(facts.config)
     if stored is None or dtype is None or facts.quantization:
         return None
@@ -209,7 +224,7 @@ def _counted(facts: Facts) -> Iterator[tuple[LayerPlan, int]]:
 
 
 def _layer_bytes(layer: LayerPlan, zeros: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(dense, packed): the shortest of dense, bitmask and, where the pattern has one, N:M code."""
+    """Returns (dense, packed) bytes; packed is the shortest of dense, bitmask and, for N:M patterns, the group code."""
     dense = layer.size * dtype.itemsize
     packed = [dense, Header((1, layer.size), dtype, None, False, layer.size - zeros).total_bytes]
     match = re.fullmatch(r"(\d+):(\d+)", layer.pattern)
@@ -220,7 +235,7 @@ def _layer_bytes(layer: LayerPlan, zeros: int, dtype: torch.dtype) -> tuple[int,
 
 
 def _tensor_bytes(folder: Path, stem: str) -> int | None:
-    """Bytes of the tensors in a folder's weight files, or what its index says of them; None without either."""
+    """Returns the bytes of the tensors in a folder's weight files, as its index says or by their headers; None without either."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         total = field(read_json(index), "metadata", "total_size")
@@ -235,7 +250,7 @@ def _tensor_bytes(folder: Path, stem: str) -> int | None:
 def _dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     for part in (config, config.get("text_config")):
         name = (part.get("dtype") or part.get("torch_dtype")) if isinstance(part, Mapping) else None
-        found = getattr(torch, name, None) if isinstance(name, str) and name.isidentifier() else None
-        if isinstance(found, torch.dtype) and found.is_floating_point:
-            return found
+        dtype = getattr(torch, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            return dtype
     return None

@@ -22,7 +22,7 @@ from ...pictures.grid import Grid, make_grid
 from ...records import Comparison, Interval
 from . import markdown
 from .citations import PAPERS, RECOVERY
-from .commands import BASE, TABLES, TEXT, as_text, commands
+from .commands import BASE, RECOVER, TABLES, TEXT, as_text, commands
 from .markdown import number
 from .model_facts import Facts, field
 
@@ -160,14 +160,20 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Training:
-    """One run that trained the weights which are left. What is not recorded, or recorded as something else, is None."""
+    """One training of the weights that are left; what is not recorded, or recorded as something else, is None.
+
+    `loss` and `evaluation` are {"before", "after"} in nats a token: on held-out sequences of the text, and on the data that
+    whoever trained it evaluated on.
+    """
 
     method: str
     steps: int | None
     tokens: int | None
     teacher: bool
     heldout: Any
-    loss: dict[str, float] | None  # nats a token, "before" and "after"
+    loss: dict[str, float] | None
+    evaluation: dict[str, float] | None
+    settings: str
     data: Any
     versions: str
 
@@ -195,7 +201,8 @@ def _context(facts: Facts) -> dict[str, Any]:
         "placeholders": {word: meaning for word, meaning in meanings.items() if word in words},
         "ignored": ", ".join(map(str, ignored)) if isinstance(ignored, list) else ignored,
         "versions": _versions({**facts.plan.versions, **_mapping(facts.pruned.get("versions"))}),
-        "trainings": [_training(run) for run in facts.recoveries],
+        "trainings": [_training(record) for record in facts.recoveries],
+        "trained_otherwise": any(record.get("method") not in RECOVER for record in facts.recoveries),
         "grouped": any(layer.pattern != "unstructured" for layer in facts.plan.layers.values()),
         "text_names": list(dict.fromkeys(text.name for text in texts)),
         "skipped": Counter(map(str, report.skipped.values())).most_common(REASONS) if report else [],
@@ -266,20 +273,28 @@ def _auto_class(facts: Facts) -> str:
     return name if is_model_class(name) else "AutoModel"
 
 
-def _training(run: Mapping[str, Any]) -> Training:
-    steps, tokens = (x if isinstance(x, int) else None for x in (run.get("steps"), run.get("tokens")))
-    loss = {when: _mapping(run.get("loss")).get(when) for when in ("before", "after")}
-    measured = all(isinstance(x, (int, float)) and abs(x) < math.inf for x in loss.values())
+def _training(record: Mapping[str, Any]) -> Training:
+    steps, tokens = (x if isinstance(x, int) else None for x in (record.get("steps"), record.get("tokens")))
+    by_us = record.get("method") in RECOVER  # then the command says with which options
+    options = {} if by_us else _mapping(record.get("options"))
     return Training(
-        method=str(run.get("method")),
+        method=str(record.get("method")),
         steps=steps,
         tokens=tokens,
-        teacher=bool(run.get("teacher")),
-        heldout=_mapping(run.get("data")).get("heldout"),
-        loss=loss if measured else None,  # type: ignore[arg-type]
-        data=run.get("data"),
-        versions=_versions(_mapping(run.get("versions"))),
+        teacher=bool(record.get("teacher")),
+        heldout=_mapping(record.get("data")).get("heldout"),
+        loss=_before_and_after(record.get("loss")),
+        evaluation=_before_and_after(record.get("evaluation")),
+        settings=", ".join(f"{key}={value}" for key, value in options.items()),
+        data=record.get("data"),
+        versions=_versions(_mapping(record.get("versions"))),
     )
+
+
+def _before_and_after(values: Any) -> dict[str, float] | None:
+    measured = {when: _mapping(values).get(when) for when in ("before", "after")}
+    numbers = (isinstance(x, (int, float)) and abs(x) < math.inf for x in measured.values())
+    return measured if all(numbers) else None  # type: ignore[return-value]
 
 
 def _versions(versions: Mapping[str, Any]) -> str:
@@ -289,7 +304,7 @@ def _versions(versions: Mapping[str, Any]) -> str:
 def _papers(facts: Facts) -> str:
     """BibTeX of every algorithm and every way of training that has an entry."""
     citations = [TABLES[role][name].citation for role, name in facts.algorithms if name in TABLES[role]]
-    methods = [str(run.get("method")) for run in facts.recoveries] + ["reconstruct"] * facts.reconstructed
+    methods = [str(record.get("method")) for record in facts.recoveries] + ["reconstruct"] * facts.reconstructed
     citations += [PAPERS[key] for method in methods for key in RECOVERY.get(method, ())]
     return "\n\n".join(paper.bibtex() for paper in dict.fromkeys(citations) if paper)
 

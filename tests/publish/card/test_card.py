@@ -26,7 +26,7 @@ from hf_sparsity.evaluation.metrics import Interval, Metrics, Score, TaskAgainst
 from hf_sparsity.plan import read_json, write_json
 from hf_sparsity.pruners import PRUNERS
 from hf_sparsity.publish.card.citations import PAPERS, RECOVERY
-from hf_sparsity.publish.card.commands import commands
+from hf_sparsity.publish.card.commands import RECOVER, commands
 from hf_sparsity.publish.card.make_card import CARD, PLOT, make_card
 from hf_sparsity.publish.card.model_facts import read_facts
 from hf_sparsity.recovery.methods import METHODS
@@ -215,6 +215,40 @@ def test_training_that_is_not_recorded_is_unknown(folder):
     assert "were trained again afterwards is unknown: no training is recorded" in card.text.replace("\n", " ")
     recovered(folder)
     assert "is unknown" not in make_card(folder).text
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("trainer", {}, "after pruning** (`trainer`): by transformers' Trainer, the zeros held at zero by `SparsityCallback`"),
+        ("gradual", {"schedule": "cubic", "end": 4}, "while it was pruned** (`gradual`): by transformers' Trainer, "
+         "`SparsityCallback` adding zeros while it went on (`schedule=cubic, end=4`)"),
+        ("own loop", {}, "in a loop of the author's own, the zeros held at zero by `hold_zeros`"),
+        ("adapter", {"adapters": "LORA"}, "adapters were merged into the weights (`adapters=LORA`)"),
+        ("magic", {}, "a method that this release does not know"),
+    ],
+)  # fmt: skip
+def test_training_outside_of_recover_is_told_from_its_record(folder, method, options, said):
+    """Of it the steps are known, perhaps the losses, not the text."""
+    nothing = {"tokens": None, "data": None, "teacher": None, "loss": {"before": None, "after": None}}
+    recovered(folder, method=method, options=options, steps=6, evaluation={"before": 3.0, "after": 2.5}, **nothing)
+    card = " ".join(make_card(folder).text.split())
+    assert f"{said}; 6 steps. On evaluation data of that training the loss went from 3.000 to 2.500 nats" in card
+    assert "The text is not recorded. Versions: `torch 2`" in card and "was the teacher" not in card
+    assert "is unknown" not in card and "hf-sparsity recover sparse" not in card
+    assert ("hf-sparsity prune" in card) == (method != "gradual")
+    told = "pruned during a training" if method == "gradual" else "Not all of the training below was done by `hf-sparsity recover`"
+    assert told in card
+
+
+def test_a_later_training_of_another_kind_ends_the_commands(folder):
+    first = {"method": "full", "steps": 3, "options": {}, "data": None, "previous": None}
+    recovered(folder, method="own loop", previous=first)
+    lines = commands(read_facts(folder))
+    assert [line[1] for line in lines] == ["prune", "recover"]
+    recovered(folder, method="full", previous=first | {"method": "own loop"})
+    assert [line[1] for line in commands(read_facts(folder))] == ["prune"]
+    assert set(RECOVER) == set(METHODS)
 
 
 @pytest.mark.parametrize(
