@@ -236,7 +236,7 @@ def test_training_outside_of_recover_is_told_from_its_record(folder, method, opt
     assert f"{said}; 6 steps. On evaluation data of that training the loss went from 3.000 to 2.500 nats" in card
     assert "The text is not recorded. Versions: `torch 2`" in card and "was the teacher" not in card
     assert "is unknown" not in card and "hf-sparsity recover sparse" not in card
-    assert ("hf-sparsity prune" in card) == (method != "gradual")
+    assert ("hf-sparsity prune BASE_MODEL" in card) == (method != "gradual")
     told = "pruned during a training" if method == "gradual" else "Not all of the training below was done by `hf-sparsity recover`"
     assert told in card
 
