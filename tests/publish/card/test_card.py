@@ -237,7 +237,11 @@ def test_training_outside_of_recover_is_told_from_its_record(folder, method, opt
     assert "The text is not recorded. Versions: `torch 2`" in card and "was the teacher" not in card
     assert "is unknown" not in card and "hf-sparsity recover sparse" not in card
     assert ("hf-sparsity prune BASE_MODEL" in card) == (method != "gradual")
-    told = "pruned during a training" if method == "gradual" else "Not all of the training below was done by `hf-sparsity recover`"
+    told = (
+        "pruned during a training"
+        if method == "gradual"
+        else "Not all of the training below was done by `hf-sparsity recover`"
+    )
     assert told in card
 
 
