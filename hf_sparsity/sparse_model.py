@@ -11,7 +11,7 @@ from .calibration.calibration import model_batches
 from .checkpoint.output import Output
 from .checkpoint.streamed import open_streamed
 from .config import SparsityConfig
-from .files import check_finished
+from .model.accepted import check_source
 from .model.classes import location_of
 from .model.loading import find_tokenizer, load_model
 from .model.sparsity import check_zeros
@@ -86,15 +86,14 @@ class SparseModel:
         _check_arguments(
             wanted, offload=offload, output_dir=output_dir, layout=layout, calibration_data=calibration_data
         )
-        if os.path.isdir(source):
-            check_finished(source)
+        location = location_of(kwargs)
+        check_source(source, location)
         output = Output(output_dir, overwrite=overwrite, layout=layout) if output_dir is not None else None
         load = open_streamed if offload == "stream" else load_model
         model = load(source, auto_class=auto_class, **kwargs)
         if not wanted:
             check_zeros(model)
             return model
-        location = location_of(kwargs)
         if output is not None and tokenizer is None:
             tokenizer = find_tokenizer(source, **location)
         batches = None

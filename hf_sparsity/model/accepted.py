@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -153,13 +154,28 @@ def _refuse_reparametrised(model: nn.Module) -> None:
         raise ValueError(f"the weight of {name} is computed from other parameters (a reparametrisation); {undo}")
 
 
+def check_path(folder: Any) -> None:
+    """Raises ValueError for what is not the name of a folder or file, such as a model."""
+    if not isinstance(folder, (str, os.PathLike)):
+        kind = type(folder).__name__
+        advice = "; save the model first: save_sparse(model, folder)" if hasattr(folder, "state_dict") else ""
+        raise ValueError(f"the name of a folder is expected, not a {kind}{advice}")
+
+
 def check_source(source: str | os.PathLike[str], location: Mapping[str, Any] | None = None) -> None:
-    """Raises ValueError for a checkpoint that is no model of its own: an unfinished folder, or an adapter.
+    """Checks that a checkpoint is there and a model of its own.
 
     `location`: `revision`, `token`, ... as in transformers.
+
+    Raises:
+        ValueError: an unfinished folder, an adapter, or no name at all.
+        FileNotFoundError: a path at which there is no folder.
     """
+    check_path(source)
     if os.path.isdir(source):
         check_finished(source)
+    elif os.path.isabs(source) or str(source).startswith(".") or len(Path(source).parts) > 2:
+        raise FileNotFoundError(f"there is no folder {str(source)!r}; give the folder of a model, or its id on the Hub")
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     where = {name: value for name, value in (location or {}).items() if name in names and value is not None}
     file = find_adapter_config_file(str(source), **where)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +24,18 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turns `torch.autocast` off, which would compute statistics and solve for weights in half precision."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", accelerator.type if accelerator is not None else "cpu"}
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .accepted import check_source
-from .classes import find_class, location_of
+from .classes import find_class, location_of, model_class
 from .sparsity import check_zeros
 
 
@@ -27,7 +27,12 @@ def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **opti
     options = {"trust_remote_code": False} | options
     location = location_of(options)
     check_source(source, location)
-    kind = find_class(source, auto_class, **location)
+    config = options.get("config")
+    if isinstance(config, PreTrainedConfig):
+        kind = model_class(config, auto_class)
+    else:
+        gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}  # which has its config inside
+        kind = find_class(source, auto_class, **location, **gguf)
     model, info = kind.from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ValueError(

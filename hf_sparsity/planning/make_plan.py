@@ -22,7 +22,7 @@ from ..core.stats import STATS
 from ..distributed import Processes
 from ..model.classes import require_next_token
 from ..model.fingerprint import model_fingerprint, versions
-from ..model.inference import Batch
+from ..model.inference import Batch, without_autocast
 from ..model.layers import Weight, find_layers
 from ..plan import LayerPlan, Plan
 from ..race_record import RaceDetails
@@ -34,6 +34,7 @@ from .race.candidates import allocators
 from .race.choose import choose
 
 
+@without_autocast()
 def make_plan(
     model: PreTrainedModel,
     config: SparsityConfig | Mapping[str, Any],

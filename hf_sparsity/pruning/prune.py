@@ -16,6 +16,7 @@ from ..checkpoint.output import Output
 from ..distributed import share
 from ..model.fingerprint import versions
 from ..model.identity import renew_identity
+from ..model.inference import without_autocast
 from ..plan import LayerReport, Plan, Report
 from ..planning.preparation import Prepared
 from ..streaming.fallback import check_finite, fall_back
@@ -29,6 +30,7 @@ from .reconstruction import BlockReconstruction
 logger = logging.getLogger(__name__)
 
 
+@without_autocast()
 def prune(
     model: PreTrainedModel,
     plan: Plan,

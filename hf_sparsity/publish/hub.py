@@ -21,6 +21,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: igno
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..files import check_finished
+from ..model.accepted import check_path
 from ..plan import Plan, read_json
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def push_sparse(
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("give create_pr or revision, not both: a pull request is opened against the main branch")
+    check_path(folder)
     folder = Path(folder)
     plan = check_publishable(folder)
     if not (folder / CARD).exists():

@@ -17,6 +17,7 @@ from ..checkpoint.packed_folder import (
     unpack_tensor,
     write_shards,
 )
+from ..model.accepted import check_path
 from ..plan import write_json
 
 
@@ -32,6 +33,7 @@ def pack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path
     """
     from ..publish.card.make_card import refresh  # it knows the sizes of both layouts
 
+    check_path(folder)
     with new_folder(output) as temporary:
         pack_into(Path(folder), temporary)
         refresh(temporary)
@@ -49,6 +51,7 @@ def unpack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pa
     """
     from ..publish.card.make_card import refresh
 
+    check_path(folder)
     folder = Path(folder)
     config = read_config(folder)
     described = check_description(config.get("quantization_config"))

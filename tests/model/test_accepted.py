@@ -15,13 +15,18 @@ from hf_sparsity import (
     evaluate,
     evaluate_text,
     load_sparse_lora,
+    make_card,
     make_plan,
     measure_sparsity,
     merge_lora,
+    pack,
     prune,
+    push_sparse,
     recover,
     save_sparse,
     sparse_lora,
+    unpack,
+    verify,
 )
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.cli.main import main
@@ -172,6 +177,43 @@ def change(act):
     model = tiny("llama")
     act(model.model.layers[0].mlp.up_proj)
     return model
+
+
+FOLDER_VERBS = {
+    "verify": verify,
+    "pack": lambda model: pack(model, "nowhere"),
+    "unpack": lambda model: unpack(model, "nowhere"),
+    "make_card": make_card,
+    "push_sparse": lambda model: push_sparse(model, "me/model"),
+    "SparseModel": SparseModel.from_pretrained,
+    "open_streamed": open_streamed,
+}
+
+
+@pytest.mark.parametrize("verb", FOLDER_VERBS)
+def test_a_model_where_a_folder_is_expected(verb):
+    with pytest.raises(ValueError, match=r"not a LlamaForCausalLM; save the model first: save_sparse\(model, folder\)"):
+        FOLDER_VERBS[verb](tiny("llama"))
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"]], ids=["in memory", "streamed"])
+def test_a_folder_that_is_not_there(more, tmp_path, capsys):
+    ask = ["--sparsity", "0.5", "--pruner", "magnitude", "--output", str(tmp_path / "out"), *more]
+    for source in (tmp_path / "missing", "./missing", "one/two/three"):
+        assert main(["prune", str(source), *ask]) == 2
+        assert f"there is no folder '{source}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_autocast_changes_nothing(pruner):
+    """Statistics and the solver are in float32, whatever the caller's context says."""
+    plain, under = tiny("llama"), tiny("llama")
+    config = SparsityConfig(0.5, allocator="owl", pruner=pruner)
+    prune(plain, make_plan(plain, config, IDS), IDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prune(under, make_plan(under, config, IDS), IDS)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(under.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
 def test_weights_that_are_computed_from_others():

@@ -17,6 +17,7 @@ from huggingface_hub.repocard import metadata_load
 
 from ...evaluation.metrics import TaskRecord, TextRecord
 from ...files import write_whole
+from ...model.accepted import check_path
 from ...pictures.heatmaps import draw_card
 from .markdown import line, slug
 from .model_facts import Facts, is_hub_id, read_facts
@@ -85,6 +86,7 @@ def make_card(
             `README.md` that is not ours; an argument that the Hub would refuse.
         OSError: the card of `dense` cannot be fetched.
     """
+    check_path(folder)
     folder = Path(folder)
     facts = read_facts(folder)
     given = _checked(

@@ -18,6 +18,7 @@ from ...checkpoint.packed_folder import METHOD
 from ...checkpoint.streamed import open_streamed
 from ...checkpoint.zeros import REPORT_FILE
 from ...files import check_finished
+from ...model.accepted import check_path
 from ...model.layers import ModelLayers
 from ...model.sparsity import planned_layers
 from ...plan import LayerReport, Plan, Report, read_json
@@ -91,6 +92,7 @@ def verify(
         ValueError: it has no plan, its run is unfinished, it is quantized by another method; `against` cannot be read, or
             is a model of other names or shapes.
     """
+    check_path(folder)
     path = Path(folder)
     plan, config = _plan(path), AutoConfig.from_pretrained(path)
     dense = _dense(against, auto_class, location) if against is not None else None
