@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -283,6 +284,24 @@ def test_every_file_and_public_name_has_a_docstring():
             if public and len(node.body) > 3 and not ast.get_docstring(node):
                 silent.append(f"{here(path)} {node.name}")
     assert not silent, offences(silent)
+
+
+LEANING = re.compile(
+    r"(Of|In|For|At|By|From|With|As|To|On|Which|Whether|Where|How|Who|Those|All|If|None|Per|And|Or|Not)\b"
+)
+
+
+def test_docstrings_stand_alone():
+    """A first line is a sentence with a verb or a noun phrase; it does not lean on the name above it."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+            if text is None:
+                continue
+            where = f"{here(path)} {node.name}: {text.splitlines()[0]}"
+            assert not LEANING.match(text), f"{where}: begin with a verb or a noun"
+            assert len(text.split()) > 3, f"{where}: too short for a stranger"
+            assert "so many" not in text, f"{where}: name the number"
 
 
 def test_tests_stand_where_what_they_test_stands():

@@ -240,11 +240,11 @@ class SparseLinear(Masked, Linear):
     """Masked LoRA on `nn.Linear` or `Conv1D`."""
 
     def base_parameter(self) -> nn.Parameter:
-        """Implements `Masked`."""
+        """Returns the weight of the base layer."""
         return cast(nn.Parameter, self.get_base_layer().weight)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Implements `Masked`."""
+        """Returns (left, right), whose product is the adapter's update in the base parameter's layout."""
         left, right = self.matrices(adapter)
         return (right.T, left.T) if self.fan_in_fan_out else (left, right)
 
@@ -262,13 +262,13 @@ class SparseParameter(Masked, ParamWrapper):  # type: ignore[misc]
     """
 
     def base_parameter(self) -> Any:
-        """Implements `Masked`."""
+        """Returns the base's own parameter, beneath any parametrisation."""
         base, name = self.get_base_layer(), self.parameter_name
         stored: Any = base.parametrizations if parametrize.is_parametrized(base, name) else None
         return base._parameters[name] if stored is None else stored[name].original
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Implements `Masked`."""
+        """Returns (left, right), whose product is the adapter's update in the base parameter's layout."""
         left, right = self.matrices(adapter)
         if self._param_ndim == 2:
             return left, right
