@@ -17,7 +17,7 @@ from .safetensors_index import Stored, read_headers
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Which parameters of a model are read with which block. All names are full names in the model.
+    """A map of which parameters of a model are read with which block. All names are full names in the model.
 
     Attributes:
         blocks: the blocks by name.
@@ -74,7 +74,7 @@ class BlockMap:
 
 
 class CheckpointKeys:
-    """Which tensors of a checkpoint make each block, by their names there, and in which files they are now.
+    """The names of the checkpoint tensors that make each block, and in which files they are now.
 
     `stored`: name -> place. `targets`: name -> the name in the model; tensors that the model has no use for are left out.
     """

@@ -31,7 +31,7 @@ class HiddenStates:
         self._batches, self._first_batch = 0, 0
 
     def begin_pass(self, batches: int) -> None:
-        """Begins a pass over so many batches in this process."""
+        """Begins a pass over a number of batches in this process."""
         counts = self._processes.gather(batches)
         self._batches, self._first_batch = batches, sum(counts[: self._processes.rank])
 

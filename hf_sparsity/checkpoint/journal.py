@@ -95,7 +95,7 @@ class Journal:
         return self.recall("order")
 
     def begin_pass(self, order: list[int], batches: int) -> None:
-        """Begins a pruning pass over so many batches of this process, which visits the blocks in this order."""
+        """Begins a pruning pass over this number of batches of this process, which visits the blocks in this order."""
         self.hidden.begin_pass(batches)
         if self.order is None:
             self.remember("order", "", order)

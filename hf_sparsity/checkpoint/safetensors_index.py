@@ -45,7 +45,7 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Stored(NamedTuple):
-    """Where a tensor is: bytes `start` to `end` of a safetensors file.
+    """The place of a tensor: bytes `start` to `end` of a safetensors file.
 
     `dtype` (as safetensors names it) and `shape` are those of the tensor; of a `packed` one, those once unpacked.
     """
