@@ -131,7 +131,7 @@ class Facts:
 
     @property
     def gradual(self) -> bool:
-        """Whether zeros came in step by step while the model was trained."""
+        """True if zeros came in step by step while the model was trained."""
         return any(record.get("method") == "gradual" for record in self.recoveries)
 
     @property
