@@ -118,7 +118,7 @@ def _with_mask(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, 
     config = text_config(model.config)
     pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
     spans = [real_span(row, pad, ends) for row in ids.tolist()]
-    if any(span != (0, ids.shape[1]) for span in spans):
+    if any(span != (0, ids.shape[1]) for span in spans) and all(end - start > 1 for start, end in spans):
         places = torch.arange(ids.shape[1])
         rows = [(places >= start) & (places < end) for start, end in spans]
         tensors["attention_mask"] = torch.stack(rows).to(ids.device, torch.int64)

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..validation import check_number
 
 SELF = "self"  # as data: the model's own samples
-LEAST = 2  # sequences of each source: one to prune with, one to judge by
-_LONGEST = 100  # characters of a name
+LEAST = 2  # sequences that each source gives at least: one to prune with, one to judge by
+_LONGEST = 100  # characters that a name may have
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Source:
 
     @property
     def called(self) -> str:
-        """Its name, or one made from the data; "source" where these have none."""
+        """The source's name, or one made from its data; "source" where these have none."""
         if self.name is not None:
             return self.name
         if not isinstance(self.data, (str, Path)):
@@ -92,7 +92,7 @@ class Mixture:
     @overload
     def __getitem__(self, which: slice) -> Mixture: ...
     def __getitem__(self, which: int | slice) -> dict[str, Tensor] | Mixture:
-        """A sequence as the model takes it, or some of them with their names."""
+        """Returns one sequence as the model takes it, or some of them with their names as a `Mixture`."""
         if isinstance(which, slice):
             return Mixture(self.ids[which], self.sources[which], self.weights)
         return {"input_ids": self.ids[which][None]}
@@ -102,7 +102,7 @@ class Mixture:
 
 
 def sources_in(data: Any, column: str | None = None) -> list[Source] | None:
-    """The sources, if the data are a `Source` or a list of them (or of dicts of their fields), else None.
+    """Returns the sources, if the data are a `Source` or a list of them (or of dicts of their fields), else None.
 
     Dicts with a field that `column` names are documents.
 
@@ -135,7 +135,7 @@ def _is_source(one: Any, column: str | None) -> bool:
 
 
 def names(sources: Sequence[Source]) -> list[str]:
-    """A different one for each source: those that were not given are numbered where they repeat."""
+    """Returns a different name for each source: names made from the data are numbered where they repeat."""
     taken = {one.name for one in sources if one.name is not None}
     result: list[str] = []
     for one in sources:
@@ -149,10 +149,10 @@ def names(sources: Sequence[Source]) -> list[str]:
 
 
 def counts(weights: Sequence[float], total: int) -> list[int]:
-    """Sequences of each source: shares of `total` by the largest remainder, at least `LEAST` each.
+    """Returns how many sequences each source gives: shares of `total` by the largest remainder, at least `LEAST` each.
 
     Raises:
-        ValueError: `total` is too small for that.
+        ValueError: `total` is too small for `LEAST` each.
     """
     if total < LEAST * len(weights):
         raise ValueError(
@@ -172,7 +172,7 @@ def counts(weights: Sequence[float], total: int) -> list[int]:
 
 
 def interleaved(sizes: Sequence[int]) -> list[int]:
-    """The source of each position: always the one that is furthest behind its share, so every stretch holds the mix."""
+    """Returns the source of each position: always the one furthest behind its share, so that every stretch holds the mix."""
     total, given, order = sum(sizes), [0] * len(sizes), []
     for length in range(1, total + 1):
         behind = [size * length - total * have for size, have in zip(sizes, given, strict=True)]

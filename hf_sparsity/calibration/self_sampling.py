@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself: what it believes text to be.
+"""Calibration text that the model writes itself.
 
 Self-calibration: Williams, Chrysostomou and Aletras, https://arxiv.org/abs/2410.17170.
 """
@@ -20,19 +20,19 @@ from ..model.inference import evaluating
 from ..model.offload import input_device, weight_store
 from .sequences import packed_rows
 
-TOGETHER = 8192  # tokens that are written at a time: their keys and values are held
-MOST_EMPTY = 256  # texts in a row that end at once, before we believe that the model writes none
+TOGETHER = 8192  # tokens that are written at a time, whose keys and values are in memory
+MOST_EMPTY = 256  # texts in a row that end at once; after these the model is taken to write none
 
 
 def self_samples(model: PreTrainedModel, tokenizer: Any, *, sequences: int, length: int, seed: int = 0) -> Tensor:
-    """Texts sampled from the model at temperature 1, packed as other documents are -> ids `[sequences, length]`, int64.
+    """Samples texts from the model at temperature 1, packs them as other documents, returns ids `[sequences, length]`, int64.
 
     Each begins after the beginning-of-text token, or lacking one the end-of-text token. The same seed gives the same ids
     on one machine; the global state of random numbers stays as it was.
 
     Raises:
-        ValueError: no model, one that cannot generate, that is read from disk block by block, an encoder-decoder; one
-            without a token to begin with; one that ends every text at once.
+        ValueError: no model; a model that cannot generate, is read from disk block by block, is an encoder-decoder, has
+            no token to begin with, or ends every text at once.
     """
     _check(model)
     ends = _ends(model, tokenizer)
@@ -66,7 +66,7 @@ def _check(model: Any) -> None:
 
 
 def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Tokens that end a text, the tokenizer's first."""
+    """Returns the tokens that end a text, the tokenizer's first."""
     found: list[int] = []
     config = text_config(model.config)
     for given in (getattr(one, "eos_token_id", None) for one in (tokenizer, model.generation_config, config)):
@@ -85,7 +85,7 @@ def _start(model: PreTrainedModel, tokenizer: Any, ends: list[int]) -> int:
 
 @contextmanager
 def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Inside, nothing of the model's own settings (a temperature, penalties) is mixed into the samples."""
+    """Replaces the model's own settings of generation (a temperature, penalties) inside."""
     before, model.generation_config = model.generation_config, config
     try:
         yield
@@ -94,7 +94,7 @@ def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def _documents(model: PreTrainedModel, start: int, ends: set[int], together: int, seed: int) -> Iterator[list[int]]:
-    """One text after another, without the token it began after, with the one that ended it."""
+    """Yields one text after another, without the token that it began after, with the token that ended it."""
     begin = torch.full((together, 1), start, dtype=torch.int64, device=input_device(model))
     draw = LogitsProcessorList([_Draw(seed)])
     empty = 0  # texts, one after the other
@@ -132,7 +132,7 @@ class _Draw(LogitsProcessor):
 
 
 def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    """Up to and with the first token that ends a text; what follows is padding."""
+    """Returns the tokens up to and with the first that ends a text; what follows is padding."""
     return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 

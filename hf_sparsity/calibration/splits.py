@@ -1,4 +1,4 @@
-"""Which calibration sequences do what: statistics, choice, certificate, held out by source."""
+"""What each calibration sequence is for: statistics, the choice of a plan, its certificate, or judging by source."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ class HeldOut:
 def hold_out(
     given: Any, data: Sequence[Batch], certificate: Sequence[Batch] = ()
 ) -> tuple[list[Batch], HeldOut | None]:
-    """(what is left to measure and prune with, what is kept apart): of each source the last eighth, at least one sequence.
+    """Splits the sequences of a mix: returns (those to measure and prune with, those held out).
+
+    The last eighth of each source is held out, at least one sequence.
 
     Args:
-        given: what the caller gave; unless it is a `Mixture`, nothing is kept apart.
-        data: prepared, in its order.
-        certificate: what follows it there and is kept apart already; of sources that it holds, no more is taken.
+        given: what the caller gave; unless it is a `Mixture`, nothing is held out.
+        data: its prepared batches, in order.
+        certificate: the batches behind them, which are held out already; no more is taken of sources that they hold.
 
     Raises:
-        ValueError: nothing would be left.
+        ValueError: nothing would be left to prune with.
     """
     whole = [*data, *certificate]
     if not isinstance(given, Mixture) or not whole:
@@ -47,17 +49,17 @@ def hold_out(
     rest = [batch for i, batch in enumerate(data) if i not in set(taken)]
     if not rest:
         raise ValueError(
-            f"a mix of {len(given)} sequences has none left to prune with, once one of each source is kept apart"
+            f"a mix of {len(given)} sequences has none left to prune with, once one of each source is held out"
         )
     return rest, HeldOut([whole[i] for i in taken], [given.sources[i] for i in taken], given.weights)
 
 
-FEWEST_SEQUENCES = 8  # sequences: two to certify, three to choose by, three for statistics
+FEWEST_SEQUENCES = 8  # sequences of a race: two to certify, three to choose by, three for statistics
 
 
 @dataclass(frozen=True)
 class Split:
-    """Calibration batches, in their order: for the pruner's statistics, for the choice, for the certificate."""
+    """Calibration batches by what they are for, in order: the pruner's statistics, the choice, the certificate."""
 
     statistics: list[Batch]
     selection: list[Batch]
@@ -65,9 +67,9 @@ class Split:
 
     @classmethod
     def of(cls, data: Sequence[Batch], most: int) -> Split:
-        """A quarter certifies and three eighths choose, but neither with more than `most` tokens.
+        """Splits calibration batches: a quarter certifies, three eighths choose, neither with more than `most` tokens.
 
-        `ValueError` for too few sequences.
+        Raises `ValueError` for fewer than `FEWEST_SEQUENCES`.
         """
         if len(data) < FEWEST_SEQUENCES:
             raise ValueError(
@@ -93,7 +95,10 @@ def _last(rest: list[Batch], count: int, most: int) -> list[Batch]:
 
 
 def split_of(chosen: Mapping[str, Any] | None, data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(what may be pruned with, the certificate's) of the data that a plan was chosen on; of other data all and nothing."""
+    """Returns (batches to prune with, batches of the certificate), where these are the data that a plan was chosen on.
+
+    Of other data, all are to prune with.
+    """
     facts = (chosen or {}).get("data", {})
     count = facts.get("certificate", 0) if isinstance(facts, Mapping) else 0
     if not data or not isinstance(count, int) or not 0 < count < len(data):

@@ -95,10 +95,16 @@ def add_text(command: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="DATA",
-        help="a local text, jsonl or parquet file, a Hub dataset ('c4', 'wikitext2'), or 'self' for samples of the model; "
+        help="a local file (text, jsonl, json, csv, tsv, parquet, also compressed), a pattern of files in quotes, a folder, "
+        "a Hub dataset ('c4', 'wikitext2', 'name:configuration'), or 'self' for samples of the model; "
         "several are mixed: NAME=DATA@WEIGHT, both NAME= and @WEIGHT may be left out",
     )
     command.add_argument("--column", help="column of a dataset that holds the text; with several datasets, of each")
+    command.add_argument(
+        "--split",
+        default="train",
+        help="split of a folder or Hub dataset; 'train+validation' joins two (default: train)",
+    )
     command.add_argument("--sequences", type=int, help="number of calibration sequences (default: 128)")
     command.add_argument("--length", type=int, help="tokens of each sequence (default: 2048 or the model's limit)")
 

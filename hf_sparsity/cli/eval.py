@@ -1,4 +1,4 @@
-"""`hf-sparsity eval`: what a model is worth; a sparse model's folder keeps the result."""
+"""`hf-sparsity eval`: measures perplexity and task scores; a sparse model's folder keeps the result."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DATA",
-        help="wikitext2, c4 or ptb as in the papers, a local text, jsonl or parquet file, or a Hub dataset; repeatable "
+        help="wikitext2, c4 or ptb as in the papers, a local file or folder, or a Hub dataset; repeatable "
         "(default for 'demo' shapes: its held-out text)",
     )
-    command.add_argument("--split", help="of a Hub dataset (default: test)")
-    command.add_argument("--column", help="of a dataset")
+    command.add_argument("--split", help="split of a folder or Hub dataset (default: test)")
+    command.add_argument("--column", help="column of a dataset that holds the text")
     command.add_argument("--length", type=int, help="tokens per window (default: 2048 or the model's limit)")
     command.add_argument("--windows", type=int, help="score only the first N windows of each text")
     command.add_argument(
@@ -37,20 +37,24 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="task files of your own; trust them as you would a script: the harness renders their templates unguarded",
     )
     command.add_argument("--shots", type=int, help="examples in a task's prompt (default: the task's)")
-    command.add_argument("--limit", type=float, help="documents of each task; below 1 a share of them")
+    command.add_argument(
+        "--limit", type=float, help="at most this many documents of each task; below 1, this share of them"
+    )
     command.add_argument("--batch-size", type=int, default=8, help="task requests at a time (default: %(default)s)")
     command.add_argument("--against", metavar="MODEL", help="the dense model to compare with")
     command.add_argument(
-        "--resamples", type=int, default=1000, help="of the bootstrap behind the intervals (default: %(default)s)"
+        "--resamples", type=int, default=1000, help="draws of the bootstrap behind the intervals (default: %(default)s)"
     )
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap and the tasks (default: %(default)s)")
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed of the bootstrap and of the tasks (default: %(default)s)"
+    )
     command.add_argument(
         "--no-record", action="store_true", help="do not add the results to the folder's sparsity_metrics.json"
     )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity, tasks, divergence from a second model."""
+    """Evaluates the model, prints tables, and returns what was measured and where it was recorded."""
     from .. import demo as demo_model
     from ..evaluation.evaluate import evaluate, recordable
     from ..evaluation.metrics import METRICS_FILE
@@ -98,7 +102,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(metrics: Metrics) -> str:
-    """Tables of texts and tasks."""
+    """Returns the tables of texts and tasks, with a line below about how each was measured."""
     parts = ([_texts(metrics.texts)] if metrics.texts else []) + ([_tasks(metrics.tasks)] if metrics.tasks else [])
     return "\n\n".join(parts)
 

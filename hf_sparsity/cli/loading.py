@@ -106,7 +106,7 @@ def calibration(
         data: Any = [text for _, text in demo_model.texts("calibration")]
         length = options.length or DEMO_LENGTH
     elif not options.calibration:
-        raise ValueError("--calibration is missing: a local text, jsonl or parquet file, or a Hub dataset such as c4")
+        raise ValueError("--calibration is missing: a local file, such as text or jsonl, or a Hub dataset, such as c4")
     else:
         data = [Source(**parse_source(text)) for text in options.calibration]
         length = options.length or default_length(model, tokenizer)
@@ -117,5 +117,6 @@ def calibration(
         length=length,
         seed=config.seed,
         column=options.column,
+        split=options.split,
         model=model,
     )

@@ -34,7 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "with '--teacher demo': its calibration text",
     )
     command.add_argument("--column", help="the dataset's column that has the texts")
-    command.add_argument("--split", default="train", help="the Hub dataset's split to read (default: %(default)s)")
+    command.add_argument("--split", default="train", help="split of a folder or Hub dataset (default: %(default)s)")
     add_output(command)
     command.add_argument(
         "--layout", choices=("dense", "bitmask"), default="dense", help="see prune (default: %(default)s)"

@@ -13,21 +13,21 @@ from .divergence import DenseReference, PlanScores
 
 
 class SourceScores:
-    """Sees a dense model before it is pruned, and says afterwards what became of it on each source."""
+    """Scores of a model on each source of a calibration mix: dense when it is made, pruned when `report` is called."""
 
-    def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, apart: HeldOut):
-        """Runs the model, dense; keeps hidden states of all tokens, tokens x width. `ValueError` without logits."""
-        self._apart, self._reference = apart, DenseReference(model, model_layers, apart.batches)
+    def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, heldout: HeldOut):
+        """Runs the dense model and keeps hidden states of all tokens, `[tokens, width]`; `ValueError` without logits."""
+        self._heldout, self._reference = heldout, DenseReference(model, model_layers, heldout.batches)
         self._dense = PlanScores.of(self._reference.rows())
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Returns the scores of the model as it is now, by source: see `plan.Report`."""
+        """Returns the scores of the model as it is now, by source; their fields are those of `plan.Report.sources`."""
         pruned = PlanScores.of(self._reference.rows())
         result: dict[str, dict[str, Any]] = {}
-        for name, rows in rows_of(self._apart.sources, self._apart.weights).items():
+        for name, rows in rows_of(self._heldout.sources, self._heldout.weights).items():
             now, before = part(pruned, rows), part(self._dense, rows)
             result[name] = {
-                "weight": self._apart.weights[name],
+                "weight": self._heldout.weights[name],
                 "sequences": len(rows),
                 "predictions": int(now.tokens.sum()),
                 "kl": now.mean(),
@@ -37,7 +37,7 @@ class SourceScores:
 
 
 def compare_by_source(sources: Sequence[str], uniform: PlanScores, chosen: PlanScores) -> dict[str, dict[str, Any]]:
-    """What two plans have of each source, KL in nats a token, on the same sequences: `{name: {"sequences", "uniform", "chosen"}}`."""
+    """Returns the KL of two plans on each source, in nats a token: `{name: {"sequences", "uniform", "chosen"}}`."""
     return {
         name: {"sequences": len(rows), "uniform": part(uniform, rows).mean(), "chosen": part(chosen, rows).mean()}
         for name, rows in rows_of(sources, dict.fromkeys(sources)).items()
@@ -45,8 +45,8 @@ def compare_by_source(sources: Sequence[str], uniform: PlanScores, chosen: PlanS
 
 
 def rows_of(sources: Sequence[str], order: Iterable[str]) -> dict[str, list[int]]:
-    """Returns the sequences of each source that has any."""
-    return {name: rows for name in order if (rows := [i for i, one in enumerate(sources) if one == name])}
+    """Returns the numbers of each source's sequences, without the sources that have none."""
+    return {name: rows for name in order if (rows := [i for i, source in enumerate(sources) if source == name])}
 
 
 def part(scores: PlanScores, rows: list[int]) -> PlanScores:

@@ -1,4 +1,4 @@
-"""The certificate: what a chosen plan gains over uniform, on text that nothing before has touched."""
+"""The certificate: what a chosen plan gains over uniform, on text that took no part in choosing it or in pruning."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def certify(
 
 
 def _against(dense: PreTrainedModel, model: PreTrainedModel, batches: Sequence[Batch]) -> PlanScores:
-    """Returns the scores of the model against a second one in memory."""
+    """Returns the scores of a second model in memory against the dense one."""
     rows = []
     with evaluating(dense), evaluating(model), torch.no_grad():
         for batch in joined(dense, batches):
@@ -86,13 +86,13 @@ def _against(dense: PreTrainedModel, model: PreTrainedModel, batches: Sequence[B
 
 
 class CertificateScore:
-    """Sees a dense model before it is pruned, and says afterwards what became of it on the certificate's text."""
+    """Scores of a model on the certificate's text: the dense one runs when it is made, the pruned one in `report`."""
 
     def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch]):
         self._reference, self._data = DenseReference(model, model_layers, batches), data_fingerprint(batches)
 
     def report(self) -> dict[str, Any]:
-        """`{"kl", "perplexity", "data"}` of the model as it is now."""
+        """Returns `{"kl", "perplexity", "data"}` of the model as it is now."""
         scores = PlanScores.of(self._reference.rows())
         return {"kl": scores.mean(), "perplexity": scores.perplexity, "data": self._data}
 
@@ -107,14 +107,14 @@ def check(
     """Scores a sparse model's certificate again.
 
     Args:
-        folder: of the sparse model.
-        texts: what it was pruned with: the calibration ids, whose last sequences the certificate kept; or those alone.
+        folder: the sparse model's.
+        texts: the calibration data that it was pruned with, whose last sequences are the certificate's; or those alone.
         model: loaded from the folder already.
         dense: the model that was pruned; then the divergence is scored too.
 
     Returns:
         `{"same_text", "recorded": {"kl", "perplexity"}, "now": {"kl" or None, "perplexity"}, "holds", "certificate"}`;
-        `holds`: same text, and perplexity (and KL) are what was recorded, to 1 %.
+        `holds` is True if the text is the same and perplexity (and KL) are within 1 % of what was recorded.
 
     Raises:
         ValueError: the model has no certificate, or the texts are too few.

@@ -1,4 +1,4 @@
-"""How far a masked model departs from the dense one: exact KL, a forward pass for each candidate.
+"""How far a masked model departs from the dense one: exact KL, one forward pass for each plan.
 
 Masks are looked up in ranks of one byte a weight and live one block at a time: while a block runs, masked copies stand
 in for its weights. Of the dense model what its last block gave is kept for every batch; the model's own head makes
@@ -31,16 +31,16 @@ from .token_scores import token_scores
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 2048  # tokens of one forward pass: enough to keep the products busy
-WORST = 1e4  # nats: finite, so that plans can still be told apart and written down
-HIGHEST = 700.0  # nats whose perplexity is still a number
+TOGETHER = 2048  # tokens of one forward pass, enough to keep the matrix products busy
+WORST = 1e4  # nats, the largest score of a token: finite, so that plans can still be told apart and written down
+HIGHEST = 700.0  # nats, the largest mean loss whose perplexity is still a number
 
 SequenceSums = list[list[float]]  # (summed KL, summed loss, tokens) of each sequence
 
 
 @dataclass(frozen=True)
 class PlanScores:
-    """Scores of a plan: per sequence, means over its tokens in nats: `kl` from the dense model, `loss` of the next token; and `tokens`."""
+    """Scores of a plan: for each sequence its mean `kl` from the dense model and `loss`, in nats a token, and its `tokens`."""
 
     kl: Tensor
     loss: Tensor
@@ -58,17 +58,17 @@ class PlanScores:
 
     @property
     def perplexity(self) -> float:
-        """Finite, however bad it is."""
+        """Perplexity over all predictions; finite, however bad the plan is."""
         return math.exp(min(self.mean("loss"), HIGHEST))
 
 
 class DenseReference:
-    """What the dense model says about some batches, against which any change of its blocks is judged."""
+    """What the dense model predicts on some batches, against which any change of its blocks is judged."""
 
     def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch]):
-        """Runs the model once, dense, and keeps hidden states of all tokens: tokens x width.
+        """Runs the dense model once and keeps the hidden states of all tokens, `[tokens, width]`.
 
-        `ValueError` for a model without logits.
+        Raises `ValueError` for a model without logits.
         """
         self.model, self.model_layers, self.batches = model, model_layers, joined(model, batches)
         self._last: list[Any] = [None] * len(self.batches)
@@ -98,7 +98,7 @@ class DenseReference:
             yield arrivals
 
     def dense_logits(self, number: int) -> Tensor:
-        """Returns the dense model's logits of a batch: from the stored output of the last block, or from a run of the model."""
+        """Returns the dense logits of a batch, from the stored output of its last block or from a run of the model."""
         found: list[Tensor] = []
         with (
             prepared(self.model),
@@ -113,9 +113,9 @@ class DenseReference:
         return found[0]
 
     def rows(self, masks: Callable[[Block], Mapping[str, Tensor]] | None = None) -> SequenceSums:
-        """Returns the sums of the model as it is now, or with the `masks` (True = kept, `[out, in]`) of each block's layers.
+        """Returns the sums of each sequence, in order, for the model as it is now or with masks on its layers.
 
-        In the order of the sequences.
+        `masks`: returns the masks of a block's layers, `[out, in]`, True = kept.
         """
         rows: SequenceSums = []
         seen: list[Tensor] = []
@@ -142,7 +142,7 @@ class DenseReference:
 
 
 def joined(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Batch]:
-    """Plain text of equal lengths, several sequences at a time."""
+    """Returns batches in which plain texts of equal length are joined, several sequences at a time."""
     vocabulary = getattr(text_config(model.config), "vocab_size", None) or 2**17
     most = min(TOGETHER, LOGITS // vocabulary)
     made: list[Batch] = []

@@ -1,4 +1,4 @@
-"""`evaluate`: what a model is worth, in one call, and written down beside it."""
+"""`evaluate`: perplexity and task scores of a model, compared with the dense one and recorded in its folder."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def evaluate(
     record: bool | str | os.PathLike[str] = True,
     **loading: Any,
 ) -> Metrics:
-    """Perplexity on texts and scores on tasks, compared with the dense model; recorded in a sparse model's folder.
+    """Measures perplexity on texts and scores on tasks, compares with the dense model, records it in the folder.
 
-    Perplexity follows the papers: joined text, non-overlapping windows, each scored by itself. Its interval, and those of
-    the comparison, are paired bootstraps over documents (`texts.cut` says what one is).
+    Perplexity follows the papers, see `perplexity.PROTOCOL`. Its interval, and those of the comparison, are paired
+    bootstraps over documents (`texts.cut` says what a document is).
 
     Args:
         model: a loaded model, a folder or a Hub id.
@@ -60,16 +60,16 @@ def evaluate(
         tasks: names that lm-evaluation-harness knows, or that `include_path` defines; or what `find_tasks` found.
         against: the dense model, of the same vocabulary.
         tokenizer: by default the one beside the model.
-        split: of Hub datasets.
-        column: of datasets.
+        split: of Hub datasets, by default the one that the papers measure on, or "test".
+        column: of datasets, by default the first with texts.
         length: tokens in a window; by default 2048, or the model's limit if that is smaller.
-        windows: score only the first of each text, this number of them.
+        windows: at most this many of each text, from its beginning.
         include_path: a folder of task files; see `find_tasks`.
         shots: examples in a task's prompt; by default the task's own number.
-        limit: documents of each task; below 1 a share of them.
-        batch_size: task requests run at a time.
-        resamples: of the bootstrap.
-        seed: of the bootstrap and the tasks.
+        limit: at most this many documents of each task; below 1, this share of them.
+        batch_size: task requests that run at a time.
+        resamples: how often the bootstrap draws.
+        seed: of the bootstrap and of the tasks' random numbers.
         record: add the results to `sparsity_metrics.json`: in the model's folder when a folder is given as `model`, or in
             the folder named here. A dense model's folder gets no record, and a warning says so.
         **loading: to `from_pretrained` of both (`dtype`, `device_map`, `trust_remote_code`, ...).
@@ -112,10 +112,9 @@ def evaluate(
     reference = None if against is None else (_name(against), _load(against, loading))
     for judged in (model, *(reference or ())[1:]):
         require_next_token(judged, "evaluation", decoder_only=bool(texts))
+        check_length(judged, length or 0)
     bootstrap = {"resamples": resamples, "seed": seed}
     length = length or default_length(model, tokenizer)
-    for one in (model, reference[1]) if reference is not None else (model,):
-        check_length(one, length)
     measured = [_measure(model, cut(text, tokenizer, length, windows), reference, **bootstrap) for text in read]
     metrics = _record(folder, Metrics(texts=tuple(measured)))
     if isinstance(tasks, Tasks):
@@ -210,7 +209,7 @@ def _tokenizer(model: Any, loading: dict[str, Any]) -> Any:
 
 
 def _name(model: Any) -> str:
-    """A folder's last part, a Hub id, or what a loaded model came from; never a path of this machine."""
+    """Returns a folder's last part, a Hub id, or what a loaded model came from; never a path of this machine."""
     source = str(model.name_or_path or type(model).__name__) if isinstance(model, PreTrainedModel) else str(model)
     path = Path(source)
     return path.resolve().name if path.exists() or path.is_absolute() else source

@@ -44,7 +44,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TextAgainst:
-    """A text's comparison with the dense model.
+    """The comparison with the dense model on one text.
 
     `perplexity` is the dense model's, `ratio` the sparse one's over it, `kl` the mean KL(dense ‖ sparse) in nats a
     token, `top1` the share of positions where both rank the same token first.
@@ -60,7 +60,7 @@ class TextAgainst:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Perplexity on one text. `documents` units of the kind `unit` were resampled for the intervals."""
+    """Perplexity on one text; `documents` units of the kind `unit` were resampled for the intervals."""
 
     name: str
     split: str | None
@@ -80,13 +80,13 @@ class TextRecord:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a newer record of the same kind replaces."""
+        """What two records share of which the newer one replaces the older."""
         return self.name, self.split, self.length, self.against and self.against.name
 
 
 @dataclass(frozen=True)
 class TaskAgainst:
-    """The dense model's `metrics` on the same documents, and by how much the sparse one's exceed them."""
+    """The dense model's `metrics` on the same documents, and the `difference`: sparse minus dense."""
 
     name: str
     weights: str | None
@@ -114,7 +114,7 @@ class TaskRecord:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a newer record of the same kind replaces."""
+        """What two records share of which the newer one replaces the older."""
         return self.name, self.shots, self.limit, self.against and self.against.name
 
 
@@ -126,16 +126,16 @@ class Metrics:
     tasks: tuple[TaskRecord, ...] = ()
 
     def updated(self, newer: Metrics) -> Metrics:
-        """Both, a newer record in place of an older one with the same key."""
+        """Returns the records of both, a newer one in place of an older one with the same key."""
         return Metrics(_updated(self.texts, newer.texts), _updated(self.tasks, newer.tasks))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the record as plain JSON types."""
+        """Returns plain JSON types."""
         return {"version": VERSION, "texts": [asdict(x) for x in self.texts], "tasks": [asdict(x) for x in self.tasks]}
 
     @classmethod
     def from_dict(cls, data: Any) -> Metrics:
-        """The reverse of `to_dict`; `ValueError` when it is something else."""
+        """Returns the records that `to_dict` wrote; `ValueError` when `data` is something else."""
         if not isinstance(data, Mapping) or data.get("version") != VERSION:
             found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(
@@ -154,7 +154,7 @@ class Metrics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Metrics:
-        """Reads a folder's `METRICS_FILE`, or a file; no file, no records.
+        """Reads a folder's `METRICS_FILE`, or a file; without a file there are no records.
 
         Raises:
             ValueError: a truncated or altered file; the message names it.
@@ -198,7 +198,7 @@ _COUNTS = ("length", "windows", "documents", "predictions", "samples", "shots", 
 
 
 def _checked(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same, its plain fields of the types that readers rely on."""
+    """Returns the same data, whose plain fields have the types that readers rely on; `ValueError` otherwise."""
     for name in {"name", "unit", "harness"} & set(data):
         if not isinstance(data[name], str):
             raise ValueError(f"{name} of a recorded evaluation is {data[name]!r}; text is expected")

@@ -91,7 +91,7 @@ class WindowScores:
 
 
 def score_windows(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> WindowScores:
-    """Scores each window by itself; arguments and errors as `evaluate_text`."""
+    """Scores each window by itself; arguments and errors are those of `evaluate_text`."""
     for judged in (model, reference):
         if judged is not None:
             check_kind(judged)

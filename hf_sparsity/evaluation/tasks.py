@@ -31,7 +31,7 @@ from ..model.inference import evaluating
 from .metrics import Interval, Score, TaskAgainst, TaskRecord
 from .resampling import CONFIDENCE, RESAMPLES, Resampling
 
-BATCH = 8  # requests run at a time
+BATCH = 8  # requests that run at a time
 _CODE = re.compile(r"!function|^\s*class\s*:", re.MULTILINE)
 
 
@@ -46,12 +46,12 @@ class Tasks:
 def find_tasks(
     names: Sequence[str], include_path: str | os.PathLike[str] | None = None, *, trust_remote_code: bool = False
 ) -> Tasks:
-    """Looks tasks up, without loading their data.
+    """Finds tasks by their names, without loading their data.
 
     Args:
         names: tasks, groups or tags of lm-evaluation-harness, or of the folder.
         include_path: a folder with task files of one's own (YAML); they win over the harness' of the same name.
-        trust_remote_code: let them import Python, by `!function` or `class`.
+        trust_remote_code: lets them import Python, by `!function` or `class`.
 
     Raises:
         ValueError: the harness is not installed, no such task or folder, or task files that would import Python.
@@ -101,8 +101,8 @@ def score_tasks(
         tokenizer: of both models.
         reference: the dense model, and its name in the record.
         shots: examples in the prompt; by default the task's own number.
-        limit: documents of each task; below 1 a share of them.
-        batch_size: requests run at a time.
+        limit: at most this many documents of each task; below 1, this share of them.
+        batch_size: requests that run at a time.
         resamples: of the paired bootstrap over documents, for the difference of every metric that is a mean.
         seed: of the examples drawn, of generation, and of the bootstrap. The harness sets Python's, numpy's and torch's.
 
@@ -197,7 +197,7 @@ def _leaves(manager: Any, name: str) -> Iterator[str]:
 
 
 def _check_folder(folder: Path) -> None:
-    """`ValueError` when its task files import Python. Meant against surprise; it is not a sandbox."""
+    """Raises `ValueError` when a folder's task files import Python. Meant against surprise; it is not a sandbox."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     for path in files:
         is_task = (
@@ -232,7 +232,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _shown(results: Mapping[str, Any]) -> list[str]:
-    """What gets a record: tasks, and of a group that has a score of its own only that."""
+    """Returns the names that get a record: tasks, and a group in place of its tasks where it has a score of its own."""
     children = results["group_subtasks"]
     inner = {child for members in children.values() for child in members}
 
@@ -246,7 +246,7 @@ def _shown(results: Mapping[str, Any]) -> list[str]:
 
 
 def _metrics(results: Mapping[str, Any], name: str) -> dict[str, Score]:
-    """{metric: score}; the filter is part of the name unless it is "none"."""
+    """Returns `{metric: score}`; the filter is part of the name unless it is "none"."""
     values = results["results"][name]
     found = {}
     for key, value in values.items():
@@ -258,7 +258,7 @@ def _metrics(results: Mapping[str, Any], name: str) -> dict[str, Score]:
 
 
 def _documents(results: Mapping[str, Any], name: str) -> dict[Any, dict[str, float]]:
-    """{document: {metric: value}} of a task, or of all tasks of a group."""
+    """Returns `{document: {metric: value}}` of a task, or of all tasks of a group."""
     if name not in results["samples"]:
         members = results["group_subtasks"].get(name, ())
         return {key: values for member in members for key, values in _documents(results, member).items()}
@@ -274,7 +274,7 @@ def _documents(results: Mapping[str, Any], name: str) -> dict[Any, dict[str, flo
 def _differences(
     sparse: Mapping[str, Any], dense: Mapping[str, Any], name: str, resamples: int, seed: int
 ) -> dict[str, Interval]:
-    """Sparse less dense, for each metric that is the mean over documents (F1, perplexities and the like are not)."""
+    """Returns sparse minus dense for each metric that is a mean over documents (F1, perplexity and the like are not)."""
     ours, theirs = _documents(sparse, name), _documents(dense, name)
     scores, others = _metrics(sparse, name), _metrics(dense, name)
     found = {}
@@ -296,7 +296,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _shots(results: Mapping[str, Any], name: str) -> int:
-    """Examples in the prompt; of a group the largest number of its tasks."""
+    """Returns the number of examples in the prompt; for a group the largest of its tasks."""
     found = results["n-shot"].get(name)
     members = results["group_subtasks"].get(name, ())
     return int(found) if found is not None else max((_shots(results, member) for member in members), default=0)

@@ -17,7 +17,7 @@ from ..calibration.calibration import read_texts
 
 logger = logging.getLogger(__name__)
 
-FEWEST = 8  # documents to resample; fewer say too little about how documents differ
+FEWEST = 8  # documents that are resampled; fewer say too little about how documents differ
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ _NAMES = {"wikitext-2": "wikitext2", "penn_treebank": "ptb"}
 
 
 def read_text(source: str, *, split: str | None = None, column: str | None = None) -> Text:
-    """The text that a name stands for.
+    """Reads the text that a name stands for.
 
     Args:
-        source: `"wikitext2"`, `"c4"` or `"ptb"`, read and joined as in the papers; a local text, jsonl, json, csv or
-            parquet file; or a Hub dataset's name, its documents joined by an empty line.
+        source: `"wikitext2"`, `"c4"` or `"ptb"`, read and joined as in the papers; any file, folder or Hub dataset that
+            `calibration_batches` reads, its documents joined by an empty line.
         split: of a Hub dataset, by default the one the papers measure on, or "test".
-        column: of a dataset.
+        column: of a dataset, by default the first with texts.
 
     Raises:
         ValueError: it cannot be read or reached, or has no such column.
@@ -116,7 +116,7 @@ class Windows:
     """A text's windows: `ids` `[n, length]`, int64, and the unit `[n]` that each belongs to, from 0.
 
     Units are what a bootstrap draws. Windows that begin in the same document are one unit, `unit="document"`, because
-    they are alike; where documents are shorter than a window, or fewer than `FEWEST`, each is one, `unit="window"`; intervals are then rather
+    they are alike; where documents are shorter than a window, or fewer than `FEWEST`, each window is a unit, `unit="window"`; intervals are then rather
     too narrow, as far as neighbours are alike.
     """
 
@@ -127,7 +127,7 @@ class Windows:
 
 
 def cut(text: Text, tokenizer: Any, length: int, windows: int | None = None) -> Windows:
-    """Returns the joined text in windows of `length` tokens that do not overlap, at most `limit` of them; the rest is dropped.
+    """Cuts joined text into windows of `length` tokens that do not overlap, at most `windows`; the rest is dropped.
 
     Raises:
         ValueError: the text does not fill one window.

@@ -118,3 +118,33 @@ def test_mistakes(mix, message, tmp_path, capsys):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_chats_that_the_template_does_not_take_are_exit_code_2(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
+    tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    AutoModelForCausalLM.from_pretrained(demo.PATH).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    plan = [
+        "plan",
+        str(tmp_path / "model"),
+        "--sparsity",
+        "0.5",
+        "--allocator",
+        "owl",
+        "--output",
+        str(tmp_path / "p.json"),
+    ]
+    assert main([*plan, "--calibration", str(tmp_path / "chats.jsonl")]) == 2
+    shown = capsys.readouterr().err
+    assert "calibration document 0: the tokenizer's chat template does not take its messages" in shown
+    assert "System role not supported" in shown and "Traceback" not in shown
+    assert main([*plan, "--calibration", str(tmp_path / "chats.jsonl"), "--length", "99999"]) == 2
+    assert "tokens are longer than the" in capsys.readouterr().err
+    assert main([*plan, "--calibration", str(tmp_path / "chats.jsonl"), "--column", "text"]) == 2
+    assert "no column 'text'; it has messages" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
