@@ -98,4 +98,5 @@ def _config_stage(config: Any) -> Any:
     if not isinstance(config, Mapping):
         return UNKNOWN
     zero = config.get("zero_optimization") or {}
-    return zero.get("stage", 0) if isinstance(zero, Mapping) else UNKNOWN
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
+    return UNKNOWN if stage is None else stage
