@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .accepted import check_source
 from .classes import find_class, location_of, model_class
+from .identity import QUANT_METHOD
 from .sparsity import check_zeros
 
 
@@ -27,6 +29,8 @@ def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **opti
     options = {"trust_remote_code": False} | options
     location = location_of(options)
     check_source(source, location)
+    if options.get("quantization_config") is not None:
+        _refuse_packed(source, location)
     config = options.get("config")
     if isinstance(config, PreTrainedConfig):
         kind = model_class(config, auto_class)
@@ -41,6 +45,16 @@ def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **opti
             "and save the model first"
         )
     return model
+
+
+def _refuse_packed(source: str | os.PathLike[str], location: Mapping[str, Any]) -> None:
+    """Raises ValueError for packed files, which cannot be quantized on their way into memory."""
+    config = AutoConfig.from_pretrained(source, **location)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
+        raise ValueError(
+            f"{str(source)!r} is packed (layout 'bitmask'), and only dense files can be quantized while they are loaded: "
+            f"write them once with hf_sparsity.unpack({str(source)!r}, folder), and load that folder with quantization_config"
+        )
 
 
 def load_sparse(source: str | os.PathLike[str], *, auto_class: Any = None, **options: Any) -> PreTrainedModel:
