@@ -19,6 +19,7 @@ A = TypeVar("A", bound=Algorithm)
 
 CHOOSERS: dict[str, type[Race]] = {"race": Race, "search": Search}  # these compare allocators on the model itself
 
+ALLOW_UNSEEN = 0.05  # share of the weights whose inputs need not be seen
 PARTS = ("vision", "audio")  # parts of a model beside its language model, which `include` names
 
 
@@ -39,6 +40,9 @@ class SparsityConfig:
             default. Calibration data for pruners that need it then have to have images or sound.
         refit: after pruning, set the weights that stay to their least-squares optimum on the calibration data; a row that
             would not gain stays as it was.
+        allow_unseen: share of the prunable weights, in [0, 1], that may lie in layers whose inputs no calibration data
+            shows (the model does not use them on this data, or multiplies them where it cannot be observed). They
+            are measured and pruned by magnitude, which the plan and the report say; more of them are an error.
 
     Raises:
         ValueError: unknown names (the nearest known ones are given) and contradictions.
@@ -53,6 +57,7 @@ class SparsityConfig:
     seed: int
     include: tuple[str, ...]
     refit: bool
+    allow_unseen: float
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class SparsityConfig:
         seed: int = 0,
         include: str | Sequence[str] = (),
         refit: bool = False,
+        allow_unseen: float = ALLOW_UNSEEN,
     ) -> None:
         parsed = Pattern.parse(pattern)
         check_number("seed", seed, whole=True)
@@ -83,11 +89,14 @@ class SparsityConfig:
             "seed": seed,
             "include": _parts(include),
             "refit": refit,
+            "allow_unseen": allow_unseen,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen: the one place that sets
         if not isinstance(refit, bool):
             raise ValueError(f"refit={refit!r}: True or False is expected")
+        if isinstance(allow_unseen, bool) or not isinstance(allow_unseen, (int, float)) or not 0 <= allow_unseen <= 1:
+            raise ValueError(f"allow_unseen={allow_unseen!r}: a share of the weights is expected, from 0 to 1")
         self._check_together(parsed)
 
     def _check_together(self, pattern: Pattern) -> None:
@@ -118,8 +127,9 @@ class SparsityConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["ignore"] = list(self.ignore)
         values["include"] = list(self.include)
-        for later in ("include", "refit"):  # left out at their defaults, as in plans from before there was a choice
-            if not values[later]:
+        # Left out at their defaults, as in plans from before there was a choice.
+        for later, default in {"include": [], "refit": False, "allow_unseen": ALLOW_UNSEEN}.items():
+            if values[later] == default:
                 del values[later]
         return {k: v.to_dict() if isinstance(v, Algorithm) else v for k, v in values.items()}
 

@@ -9,6 +9,7 @@ A plan is data: readable, editable, publishable. The same schema stands in `plan
      "data":     {"sequences", "tokens", "sha256"} | null,
      "versions": {"hf_sparsity", "torch", "transformers"},
      "chosen":   {...},                       # only of a race or search
+     "unseen":   {name: reason},              # only if the inputs of layers were not seen
      "layers":   {name: {"sparsity", "size", "pattern"?, "measure"?}}}
 
 `pattern` stands only where it differs from the config's. The experts of one fused parameter
@@ -67,6 +68,8 @@ class Plan:
     data: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     chosen: Mapping[str, Any] | None = None  # how a race or search came to it, see `planning/race/choose.py`
+    # Layers that could be measured by magnitude only, because no calibration data showed their inputs -> the reason.
+    unseen: Mapping[str, str] = field(default_factory=dict)
     # Instances of algorithms from outside our tree, so that `prune` need not know their names. Not in the JSON.
     algorithms: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     story: RaceDetails | None = field(default=None, repr=False, compare=False)  # of a race or search. Not in the JSON.
@@ -159,6 +162,7 @@ class Plan:
             "data": None if self.data is None else dict(self.data),
             "versions": dict(self.versions),
             **({} if self.chosen is None else {"chosen": dict(self.chosen)}),
+            **({"unseen": dict(self.unseen)} if self.unseen else {}),
             "layers": _fold(entries),
         }
 
@@ -176,7 +180,7 @@ class Plan:
         config, layers = data["config"], data["layers"]
         if not isinstance(config, Mapping) or "sparsity" not in config:
             raise ValueError("the plan's 'config' must be an object with the global 'sparsity'")
-        for key in ("model", "data", "versions", "chosen"):
+        for key in ("model", "data", "versions", "chosen", "unseen"):
             if not isinstance(data.get(key), (Mapping, type(None))):
                 raise ValueError(f"the plan's {key!r} must be an object, not {data[key]!r}")
         if not isinstance(layers, Mapping) or not all(isinstance(v, Mapping) for v in layers.values()):
@@ -201,6 +205,7 @@ class Plan:
             data=data.get("data"),
             versions=dict(data.get("versions") or {}),
             chosen=data.get("chosen"),
+            unseen=dict(data.get("unseen") or {}),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -14,7 +14,8 @@ from hf_sparsity.core.stats import GRAM, NORMS, SAMPLES, InputStats
 from hf_sparsity.distributed import STOPPED, Processes, owners
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.streaming.merge import merge_stats
-from hf_sparsity.streaming.observer import Collector, Operands
+from hf_sparsity.streaming.observer import Collector
+from hf_sparsity.streaming.operands import Operands
 from tests.conftest import tiny
 from tests.tools import FORKED, free_port, launched, several
 

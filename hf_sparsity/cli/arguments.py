@@ -75,6 +75,13 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
         help="after pruning, set the weights that stay to their least-squares optimum on the calibration data",
     )
     command.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    command.add_argument(
+        "--allow-unseen",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the prunable weights whose inputs the calibration text need not show (default: %(default)s)",
+    )
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ def sparsity_config(options: argparse.Namespace) -> SparsityConfig:
         include=tuple(options.include),
         seed=options.seed,
         refit=options.refit,
+        allow_unseen=options.allow_unseen,
     )
 
 

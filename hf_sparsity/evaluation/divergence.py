@@ -25,7 +25,7 @@ from ..model.layers import Block, ModelLayers
 from ..model.masked import masked
 from ..model.offload import onload
 from ..streaming.forward import drive
-from ..streaming.lockstep import lockstep
+from ..streaming.lockstep import Arrival, lockstep
 from .perplexity import LOGITS
 from .token_scores import token_scores
 
@@ -71,7 +71,7 @@ class DenseReference:
         Raises `ValueError` for a model without logits.
         """
         self.model, self.model_layers, self.batches = model, model_layers, joined(model, batches)
-        self._last: list[Any] = [None] * len(self.batches)
+        self._last: list[dict[str, Any]] = [{} for _ in self.batches]  # batch -> stack of blocks -> its last output
         self._replays = True
         logits: list[Tensor] = []
 
@@ -84,18 +84,25 @@ class DenseReference:
             for arrival in arrivals:
                 with onload(model_layers.blocks[arrival.index].module):
                     for number in range(len(self.batches)):
-                        self._last[number] = arrival.run(number, stay=False)
-                        arrival.finish(number, self._last[number])
-        # Twice, in case the model changes in place what a block gave it.
-        self._replays = all(torch.equal(self.dense_logits(-1), logits[-1]) for _ in range(2))
+                        output = arrival.run(number, stay=False)
+                        self._last[number][self._stack(arrival)] = output
+                        arrival.finish(number, output)
+        try:  # twice, in case the model changes in place what a block gave it
+            self._replays = all(torch.equal(self.dense_logits(-1), logits[-1]) for _ in range(2))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):  # raised by the model
+            self._replays = False
         if not self._replays:
             logger.info("the dense model runs along: its head looks at more than the output of its last block")
 
     @contextmanager
-    def _arrivals(self, after: Callable[[Batch, Any], None], walks: Sequence[Batch]) -> Iterator[Any]:
+    def _arrivals(self, after: Callable[[Batch, Any], None], walks: Sequence[Batch]) -> Iterator[Iterator[Arrival]]:
         modules = [block.module for block in self.model_layers.blocks]
         with closing(lockstep(drive(self.model, after), modules, walks)) as arrivals:
             yield arrivals
+
+    def _stack(self, arrival: Arrival) -> str:
+        """Returns the path of the list that a block stands in: a decoder's, an encoder's, a vision tower's."""
+        return self.model_layers.blocks[arrival.index].name.rpartition(".")[0]
 
     def dense_logits(self, number: int) -> Tensor:
         """Returns the dense logits of a batch, from the stored output of its last block or from a run of the model."""
@@ -106,7 +113,7 @@ class DenseReference:
         ):
             for arrival in arrivals:
                 if self._replays:
-                    arrival.finish(0, self._last[number])
+                    arrival.finish(0, self._last[number][self._stack(arrival)])
                     continue
                 with onload(self.model_layers.blocks[arrival.index].module):
                     arrival.finish(0, arrival.run(0, stay=False))
@@ -131,8 +138,9 @@ class DenseReference:
             for arrival in arrivals:
                 block = self.model_layers.blocks[arrival.index]
                 with onload(block.module):
-                    dense = self._last
-                    if not self._replays:
+                    if self._replays:
+                        dense = [outputs[self._stack(arrival)] for outputs in self._last]
+                    else:
                         dense = [arrival.run(2 * n, stay=False) for n in range(len(self.batches))]
                     with masked(block, masks(block) if masks else {}):
                         for number, output in enumerate(dense):

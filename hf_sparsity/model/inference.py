@@ -7,11 +7,36 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # A batch as the model's forward takes it. Text batches have at least `input_ids` [sequences, tokens].
 Batch = Mapping[str, Any]
+_FLOATING = {
+    "attention_mask",
+    "decoder_attention_mask",
+    "inputs_embeds",
+    "decoder_inputs_embeds",
+}  # that slices may have
+
+
+def can_be_sliced(batch: Batch) -> bool:
+    """Returns whether the first axis of every tensor is the sequences, so that `value[:1]` of each is the first of them.
+
+    It is not where sequences have images or sound: patches of all images may be packed into one axis, and a sequence
+    may have several images or none. So True only for tensors of the shape of the ids, and those of a decoder.
+    """
+    ids = batch.get("input_ids", batch.get("decoder_input_ids"))
+    if not isinstance(ids, Tensor):
+        return False
+    return all(
+        isinstance(value, Tensor)
+        and value.ndim >= 2
+        and len(value) == len(ids)
+        and (name.startswith("decoder_") or value.shape[1] == ids.shape[1])
+        and (name in _FLOATING or not value.is_floating_point())
+        for name, value in batch.items()
+    )
 
 
 @contextmanager

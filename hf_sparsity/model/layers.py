@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,16 +109,16 @@ def find_layers(model: PreTrainedModel, ignore: Sequence[str] = (), include: Seq
     tied_names = {*tied, *tied.values()}
     blocks: list[Block] = []
     skipped: dict[str, str] = {}
-    first_paths: dict[int, str] = {}  # id of a parameter -> the path at which it was met first
+    first_paths: dict[Hashable, str] = {}  # place of a parameter -> the path at which it was met first
     for name, module, reason in stacks:
         weights: dict[str, Weight] = {}
         for path, parameter, owner in _matrices(module, name):
-            first = first_paths.get(id(parameter))
+            first = first_paths.get(place := _place(parameter))
             if first is not None:
                 if first != path:
                     skipped[path] = f"is the same parameter as {first}"
                 continue
-            first_paths[id(parameter)] = path
+            first_paths[place] = path
             inner = path[len(name) + 1 :]
             if why := reason or _reason_to_skip(inner, parameter, owner, path in tied_names, model):
                 skipped[path] = why
@@ -128,7 +128,7 @@ def find_layers(model: PreTrainedModel, ignore: Sequence[str] = (), include: Seq
             weights |= {w.name: w for w in _views(path, parameter, owner, model)}
         blocks.append(Block(name, module, weights))
     for path, parameter, _ in _matrices(model, ""):
-        if id(parameter) not in first_paths:
+        if _place(parameter) not in first_paths:
             skipped[path] = "outside the blocks (embedding, head, projector)"
     model_layers = _without(ModelLayers(blocks, skipped), ignore)
     if not model_layers.weights:
@@ -140,6 +140,14 @@ def find_layers(model: PreTrainedModel, ignore: Sequence[str] = (), include: Seq
 def no_blocks(model: nn.Module) -> str:
     """Returns what is said of a model that has no repeated blocks."""
     return f"no stack of blocks was found in {type(model).__name__}: hf_sparsity prunes models made of repeated blocks"
+
+
+def _place(parameter: nn.Parameter) -> Hashable:
+    """Returns a value that two parameters share only if they are the same numbers in memory, in the same order."""
+    address = 0 if parameter.device.type == "meta" else parameter.untyped_storage().data_ptr()
+    if not address:
+        return id(parameter)
+    return address, parameter.storage_offset(), tuple(parameter.shape), parameter.stride()
 
 
 def find_stacks(model: PreTrainedModel, include: Sequence[str] = ()) -> list[tuple[str, nn.Module, str]]:
@@ -200,6 +208,12 @@ def _reasons_by_part(model: PreTrainedModel, stacks: Iterable[str], include: Seq
         stack: "" if not part or part in include else f'not part of the language model (include="{part}" prunes it)'
         for stack, part in parts.items()
     }
+
+
+def is_of_text(model: PreTrainedModel, block: Block) -> bool:
+    """Returns whether a block sees the tokens of the text: False in the tower of a model that also sees or hears."""
+    language = _language_prefix(model)
+    return language is None or f"{block.name}.".startswith(language)
 
 
 def _language_prefix(model: PreTrainedModel) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..algorithm import LOSS, REMEASURE, Allocator, ModelOracle, Pattern
@@ -29,6 +29,7 @@ class Choice:
         record: what a race saw, for the plan's JSON.
         data: the calibration batches that the decision saw.
         story: what a race saw beyond its record.
+        unseen: layers that were measured by magnitude only -> the reason.
     """
 
     sparsities: Mapping[str, float]
@@ -36,6 +37,7 @@ class Choice:
     record: dict[str, Any] | None
     data: list[Batch]
     story: RaceDetails | None = None
+    unseen: Mapping[str, str] = field(default_factory=dict)
 
 
 def allocate(run: Prepared, config: SparsityConfig, allocator: Allocator) -> Choice:
@@ -50,7 +52,7 @@ def allocate(run: Prepared, config: SparsityConfig, allocator: Allocator) -> Cho
     measures = measuring.first()
     oracle = _oracle(run, config, measuring, judging) if allocator.needs & {LOSS, REMEASURE} else None
     assigned = assign(allocator, measures, sizes, config.sparsity, pattern=pattern, oracle=oracle)
-    return Choice(assigned, numbers(allocator, measures), None, data)
+    return Choice(assigned, numbers(allocator, measures), None, data, unseen=measuring.notes)
 
 
 def assign(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
 from ..algorithm import Pattern, Pruner
 from ..allocators import ALLOCATORS
 from ..config import SparsityConfig
+from ..model.inference import Batch, prepared
 from ..model.layers import ModelLayers
 from ..plan import Plan
+from ..streaming.first_pass import first_pass
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,30 @@ def check_plan(plan: Plan, model: PreTrainedModel, model_layers: ModelLayers) ->
         if pattern.is_mixed or (pattern.group and weight.shape[1] % pattern.group):
             raise ValueError(f"the plan's {name} has pattern {pattern}, which does not fit its width {weight.shape[1]}")
     plan.check_target()
+
+
+def check_unseen(
+    model: PreTrainedModel, model_layers: ModelLayers, data: Sequence[Batch], allowed: float
+) -> dict[str, str]:
+    """Returns the layers whose inputs the first sequence does not show, with the reasons; {} without data.
+
+    Raises:
+        ValueError: they hold more than the `allowed` share of the prunable weights.
+    """
+    if not data:
+        return {}
+    with prepared(model):
+        first = first_pass(model, model_layers, data[0])
+    first.check(model_layers, allowed)
+    return first.unseen
+
+
+def warn_of_unseen(unseen: Mapping[str, str]) -> None:
+    """Logs which layers were measured by magnitude only, and why."""
+    for reason in dict.fromkeys(unseen.values()):
+        names = [name for name in unseen if unseen[name] == reason]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.warning("measured by magnitude only: %s%s: %s", ", ".join(names[:3]), more, reason)
 
 
 def check_widths(model_layers: ModelLayers, pattern: Pattern) -> None:

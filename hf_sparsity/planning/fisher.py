@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..distributed import Processes
-from ..model.inference import Batch
+from ..model.inference import Batch, can_be_sliced
 from ..model.layers import Block, ModelLayers, Weight
 from ..streaming.gradients import BlocksNotAlone, Gradients, differentiable
 
@@ -52,11 +52,19 @@ def fisher_information(
 
 
 def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
-    """Returns the loss of one sequence; padding does not count."""
-    one = {name: tensor[row : row + 1] for name, tensor in batch.items() if name != "decoder_input_ids"}
+    """Returns the loss of one sequence; padding does not count.
+
+    A batch that cannot be cut into sequences (see `can_be_sliced`) runs whole, and the other sequences do not count.
+    """
+    one = {name: tensor for name, tensor in batch.items() if name != "decoder_input_ids"}
+    if can_be_sliced(one):
+        one = {name: tensor[row : row + 1] for name, tensor in one.items()}
+        row = 0
     labels = one["input_ids"]
     if "attention_mask" in one:
         labels = labels.masked_fill(one["attention_mask"] == 0, -100)
+    others = torch.arange(len(labels), device=labels.device) != row
+    labels = labels.masked_fill(others[:, None], -100)
     loss = getattr(model(**one, labels=labels, use_cache=False), "loss", None)
     if loss is None:
         raise ValueError(
@@ -101,7 +109,7 @@ class _Energy(Gradients):
         self._visits.clear()
 
     def release(self) -> None:
-        """Removes the hooks from the model."""
+        """Stops watching."""
         super().release()
         self._pending.clear()
 

@@ -27,7 +27,7 @@ from ..model.layers import Weight, find_layers
 from ..plan import LayerPlan, Plan
 from ..race_record import RaceDetails
 from .allocate import Choice, allocate
-from .checks import check_widths
+from .checks import check_unseen, check_widths, warn_of_unseen
 from .measure import needed
 from .preparation import Prepared, prepare
 from .race.candidates import allocators
@@ -63,8 +63,9 @@ def make_plan(
             first block.
 
     Raises:
-        ValueError: bad data, an N:M that does not divide a layer's width, missing calibration data; an output
-            folder with other files, or with a run of other arguments.
+        ValueError: bad data, an N:M that does not divide a layer's width, missing calibration data; too many weights
+            whose inputs are not seen (see `SparsityConfig.allow_unseen`); an output folder with other files, or with a
+            run of other arguments.
     """
     config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
     allocator = config.allocator
@@ -84,6 +85,8 @@ def make_plan(
         output=output,
         hidden_limit=hidden_limit,
     )
+    looks_at_data = (needs | config.pruning_needs) & STATS
+    unseen = check_unseen(model, model_layers, data if looks_at_data else [], config.allow_unseen)
     if on_start is not None:
         on_start(run)
     run.begin("plan", {"config": config.to_dict()})
@@ -94,6 +97,8 @@ def make_plan(
         choice = choose(run, config, allocator, batches.sources if isinstance(batches, Mixture) else ())
     else:
         choice = allocate(run, config, allocator)
+    choice = dataclasses.replace(choice, unseen={**unseen, **choice.unseen})
+    warn_of_unseen(choice.unseen)
 
     plan = _plan_of(run, config, choice, has_data=bool(needs))
     plan.check_target()
@@ -152,6 +157,7 @@ def _plan_of(run: Prepared, config: SparsityConfig, choice: Choice, *, has_data:
         chosen=choice.record,
         algorithms=_instances(config),
         story=choice.story,
+        unseen=choice.unseen,
     )
 
 

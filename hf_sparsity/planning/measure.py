@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -37,6 +37,7 @@ class Measuring:
     pattern: Pattern
     run: PassOptions
     journal: Journal | None
+    notes: dict[str, str] = field(default_factory=dict)  # layers measured by magnitude only -> the reason
 
     @property
     def needs(self) -> frozenset[str]:
@@ -56,7 +57,9 @@ class Measuring:
             return self._without_inputs()
         if self.journal is None:
             return self._pass()
-        return list(self.journal.once("measures", "", self._pass))
+        measures = list(self.journal.once("measures", "", self._pass))
+        self.notes.update(self.journal.once("unseen", "", lambda: dict(self.notes)))
+        return measures
 
     def again(self, sparsities: Mapping[str, float]) -> list[dict[str, Any]]:
         """Over the model masked to `sparsities`."""
@@ -99,7 +102,7 @@ class Measuring:
         progress = Progress(title, self.model_layers, self.run, self.batches if stats else [])
         for block in progress.over(stream):
             check_finite(block)
-            fall_back(block, self.model_layers, stats)
+            self.notes.update(fall_back(block, self.model_layers, stats))
             for name, layer in block.layers.items():
                 layer.fisher = fisher.get(name)
                 if SCORES in allocator.needs:

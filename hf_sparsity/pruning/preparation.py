@@ -26,7 +26,7 @@ from ..model.inference import Batch
 from ..model.layers import ModelLayers, find_layers
 from ..model.offload import weight_store
 from ..plan import Plan
-from ..planning.checks import check_plan, plan_config
+from ..planning.checks import check_plan, check_unseen, plan_config
 from ..planning.preparation import Prepared, prepare
 from ..planning.transfer import made_on_other_weights
 from .reconstruction import STREAMS, BlockReconstruction, Reconstruction
@@ -125,6 +125,7 @@ def prepare_pruning(
         copies=STREAMS if recovery else 1,
     )
     run.processes.agree("the plan", plan.to_dict()["layers"])
+    check_unseen(model, model_layers, data if needs else [], config.allow_unseen)
     if output is not None and output.layout == "bitmask":
         check_worth(plan, model.dtype)
     return PruningJob(

@@ -71,8 +71,8 @@ def prune(
             first block.
 
     Raises:
-        ValueError: a plan for another model or that misses its target; bad or missing data; an output folder with
-            other files, or with a run of other arguments; reconstruction in several processes.
+        ValueError: a plan for another model or that misses its target; bad or missing data; too many weights whose
+            inputs are not seen (see `SparsityConfig.allow_unseen`); an output folder with other files, or with a run of other arguments; reconstruction in several processes.
         RuntimeError: a layer ended less sparse than planned, or another process of the run stopped.
         OSError: the disk is full; what is finished is safe.
     """
@@ -124,7 +124,8 @@ def _prune_blocks(job: PruningJob) -> dict[str, LayerReport]:
     progress = Progress("Pruning", run.model_layers, options, run.data)
     for block in progress.over(stream):
         check_finite(block)
-        fallbacks = fall_back(block, run.model_layers, job.needs)
+        reasons = fall_back(block, run.model_layers, job.needs)
+        fallbacks = {name: f"pruned by magnitude: {reason}" for name, reason in reasons.items()}
         for layer in block.layers.values():
             layer.sparsity = job.plan.layers[layer.name].sparsity
             layer.pattern = Pattern.parse(job.plan.layers[layer.name].pattern)

@@ -27,7 +27,8 @@ from ..planning.checks import plan_config
 from ..pruners.magnitude import Magnitude
 from ..pruners.wanda import Wanda
 from ..streaming.fallback import FEWEST_TOKENS
-from ..streaming.observer import InputObserver, Operands
+from ..streaming.observer import InputObserver
+from ..streaming.operands import Operands
 from .checks import sparsities
 from .zero_masks import ZeroMasks
 
@@ -185,7 +186,7 @@ class RunningNorms:
         real = padding.bool() if isinstance(padding, Tensor) and padding.ndim == 2 and not padding.all() else None
         sums = {w.name: torch.zeros(w.shape[1] + 1, device=w.read().device) for w in self.weights}
 
-        def add(weight: Weight, inputs: Tensor) -> None:
+        def add(weight: Weight, inputs: Tensor, _in_order: bool) -> None:
             rows = inputs.reshape(-1, inputs.shape[-1]).float()
             if real is not None and rows.shape[0] == real.numel():
                 rows = rows[real.reshape(-1).to(rows.device)]

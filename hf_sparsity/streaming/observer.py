@@ -1,22 +1,25 @@
-"""See every product of an activation with a registered parameter.
+"""See every product of an activation with a prunable weight, and name the weights whose products cannot be seen.
 
-Hooks on modules miss what bypasses a module's call: fused experts, `x @ weight.T`, a layer whose
-weight is read directly. A `TorchFunctionMode` sees the products themselves. The weight operand is
-recognised by its storage, the expert by its offset in it, the orientation by its strides.
+Hooks on modules miss what bypasses a module's call: fused experts, `x @ weight.T`, a layer whose weight is read
+directly. A `TorchFunctionMode` sees the products themselves. Any other function that is given a prunable weight
+(`einsum`, a fused attention call, `weight.float()`) is run under a `TorchDispatchMode`, which sees the products and
+copies inside it; a weight that goes into anything else is noted, with the function's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.stats import InputStats
 from ..model.layers import Weight
+from .operands import Operands, storage_address, tensors_in
 
 _LINEAR = {F.linear}
 _MATMUL = {
@@ -32,97 +35,126 @@ _MATMUL = {
 _ADD_MATMUL = {torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm}
 PRODUCTS = _LINEAR | _MATMUL | _ADD_MATMUL
 
-
-class Operands:
-    """Recognises the prunable weights of one block among the operands of a product."""
-
-    def __init__(self, weights: Iterable[Weight]):
-        self._by_parameter: dict[tuple[int, str], list[Weight]] = {}
-        self._modules: dict[int, Any] = {}
-        for weight in weights:
-            key = (id(weight.module), weight.attribute)
-            self._by_parameter.setdefault(key, []).append(weight)
-            self._modules[id(weight.module)] = weight.module
-        self.count = sum(map(len, self._by_parameter.values()))
-        self.routed = any(w.expert is not None for ws in self._by_parameter.values() for w in ws)
-        self._by_storage: dict[int, tuple[int, str]] = {}
-        for key in self._by_parameter:
-            parameter = self._modules[key[0]]._parameters[key[1]]
-            self._by_storage[parameter.untyped_storage().data_ptr()] = key
-
-    def find(self, operand: Any) -> tuple[Tensor, list[Weight]] | None:
-        """(the parameter, its weights that the operand shows in order) or None."""
-        if not isinstance(operand, Tensor) or operand.ndim < 2:
-            return None
-        key = self._by_storage.get(operand.untyped_storage().data_ptr())
-        if key is None:
-            return None
-        parameter = self._modules[key[0]]._parameters[key[1]]
-        weights = self._by_parameter[key]
-        if parameter.ndim == 2:
-            return parameter, weights
-        first = (operand.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-        count = operand.shape[0] if operand.ndim == 3 else 1
-        chosen = set(range(first, first + count))
-        return parameter, [w for w in weights if w.expert in chosen]
-
-
-def shown_transposed(operand: Tensor, parameter: Tensor) -> bool:
-    """Returns whether the product saw the parameter's last two dimensions exchanged."""
-    return operand.stride()[-2:] != parameter.stride()[-2:]
+_aten = torch.ops.aten
+# Products inside other functions -> the position of their first factor.
+_INNER_PRODUCTS = {
+    _aten.mm.default: 0,
+    _aten.bmm.default: 0,
+    _aten.mv.default: 0,
+    _aten.addmm.default: 1,
+    _aten.addmv.default: 1,
+    _aten.baddbmm.default: 1,
+}
+# The values of a copy are the weight's, perhaps in another dtype or scaled: an input of the one is an input of the other.
+_COPIES = {
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten.contiguous.default,
+    _aten.mul.Tensor,
+    _aten.mul.Scalar,
+    _aten.div.Tensor,
+    _aten.div.Scalar,
+}
 
 
 class Enough(BaseException):
-    """Ends a block's forward whose output nobody wants; not an Exception, so that no model code swallows it."""
+    """Ends a block's forward whose output is not needed; not an Exception, so that no model code swallows it."""
 
 
 class InputObserver(TorchFunctionMode):
-    """Calls `on(weight, inputs)` for each product with a prunable weight, `inputs` as `[..., tokens, in]`.
+    """Calls `on(weight, inputs, in_order)` for each product with a prunable weight, `inputs` as `[..., tokens, in]`.
 
-    Raises `Enough` instead of computing the product with the weight named `last`.
+    `in_order`: whether `inputs` are the model's own tensor; inside another function tokens may have changed places.
+    Raises `Enough` instead of computing the product with the weight named `last`. `hidden`: layer -> the function
+    that used its weight in another way than in a product that can be seen.
     """
 
-    def __init__(self, operands: Operands, on: Callable[[Weight, Tensor], None], last: str | None = None):
+    def __init__(self, operands: Operands, on: Callable[[Weight, Tensor, bool], None], last: str | None = None):
         super().__init__()
         self.operands = operands
         self.on = on
         self.last = last
+        self.hidden: dict[str, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in PRODUCTS:
-            self._look(func, args, kwargs)
-        return func(*args, **kwargs)
+            left, right = product_operands(func, args, kwargs)
+            self.look(left, right, func, linear=func in _LINEAR)
+            return func(*args, **kwargs)
+        if not self.operands.touched(list(tensors_in(args, kwargs))):
+            return func(*args, **kwargs)
+        with _Inside(self, func):
+            return func(*args, **kwargs)
 
-    def _look(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        left, right = product_operands(func, args, kwargs)
-        if (hit := self.operands.find(right)) is not None:
-            inputs, contracted = left, -1 if func in _LINEAR else -2
-        elif (hit := self.operands.find(left)) is not None:
-            inputs, contracted = right.transpose(-1, -2) if right.ndim > 1 else right, -1
+    def look(self, left: Any, right: Any, func: Any, *, linear: bool = False, in_order: bool = True) -> None:
+        """Reports the inputs of a product `left @ right` (`left @ right.T` if `linear`) to `on`."""
+        if (shown := self.operands.find(right)) is not None:
+            inputs, operand, contracted = left, right, -1 if linear else -2
+        elif (shown := self.operands.find(left)) is not None:
+            inputs, operand, contracted = right.transpose(-1, -2) if right.ndim > 1 else right, left, -1
         else:
+            self.hide([left, right], func)
             return
-        operand = right if inputs is left else left
-        parameter, weights = hit
-        if shown_transposed(operand, parameter):
+        if shown.exchanged:
             contracted = -3 - contracted
-        for weight in weights:  # contracted: the stored dimension that is summed over, so "in"
+        for weight in shown.weights:  # contracted: the stored dimension that is summed over, so "in"
             if (contracted == -2) != weight.transposed:
                 raise RuntimeError(
                     f"{weight.name} is stored {'[out, in]' if weight.transposed else '[in, out]'}, not as its module says; please report this"
                 )
-        if operand.ndim == 3 and parameter.ndim == 3:  # all experts in one batched product
-            for weight, one in zip(weights, inputs, strict=True):
-                self.on(weight, one)
-        else:
-            for weight in weights:
-                self.on(weight, inputs)
-                if weight.name == self.last:
-                    raise Enough
+        for number, weight in enumerate(shown.weights):
+            own = inputs[number] if shown.several else inputs
+            if own.shape[-1] != weight.shape[1]:
+                self.hide([operand], func)
+                return
+            self.on(weight, own, in_order)
+            if weight.name == self.last and not shown.several:
+                raise Enough
+
+    def hide(self, tensors: Sequence[Any], func: Any) -> None:
+        """Notes that a function uses the weights in these tensors in a way in which their inputs cannot be seen."""
+        for weight in self.operands.touched(list(tensors)):
+            self.hidden.setdefault(weight.name, function_name(func))
+
+
+class _Inside(TorchDispatchMode):
+    """Sees the products and copies inside a function that is no product itself."""
+
+    def __init__(self, observer: InputObserver, func: Any):
+        super().__init__()
+        self.observer = observer
+        self.func = func
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        operands = self.observer.operands
+        if func in _INNER_PRODUCTS:
+            first = _INNER_PRODUCTS[func]
+            self.observer.look(args[first], args[first + 1], self.func, in_order=False)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        shown = [tensor for tensor in tensors_in(args, kwargs) if operands.touched(tensor)]
+        known = func in _COPIES and len(shown) == 1 and (shown[0] is args[0] or func is _aten.mul.Tensor)
+        known = known and operands.add_copy(shown[0], result)
+        if shown and not known and not _is_view(result, shown):
+            self.observer.hide(shown, self.func)
+        return result
+
+
+def _is_view(result: Any, sources: Sequence[Tensor]) -> bool:
+    """Returns whether a result, or each of several, lies in the memory of one of these tensors, or is no tensor."""
+    storages = {storage_address(tensor) for tensor in sources}
+    return all(storage_address(tensor) in storages for tensor in tensors_in([result], {}))
+
+
+def function_name(func: Any) -> str:
+    """Returns the name under which torch documents a function, such as `torch.einsum`."""
+    return resolve_name(func) or getattr(func, "__qualname__", repr(func))
 
 
 def product_operands(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The two factors of a product in `PRODUCTS`, whether given by position or by name."""
+    """Returns the two factors of a product in `PRODUCTS`, whether given by position or by name."""
     if func in _LINEAR:
         names, skip = ("input", "weight"), 0
     elif func in _ADD_MATMUL:
@@ -131,24 +163,26 @@ def product_operands(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
             names = ("batch1", "batch2")
     else:
         names, skip = ("input", "other"), 0
-    given = list(args[skip : skip + 2])
+    factors = list(args[skip : skip + 2])
     if func is torch.Tensor.__rmatmul__:
-        return given[1], given[0]
-    if len(given) < 2:
+        return factors[1], factors[0]
+    if len(factors) < 2:
         second = kwargs.get(names[1], kwargs.get("mat2"))
-        given = [*given, second] if given else [kwargs.get(names[0], kwargs.get("self")), second]
-    return given[0], given[1]
+        factors = [*factors, second] if factors else [kwargs.get(names[0], kwargs.get("self")), second]
+    return factors[0], factors[1]
 
 
 class Collector:
     """Fills one `InputStats` per input tensor; layers fed by the same tensor share it.
 
-    Use `with collector.observe(...)` around each batch's forward, then `finish`.
+    Use `with collector.observe(...)` around each batch's forward, then `finish`. `stats`: by layer. `unseen`: layers
+    without statistics whose inputs could not be observed -> the reason.
     """
 
     def __init__(self, operands: Operands, needs: frozenset[str]):
         self.needs = needs
         self.stats: dict[str, InputStats] = {}
+        self.unseen: dict[str, str] = {}
         self.operands = operands
         self._leader: dict[str, str] = {}
         self._forward = 0
@@ -157,6 +191,7 @@ class Collector:
         self._order: list[str] = []
         self._masks: Sequence[Tensor] = ()
         self._sequences, self._length = 1, 0
+        self._observer: InputObserver | None = None
 
     @property
     def last(self) -> str | None:
@@ -170,24 +205,36 @@ class Collector:
     def observe(
         self, *, sequences: int, length: int = 0, masks: Sequence[Tensor] = (), whole: bool = True
     ) -> InputObserver:
-        """A mode to run one batch's forward under; unless the `whole` output is wanted it may end early, by `Enough`.
+        """Returns a mode to run one batch's forward under; unless the `whole` output is wanted it may end early, by `Enough`.
 
-        `length` is the tokens of each of the `sequences`. `masks`, given only when there is padding, are
+        `length` is the number of tokens of each of the `sequences`. `masks`, given only when there is padding, are
         boolean `[sequences, tokens]`, True = real, tried in order against the shape of an input.
         """
         last = None if whole or self._forward == 0 else self.last
         self._forward += 1
-        self._seen.clear()
+        self._end_forward()
         self._masks, self._sequences, self._length = masks, sequences, length
-        return InputObserver(self.operands, self._add, last)
+        self._observer = InputObserver(self.operands, self._add, last)
+        return self._observer
+
+    def _end_forward(self) -> None:
+        """Lets go of the tensors of the forward before, and notes what it hid."""
+        self._seen.clear()
+        self.operands.forget_copies()
+        if self._observer is not None:
+            reasons = {name: hidden_reason(func) for name, func in self._observer.hidden.items()}
+            self.unseen = reasons | self.unseen
+            self._observer = None
 
     def finish(self, sequences: int) -> None:
         """Ends the collection after `sequences` sequences in all, and lets go of the inputs."""
-        self._seen.clear()
+        self._end_forward()
+        self.unseen = {name: reason for name, reason in self.unseen.items() if name not in self.stats}
         for stats in {id(s): s for s in self.stats.values()}.values():
             stats.close(sequences)
 
-    def _add(self, weight: Weight, inputs: Tensor) -> None:
+    def _add(self, weight: Weight, inputs: Tensor, in_order: bool) -> None:
+        """Adds the inputs of one product to the statistics of a layer, unless a layer with the same inputs has done so."""
         name = weight.name
         if self._forward == 1:
             self._order.append(name)
@@ -196,8 +243,11 @@ class Collector:
             if seen.data_ptr() == inputs.data_ptr() and seen.shape == inputs.shape and seen.stride() == inputs.stride():
                 if name not in self._leader and self._formed[leader] == self._forward:
                     self._leader[name], self.stats[name] = leader, self.stats[leader]
-                if self._leader.get(name) == leader and name != leader:
+                if self._leader.get(name) == leader:
                     return
+        if not in_order and self._masks and self._sequences > 1:
+            self.unseen[name] = "among its inputs padding cannot be told from tokens; give batches of one sequence"
+            return
         leader = self._leader.setdefault(name, name)
         if leader != name:
             raise RuntimeError(
@@ -211,12 +261,14 @@ class Collector:
         self.stats[name].add(rows, sequences=self._sequences, last=last)
 
     def _real_tokens(self, name: str, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(tokens `[n, in]` without padding, rows that end a sequence or None where they cannot be known)."""
+        """Returns (tokens `[n, in]` without padding, rows that end a sequence or None where they cannot be known)."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         for mask in self._masks:
-            if inputs.shape[:-1] == mask.shape or (inputs.ndim == 2 and flat.shape[0] == mask.numel()):
+            if inputs.shape[:-1] == mask.shape or (len(flat) == mask.numel() and inputs.shape[:-1] != mask.T.shape):
                 kept = mask.to(inputs.device)
                 return flat[kept.reshape(-1)], kept.sum(dim=1).cumsum(dim=0) - 1
+            if inputs.shape[:-1] == mask.T.shape:  # tokens first
+                return flat[mask.T.to(inputs.device).reshape(-1)], None
         if self._masks and inputs.ndim == 2:
             raise ValueError(
                 f"{name} is fed by routed tokens, among which padding cannot be told: give batches without padding"
@@ -226,3 +278,8 @@ class Collector:
         if by_sequence or flat.shape[0] == self._sequences * length:
             return flat, torch.arange(1, self._sequences + 1, device=flat.device) * length - 1
         return flat, None
+
+
+def hidden_reason(func: str) -> str:
+    """Returns why the inputs of a layer could not be observed whose weight went into a function of this name."""
+    return f"its weight is used inside {func}, where inputs cannot be observed"

@@ -19,12 +19,14 @@ from ..algorithm import Layer
 from ..checkpoint.system import release_memory
 from ..core.stats import InputStats
 from ..model.inference import Batch, prepared
-from ..model.layers import Block, ModelLayers, Weight
+from ..model.layers import Block, ModelLayers, Weight, is_of_text
 from ..model.masked import masked
 from ..model.offload import Onloaded, onload
-from .forward import drive, known_order, padding
+from .first_pass import first_pass
+from .forward import drive, padding
 from .lockstep import Arrival, lockstep
-from .observer import Collector, Enough, Operands
+from .observer import Collector, Enough
+from .operands import Operands
 from .resume import visit_to_resume_at
 from .run import PassOptions
 from .spill import Spill
@@ -37,6 +39,7 @@ class StreamedBlock:
 
     `layers`: its layers by name, weights on their device and not to be modified. `write` replaces one
     weight; `mask` makes the block compute as if a layer were pruned, this once, writing nothing.
+    `unseen`: layers without statistics whose inputs could not be observed -> the reason.
     `twins`: the walks of a reconstruction, if asked for; the dense ones must go on before any `write`.
     """
 
@@ -46,6 +49,7 @@ class StreamedBlock:
     total: int
     _weights: dict[str, Weight] = field(repr=False)
     _onloaded: Onloaded = field(repr=False)
+    unseen: Mapping[str, str] = field(default_factory=dict, repr=False)
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     twins: TwinWalk | None = field(default=None, repr=False)
 
@@ -94,9 +98,13 @@ def stream_blocks(
     if run.journal and all(run.has_finished(block) for block in model_layers.blocks if block.weights):
         return
     visited: list[int] = []
+    unseen: dict[str, str] = {}
     if batches:
         with prepared(model), run.spilling(model, batches) as spill:
-            visited = (run.journal.order if run.journal else None) or known_order(model, model_layers, batches[0])
+            visited = (run.journal.order if run.journal else None) or []
+            if not visited:
+                first = first_pass(model, model_layers, batches[0])
+                visited, unseen = first.order, first.unseen
             if run.journal:
                 run.journal.begin_pass(visited, len(batches) * (1 + twins))
             repeated = {index for index in visited if visited.count(index) > 1}
@@ -111,14 +119,22 @@ def stream_blocks(
         wanted = index not in visited and (only is None or index in only)
         if wanted and block.weights and not run.has_finished(block):
             with onload(block.module) as onloaded:
-                yield _streamed(index, block, onloaded, {}, len(model_layers.blocks))
+                yield _streamed(index, block, onloaded, {}, len(model_layers.blocks), unseen)
             if run.journal:
                 run.journal.commit(None)
 
 
-def _streamed(index: int, block: Block, onloaded: Onloaded, stats: Mapping[str, Any], total: int) -> StreamedBlock:
+def _streamed(
+    index: int,
+    block: Block,
+    onloaded: Onloaded,
+    stats: Mapping[str, InputStats],
+    total: int,
+    unseen: Mapping[str, str],
+) -> StreamedBlock:
+    """Returns a block with its layers, which have the statistics that were collected."""
     layers = {name: Layer(name, weight.read(), stats.get(name)) for name, weight in block.weights.items()}
-    return StreamedBlock(index, block.name, layers, total, block.weights, onloaded)
+    return StreamedBlock(index, block.name, layers, total, block.weights, onloaded, unseen)
 
 
 _NO_WAY_BACK = (
@@ -200,28 +216,36 @@ class _Pass:
         keep: Callable[[int, Any], None] | None,
     ) -> StreamedBlock:
         """Collects a block's statistics and returns what the caller of `stream_blocks` gets."""
-        stats = self.collect(arrival, block, Operands(block.weights.values()), keep_outputs=not rewrites)
-        streamed = _streamed(arrival.index, block, onloaded, stats, len(self.model_layers.blocks))
+        stats, unseen = self.collect(arrival, block, keep_outputs=not rewrites)
+        streamed = _streamed(arrival.index, block, onloaded, stats, len(self.model_layers.blocks), unseen)
         if self.twins:
-            streamed.twins = TwinWalk(len(self.batches), self.batches, arrival, self.spill, keep)
+            of_text = is_of_text(self.model, block)
+            streamed.twins = TwinWalk(len(self.batches), self.batches, arrival, self.spill, keep, of_text)
         return streamed
 
     def collect(
-        self, arrival: Arrival, block: Block, operands: Operands, *, keep_outputs: bool
-    ) -> dict[str, InputStats]:
-        """Returns the statistics of a block's inputs over all processes' batches."""
+        self, arrival: Arrival, block: Block, *, keep_outputs: bool
+    ) -> tuple[dict[str, InputStats], dict[str, str]]:
+        """Returns (the statistics of a block's inputs over all processes' batches, the reasons where they are missing)."""
         if not self.needs:
-            return {}
-        collector = Collector(operands, self.needs)
+            return {}, {}
+        collector = Collector(Operands(block.weights.values()), self.needs)
         sequences = self.add(collector, arrival, keep_outputs=keep_outputs)
+        return self.finish(collector, block, sequences)
+
+    def finish(
+        self, collector: Collector, block: Block, sequences: int
+    ) -> tuple[dict[str, InputStats], dict[str, str]]:
+        """Ends a collection over `sequences` sequences of this process; returns what `collect` does."""
         collector.finish(sequences)
-        return self.run.merge(collector.stats, block, self.needs, sequences)
+        return self.run.merge(collector.stats, block, self.needs, sequences), collector.unseen
 
     def add(self, collector: Collector, arrival: Arrival, *, keep_outputs: bool) -> int:
         """Runs the block on all batches while the collector observes; returns the number of sequences."""
         total = 0
+        of_text = is_of_text(self.model, self.model_layers.blocks[arrival.index])
         for number, batch in enumerate(self.batches):
-            sequences, length, masks = padding(batch, arrival.calls[number][1])
+            sequences, length, masks = padding(batch, arrival.calls[number][1], of_text=of_text)
             total += sequences
             observing = collector.observe(sequences=sequences, length=length, masks=masks, whole=keep_outputs)
             with suppress(Enough), observing:
@@ -250,10 +274,10 @@ class _Pass:
                 continue
             with onload(block.module) as onloaded:
                 stats: dict[str, InputStats] = {}
+                unseen: dict[str, str] = {}
                 if index in collectors:
-                    collectors[index].finish(sequences[index])
-                    stats = self.run.merge(collectors[index].stats, block, self.needs, sequences[index])
-                yield _streamed(index, block, onloaded, stats, len(self.model_layers.blocks))
+                    stats, unseen = self.finish(collectors[index], block, sequences[index])
+                yield _streamed(index, block, onloaded, stats, len(self.model_layers.blocks), unseen)
             if self.run.journal:
                 self.run.journal.commit(None)
 

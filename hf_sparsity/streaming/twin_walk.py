@@ -30,6 +30,7 @@ class TwinWalk:
     _arrival: Arrival
     _spill: Spill | None
     _keep: Callable[[int, Any], None] | None
+    _of_text: bool = True
 
     def call(self, number: int) -> Call:
         """Returns the arguments that a batch brings from the pruned blocks."""
@@ -98,5 +99,5 @@ class TwinWalk:
 
         None: everywhere.
         """
-        masks = padding(self._batches[number], self._arrival.calls[number][1])[2]
+        masks = padding(self._batches[number], self._arrival.calls[number][1], of_text=self._of_text)[2]
         return next((mask for mask in masks if mask.shape == shape[:2]), None)

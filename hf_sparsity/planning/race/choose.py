@@ -51,6 +51,7 @@ def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[
     split = Split.of(run.data, race.slices[-1])
     budget = SearchBudget(parse_budget(race.budget), run.processes, run.journal)
     competing = allocators(race.candidates)
+    unseen: dict[str, str] = {}
     measures, ranks = survey(
         run.model,
         run.model_layers,
@@ -59,6 +60,7 @@ def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[
         pruner=config.pruner,
         pattern=pattern,
         hidden_limit=run.hidden_limit,
+        notes=unseen,
     )
     evaluator = _evaluator(run, config, race, ranks, split, budget)
     entrants = _entrants(evaluator, config, race, competing, measures)
@@ -95,7 +97,7 @@ def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[
     allocator = competing.get(best.entrant.name)  # None: the winner is a mixture, or comes from a descent or search
     measured = numbers(allocator, measures[measurement_key(allocator)]) if allocator else {}
     seen = [*split.statistics, *split.selection]
-    return Choice(best.entrant.sparsities, measured, record.to_dict(), seen, details)
+    return Choice(best.entrant.sparsities, measured, record.to_dict(), seen, details, unseen)
 
 
 def _evaluator(

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.nested_masks import Ranks
 from ...evaluation.divergence import DenseReference, by_token
 from ...model.classes import text_config
-from ...model.inference import Batch, prepared
+from ...model.inference import Batch, can_be_sliced, prepared
 from ...model.layers import Block, Weight
 from ...model.masked import masked
 from ...model.offload import onload
@@ -74,7 +74,7 @@ def _parts(reference: DenseReference, number: int) -> list[tuple[Batch, Tensor]]
     each = len(model_layers.blocks) * dense.shape[1] * width * model.dtype.itemsize
     limit = max(INPUTS, sum(weight.size for weight in model_layers.weights.values()) // SHARE)
     count = max(limit // each, 1)
-    if count >= len(dense):
+    if count >= len(dense) or not can_be_sliced(batch):
         return [(batch, dense)]
     pieces = [slice(start, start + count) for start in range(0, len(dense), count)]
     return [({name: value[piece] for name, value in batch.items()}, dense[piece]) for piece in pieces]

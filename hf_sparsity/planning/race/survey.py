@@ -31,6 +31,7 @@ def survey(
     pruner: Pruner,
     pattern: Pattern,
     hidden_limit: int | None = None,
+    notes: dict[str, str] | None = None,
 ) -> tuple[dict[Allocator, Measures], dict[str, Ranks]]:
     """(what each of the allocators measures, each layer's ranks).
 
@@ -46,7 +47,9 @@ def survey(
     ranks: dict[str, Ranks] = {}
     for block in Progress("Measuring", model_layers, run, batches).over(stream):
         check_finite(block)
-        fall_back(block, model_layers, stats)
+        reasons = fall_back(block, model_layers, stats)
+        if notes is not None:
+            notes.update(reasons)
         for name, layer in block.layers.items():
             layer.fisher, layer.pattern = fisher.get(name), pattern
             scores = pruner.scores(layer)
