@@ -109,7 +109,7 @@ class _Energy(Gradients):
         self._visits.clear()
 
     def release(self) -> None:
-        """Stops watching."""
+        """Removes the hooks from the model."""
         super().release()
         self._pending.clear()
 
