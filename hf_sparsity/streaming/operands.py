@@ -30,7 +30,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter, or a copy of one, lies in its storage.
+    """The place of a parameter, or of a copy of one, in its storage.
 
     `exchanged`: whether its last two dimensions are those of the parameter exchanged.
     """
