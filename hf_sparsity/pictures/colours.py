@@ -21,7 +21,7 @@ AMOUNT = ("#f0f0f0", "#a9c6de", "#4f86ba", "#154a80")
 
 
 def shade(value: float, low: float, high: float, scale: Sequence[str]) -> str:
-    """The colour `#rrggbb` of a value between `low` and `high`, which take the ends of the scale."""
+    """Returns the colour `#rrggbb` of a value between `low` and `high`, which take the ends of the scale."""
     position = min(max((value - low) / (high - low), 0.0), 1.0) * (len(scale) - 1)
     index = min(int(position), len(scale) - 2)
     pairs = zip(_channels(scale[index]), _channels(scale[index + 1]), strict=True)
@@ -29,13 +29,13 @@ def shade(value: float, low: float, high: float, scale: Sequence[str]) -> str:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2 contrast ratio of two colours, 1 to 21; text needs 4.5."""
+    """Returns the WCAG 2 contrast ratio of two colours, 1 to 21; text needs 4.5."""
     light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever reads better; at least 4.5 on any colour."""
+    """Returns black or white, whichever reads better; its contrast is at least 4.5 on any colour."""
     return max("#000000", "#ffffff", key=lambda ink: contrast(ink, colour))
 
 

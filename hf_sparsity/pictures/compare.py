@@ -21,12 +21,12 @@ class Amounts(Heat):
     empty: ClassVar[str] = "no number"
 
     def tick(self, value: float) -> str:
-        """A place on the scale, in the allocator's numbers."""
+        """Returns a place on the scale in the allocator's numbers."""
         return brief(10**value if self.log else value)
 
 
 def side_by_side(plan: Plan, plans: Mapping[str, Mapping[str, float]]) -> Picture:
-    """A panel for each of `plans`, title -> {layer: sparsity}, on one scale of colours. `plan` has the layers' sizes."""
+    """Returns a panel for each of `plans`, title -> {layer: sparsity}, on one scale of colours; `plan` has the layers' sizes."""
     grids = {title: make_grid(_with_sparsities(plan, layers)) for title, layers in plans.items()}
     low, high = bounds([cell.shown for grid in grids.values() for row in grid.cells.values() for cell in row.values()])
     first = next(iter(grids.values()))
@@ -36,7 +36,7 @@ def side_by_side(plan: Plan, plans: Mapping[str, Mapping[str, float]]) -> Pictur
 
 
 def measured(plan: Plan, measures: Mapping[str, Mapping[str, float]]) -> Picture:
-    """A panel for each allocator whose numbers, {layer: number}, differ and can be drawn."""
+    """Returns a panel for each allocator whose numbers, {layer: number}, differ and can be drawn."""
     grids = {name: make_grid(_with_measures(plan, name, numbers)) for name, numbers in measures.items()}
     panels: list[Heat | Dots] = [_panel(clean(name), grid) for name, grid in grids.items() if tells(grid)]
     return framed("measures", make_grid(plan), panels)
@@ -52,7 +52,7 @@ def _with_measures(plan: Plan, name: str, numbers: Mapping[str, float]) -> Plan:
 
 
 def _panel(name: str, grid: Grid) -> Heat | Dots:
-    """Dots where all layers of a block have one number; else colours, by projection too."""
+    """Returns dots where all layers of a block have one number, else colours by projection too."""
     if all(low == high for low, _, high in grid.measures.values()):
         return replace(dots(grid, ""), title=f"{name}\n{clean(grid.measure_name)}", caption="")
     values = [cell.measure for row in grid.cells.values() for cell in row.values() if cell.measure is not None]
@@ -75,7 +75,7 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 
 
 def _short(value: float) -> str:
-    """What fits into a cell: about five letters."""
+    """Returns a number in about five letters, which fit into a cell."""
     size = abs(value)
     if size >= 99999.5 or 0 < size < 0.0005:
         return brief(value, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..allocators import ALLOCATORS
 from ..plan import LayerPlan, Plan, Report
 
-LARGEST = (1000, 100)  # blocks and projections; a picture of more is none
+LARGEST = (1000, 100)  # blocks and projections of a picture
 _BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$", re.DOTALL)
 
 
@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$", re.DOTALL)
 class Cell:
     """One projection of one block: the mean, weighted by size, of the `layers` that share it (experts, usually).
 
-    `low` and `high` are the smallest and largest sparsity among them; `reached` is None where nobody counted.
+    `low` and `high` are the smallest and largest sparsity among them; `reached` is None where nothing was counted.
     """
 
     planned: float
@@ -31,7 +31,7 @@ class Cell:
 
     @property
     def shown(self) -> float:
-        """What is there; what is planned where that is not known."""
+        """The sparsity reached, or planned where nothing was counted."""
         return self.planned if self.reached is None else self.reached
 
 
@@ -70,9 +70,9 @@ def measure_label(allocator: str) -> str:
 
 
 def make_grid(plan: Plan, report: Report | None = None, name: str | None = None) -> Grid:
-    """The plan, with the report if pruning has happened; `name` defaults to the model's.
+    """Returns a plan, and its report if pruning has happened, by block and projection; `name` defaults to the model's.
 
-    `ValueError` when the report lacks a layer of the plan, or there are too many blocks or projections to look at.
+    Raises ValueError when the report lacks a layer of the plan, or there are too many blocks or projections to look at.
     """
     check_report(plan, report)
     # A config.json sorts its names; a report has them in the order of the model.
@@ -102,7 +102,7 @@ def make_grid(plan: Plan, report: Report | None = None, name: str | None = None)
 
 
 def check_report(plan: Plan, report: Report | None) -> None:
-    """`ValueError` when the report is not about the layers of the plan."""
+    """Raises ValueError when the report is not about the layers of the plan."""
     missing = [name for name in plan.layers if report is not None and name not in report.layers]
     if missing:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_report(plan: Plan, report: Report | None) -> None:
 
 
 def check_alike(first: Plan, second: Plan) -> None:
-    """`ValueError` unless both plans are about the same layers of the same sizes."""
+    """Raises ValueError unless both plans are about the same layers of the same sizes."""
     sizes = [{name: layer.size for name, layer in plan.layers.items()} for plan in (first, second)]
     if sizes[0] == sizes[1]:
         return
@@ -123,14 +123,16 @@ def check_alike(first: Plan, second: Plan) -> None:
 
 
 def model_name(plan: Plan) -> str:
-    """The model's name as the plan has it; of a local path only the last part."""
+    """Returns the model's name as the plan has it; of a local path only the last part."""
     name = str(plan.model.get("name") or plan.model.get("type") or "model")
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if re.match(r"[/\\.~]|[A-Za-z]:", name) else name
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`model.layers.3.mlp.experts.up_proj[7]` -> (`model.layers.3`, `mlp.experts.up_proj`): the block, and the path
-    inside it without the numbers of experts; a name outside all blocks has the block "".
+    """Returns the block of a layer, and the path inside it without the numbers of experts.
+
+    `model.layers.3.mlp.experts.up_proj[7]` gives (`model.layers.3`, `mlp.experts.up_proj`); the block is "" for a name
+    outside all blocks.
     """
     match = _BLOCK.match(name)
     block, rest = (match[1], match[2]) if match else ("", name)
@@ -141,9 +143,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{layer: (block, projection)}; a projection is called by the shortest end of its path that only it has.
+    """Returns {layer: (block, projection)}; a projection is called by the shortest end of its path that only it has.
 
-    `q_proj` in most models; in GPT-2 `attn.c_proj` and `mlp.c_proj`; all experts of a block share theirs.
+    That is `q_proj` in most models, in GPT-2 `attn.c_proj` and `mlp.c_proj`; all experts of a block share one.
     """
     split = {name: split_name(name) for name in names}
     ends = {path: [".".join(path.split(".")[-k:]) for k in (1, 2, 3)] for path in {path for _, path in split.values()}}
@@ -153,7 +155,7 @@ def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def by_block_and_projection(sparsities: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """{block: {projection: sparsity}} by depth, the mean weighted by size where several layers share a projection."""
+    """Returns {block: {projection: sparsity}} by depth, means weighted by size where several layers share a projection."""
     sums: dict[str, dict[str, tuple[float, int]]] = {}
     for name, (block, projection) in places(sparsities).items():
         total, size = sums.setdefault(block, {}).get(projection, (0.0, 0))
@@ -175,11 +177,11 @@ def _cell(layers: Mapping[str, LayerPlan], report: Report | None) -> Cell:
 
 
 def _measures(plan: Plan, where: Mapping[str, tuple[str, str]]) -> dict[str, tuple[float, float, float]]:
-    found: dict[str, list[float]] = {}
+    by_block: dict[str, list[float]] = {}
     for name, layer in plan.layers.items():
         if layer.measure is not None:
-            found.setdefault(where[name][0], []).append(layer.measure)
-    return {block: (min(values), _mean(values), max(values)) for block, values in found.items()}
+            by_block.setdefault(where[name][0], []).append(layer.measure)
+    return {block: (min(values), _mean(values), max(values)) for block, values in by_block.items()}
 
 
 def _mean(values: list[float]) -> float:
@@ -187,7 +189,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _by_depth(blocks: Iterable[str]) -> list[str]:
-    """Block 10 after block 9, whatever the order of the names; an encoder and a decoder stay apart."""
+    """Returns blocks in order, 10 after 9 whatever the order of the names; an encoder and a decoder stay apart."""
     stacks: dict[str, list[str]] = {}
     for block in blocks:
         stacks.setdefault(block.rpartition(".")[0], []).append(block)

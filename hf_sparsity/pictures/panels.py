@@ -77,7 +77,17 @@ class Dots:
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels over the same blocks. `ticks`: (row, label); `breaks`: rows before which another stack begins."""
+    """Panels over the same `blocks`.
+
+    Args:
+        title: of the whole picture.
+        notes: sentences to stand below it.
+        blocks: how many, from top to bottom.
+        ticks: (row, label) of those blocks that are named.
+        breaks: rows before which another stack of blocks, such as a decoder, begins.
+        projections: names of the columns of a `Heat`.
+        panels: from left to right.
+    """
 
     title: str
     notes: list[str]
@@ -94,7 +104,10 @@ class Picture:
 
 
 def make_picture(*grids: Grid) -> Picture:
-    """One model, or two versions of one with their difference (`ValueError` when they are different models)."""
+    """Returns the picture of one model, or of two versions of one and their difference.
+
+    Raises ValueError for two different models.
+    """
     first, two = grids[0], len(grids) > 1
     if two:
         check_alike(*(grid.plan for grid in grids))
@@ -106,14 +119,14 @@ def make_picture(*grids: Grid) -> Picture:
 
 
 def framed(title: str, grid: Grid, panels: list[Heat | Dots], notes: Sequence[str] = ()) -> Picture:
-    """Panels over the blocks and projections of a grid."""
+    """Returns a picture of panels over the blocks and projections of a grid."""
     ticks, breaks = _ticks(list(grid.cells))
     projections = [clean(projection) for projection in grid.projections]
     return Picture(title, list(notes), len(grid.cells), ticks, breaks, projections, panels)
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Up to about five round numbers between two that differ."""
+    """Returns up to about five round numbers between two that differ."""
     rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough)
@@ -121,12 +134,12 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def brief(value: float, digits: int = 3) -> str:
-    """A number in a few letters."""
+    """Returns a number in a few letters."""
     return re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), f"{value:.{digits}g}")
 
 
 def bounds(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of a scale of sparsities, whole percents; at least 0.1 apart, so that it does not shout about nothing."""
+    """Returns the ends of a scale of sparsities: whole percents, at least 0.1 apart, so that noise has no strong colours."""
     low, high = min(values), max(values)
     widen = max(0.0, 0.1 - (high - low)) / 2
     low, high = math.floor(100 * (low - widen) + 1e-6) / 100, math.ceil(100 * (high + widen) - 1e-6) / 100
@@ -134,7 +147,7 @@ def bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def sparsities(title: str, grid: Grid, low: float, high: float) -> Heat:
-    """What is there, or is planned."""
+    """Returns a panel of the sparsity reached, or planned where nothing was counted, coloured from `low` to `high`."""
 
     def show(block: str, projection: str, cell: Cell) -> Shown:
         small = f"{100 * cell.low:.0f}–{100 * cell.high:.0f}" if cell.high - cell.low >= WIDE else ""
@@ -156,7 +169,7 @@ def describe(cell: Cell) -> str:
 
 
 def clean(name: str, letters: int = LABEL) -> str:
-    """A name for people: without control characters, and the middle left out where it is long."""
+    """Returns a name without control characters, and without its middle where it is longer than `letters`."""
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
     return name if len(name) <= letters else f"{name[: letters // 2]}…{name[-(letters // 2) + 1 :]}"
 
@@ -168,18 +181,18 @@ def _sparsities(grids: Sequence[Grid], names: list[str] | None) -> list[Heat]:
         state = "reached" if grid.report else "planned"
         heats.append(sparsities(f"{names[index]}\n{state}" if names else f"sparsity {state}", grid, low, high))
     if names:
-        one, other = grids
+        first, second = grids
 
         def change(block: str, projection: str, cell: Cell) -> tuple[float, str]:
-            after = other.cells[block][projection]
+            after = second.cells[block][projection]
             return after.shown - cell.shown, f"from {100 * cell.shown:.2f} to {100 * after.shown:.2f} %"
 
-        heats.append(_difference("second minus first", one, change, least=0.02))
+        heats.append(_difference("second minus first", first, change, least=0.02))
     return heats
 
 
 def _misses(grids: Sequence[Grid], names: list[str] | None) -> list[Heat]:
-    """Reached minus planned, for those grids where it can be seen."""
+    """Returns a panel of reached minus planned for each grid where the two differ visibly."""
 
     def missed(block: str, projection: str, cell: Cell) -> tuple[float, str]:
         return cell.shown - cell.planned, describe(cell)
@@ -194,7 +207,7 @@ def _misses(grids: Sequence[Grid], names: list[str] | None) -> list[Heat]:
 
 
 def _difference(title: str, grid: Grid, change: Callable[[str, str, Cell], tuple[float, str]], *, least: float) -> Heat:
-    """Percentage points, on a scale that has no difference in its middle and reaches at least `least` to both sides."""
+    """Returns a panel of differences in percentage points; zero is the middle of its scale, which is at least 2 * `least` wide."""
 
     def show(block: str, projection: str, cell: Cell) -> Shown:
         by, reason = change(block, projection, cell)
@@ -207,7 +220,7 @@ def _difference(title: str, grid: Grid, change: Callable[[str, str, Cell], tuple
 
 
 def cells(grid: Grid, show: Callable[[str, str, Cell], Shown | None]) -> list[list[Shown | None]]:
-    """What `show` makes of each cell, rows of blocks; None where there is no such layer."""
+    """Returns `show` of each cell in rows of blocks; None where a block has no such layer."""
     return [
         [show(block, p, row[p]) if p in row else None for p in grid.projections] for block, row in grid.cells.items()
     ]
@@ -220,7 +233,7 @@ def tells(grid: Grid) -> bool:
 
 
 def dots(grid: Grid, name: str) -> Dots:
-    """What the allocator found in each block."""
+    """Returns a panel of what the allocator measured in each block."""
     values = [value for row in grid.measures.values() for value in row]
     low, high = min(values), max(values)
     log = low > 1e-300 and high / low >= 100
@@ -240,12 +253,12 @@ def dots(grid: Grid, name: str) -> Dots:
 
 
 def _notes(grid: Grid, name: str) -> list[str]:
-    """Totals, what differs from the plan, the widest range among experts, and what hatching means."""
+    """Returns sentences: totals, what differs from the plan, the widest range among experts, and what hatching means."""
     plan, report = grid.plan, grid.report
     algorithms = [
-        clean(str(one.get("name", one)))
+        clean(str(algorithm.get("name", algorithm)))
         for key in ("allocator", "row_allocator", "pruner")
-        if isinstance(one := plan.config.get(key), dict)
+        if isinstance(algorithm := plan.config.get(key), dict)
     ]
     first = f"target {100 * plan.target:.4g} %, planned {100 * plan.sparsity:.2f} %"
     if report is not None:
@@ -276,7 +289,7 @@ def _notes(grid: Grid, name: str) -> list[str]:
 
 
 def _reached(grid: Grid) -> float:
-    """Over the layers of the plan; a report may know more."""
+    """Returns the sparsity reached over the layers of the plan; a report may have more layers."""
     assert grid.report is not None
     layers = [grid.report.layers[name] for name in grid.plan.layers]
     return sum(layer.zeros for layer in layers) / sum(layer.size for layer in layers)
@@ -292,7 +305,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _ticks(blocks: list[str]) -> tuple[list[tuple[int, str]], list[int]]:
-    """(row, label) of at most about twenty blocks, and the rows where further stacks (a decoder, say) begin."""
+    """Returns (row, label) of at most about twenty blocks, and the rows where further stacks (a decoder, say) begin."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(blocks) <= (NUMBERED if step == 1 else 20 * step))
     ticks: list[tuple[int, str]] = []
     breaks: list[int] = []
@@ -314,7 +327,7 @@ def _stack(block: str) -> str:
 
 
 def _short(stacks: list[str]) -> dict[str, str]:
-    """What tells stacks apart: `model.encoder.layers` and `model.decoder.layers` are `encoder` and `decoder`."""
+    """Returns the part of each name that only it has: `encoder` of `model.encoder.layers` beside `model.decoder.layers`."""
     parts = {stack: stack.split(".") for stack in stacks}
     for end in (0, -1):
         while min(map(len, parts.values())) > (len(parts) > 1) and len({part[end] for part in parts.values()}) == 1:

@@ -89,6 +89,10 @@ def test_wheels_register_the_command_and_keep_the_namespace(kind, tmp_path):
         archive.extractall(tmp_path / "site")
     if kind == "editable":
         assert not (tmp_path / "site/hf_sparsity").exists()
+    else:
+        package = ROOT / "hf_sparsity"
+        needed = [path for path in package.rglob("*") if path.suffix in (".md", ".html", ".css")]
+        assert needed and all((tmp_path / "site" / path.relative_to(ROOT)).exists() for path in needed), "templates"
     done = optimum(tmp_path / "site", "--help")
     assert "sparsify" in done.stdout and "export" in done.stdout
 

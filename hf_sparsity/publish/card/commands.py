@@ -10,9 +10,10 @@ from typing import Any
 
 from ...allocators import ALLOCATORS, ROW_ALLOCATORS
 from ...calibration.mixture import SELF
+from ...demo import NAME as DEMO
 from ...pruners import PRUNERS
 from .markdown import number
-from .model_facts import DEMO, Facts, field
+from .model_facts import Facts, field
 
 TABLES: dict[str, Mapping[str, Any]] = {"allocator": ALLOCATORS, "row_allocator": ROW_ALLOCATORS, "pruner": PRUNERS}
 BASE, TEXT = "BASE_MODEL", "CALIBRATION_TEXT"  # stand for what is not recorded or not public

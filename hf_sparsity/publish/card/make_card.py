@@ -34,7 +34,7 @@ DATASETS = {  # name of a recorded text -> id on the Hub, configuration
     "c4": ("allenai/c4", "en"),
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank"),
 }
-# What the Hub takes; what does not fit is left out rather than refused there.
+# What the Hub accepts as each field. An argument that does not fit is an error; in other people's metadata it is left out.
 _ALLOWED = {
     "license": r"[a-z0-9][a-z0-9.-]{0,63}",
     "license_name": r"[\w.-]{1,96}",
@@ -64,18 +64,18 @@ def make_card(
         make_card("sparse", dense="meta-llama/Llama-3.1-8B")
 
     Everything but the arguments is read from `config.json`, `sparsity_report.json`, `sparsity_metrics.json` and the sizes
-    of the weight files. What a card of ours in the folder says of the arguments stays, so they are given once.
+    of the weight files. A card in the folder that this function wrote keeps the arguments of then, so give them once.
 
     Args:
-        folder: dense or packed.
+        folder: of a sparse model, in the dense or in the bitmask layout.
         dense: the dense model, a folder or a Hub id, whose card is asked for licence, languages and data sets. Only with a
             Hub id is the network used.
-        name: of the model, "owner/name" or "name"; by default made from what was done.
+        name: the sparse model's name, "owner/name" or "name"; by default made from what was done.
         base_model: the dense model's Hub id; by default `dense`, or the name that the plan recorded, if that is one.
         license: an identifier of the Hub's, such as "apache-2.0".
         language: ISO 639 codes, or "code".
         datasets: Hub ids of what the model was trained on.
-        overwrite: replace a `README.md` that is not ours. What its metadata say of licence, languages and data stays.
+        overwrite: replace a `README.md` that this function did not write. Licence, languages and data sets stay.
 
     Returns:
         The card, as written.
@@ -83,21 +83,19 @@ def make_card(
     Raises:
         FileNotFoundError: no `config.json`.
         ValueError: a folder without a plan, unfinished, or with a damaged file; evaluations of other weights; a
-            `README.md` that is not ours; an argument that the Hub would refuse.
+            `README.md` that this function did not write; an argument that the Hub would refuse.
         OSError: the card of `dense` cannot be fetched.
     """
     check_path(folder)
     folder = Path(folder)
     facts = read_facts(folder)
-    given = _checked(
+    arguments = _checked(
         {"license": license, "language": language, "datasets": datasets, "base_model": base_model, "name": name}
     )
-    known = _known(folder / CARD, overwrite)
-    found = _from_dense(dense) | ({"base_model": str(dense)} if dense is not None and not Path(dense).is_dir() else {})
     recorded = {"base_model": facts.hub_id} if facts.hub_id else {}
-    people = recorded | known | found | given
-    if "license" in given:
-        people = {k: v for k, v in people.items() if k not in _LICENCE} | {"license": given["license"]}
+    people = recorded | _from_card(folder / CARD, overwrite) | _from_dense(dense) | arguments
+    if "license" in arguments:
+        people = {k: v for k, v in people.items() if k not in _LICENCE} | {"license": arguments["license"]}
     plot = PLOT if _draw(facts, folder / PLOT) else None
     title = people.get("name") or facts.name
     about = metadata(facts, title, people).to_yaml()
@@ -107,18 +105,18 @@ def make_card(
 
 
 def refresh(folder: str | os.PathLike[str]) -> None:
-    """Renders the folder's card again if it has one of ours: after the files that it speaks of changed."""
+    """Renders the folder's card again if `make_card` wrote it; call this after the files it is made from changed."""
     file = Path(folder) / CARD
     if file.exists() and MARKER in _read(file):
         make_card(folder)
 
 
 def metadata(facts: Facts, name: str, people: Mapping[str, Any]) -> ModelCardData:
-    """What the Hub reads: `people` is what only people know, by the names of `ModelCardData`."""
+    """Returns what the Hub reads; `people` has what only people know, by the names of `ModelCardData`."""
     config = facts.plan.config
     pattern = str(config.get("pattern", "unstructured")).replace(":", "of").replace("*", "n")
     tags = ["sparse", "pruned", "hf_sparsity", pattern, f"sparsity-{100 * facts.plan.target:.0f}"]
-    tags += [slug(one) for _, one in facts.algorithms]
+    tags += [slug(algorithm) for _, algorithm in facts.algorithms]
     tags += ["recovered"] if facts.recoveries else []
     tags += ["bitmask"] if facts.packed else [slug(facts.quantization.split(",")[0])] if facts.quantization else []
     results = [r for text in facts.metrics.texts for r in text_results(text)]
@@ -130,7 +128,7 @@ def metadata(facts: Facts, name: str, people: Mapping[str, Any]) -> ModelCardDat
         base_model=base,
         base_model_relation=("quantized" if facts.quantization else RELATION) if base else None,
         library_name="transformers",
-        pipeline_tag=_pipeline(facts.config),
+        pipeline_tag=facts.task,
         tags=tags,
         model_name=name.rsplit("/", 1)[-1] if results else None,
         eval_results=results or None,
@@ -138,7 +136,7 @@ def metadata(facts: Facts, name: str, people: Mapping[str, Any]) -> ModelCardDat
 
 
 def text_results(text: TextRecord) -> list[EvalResult]:
-    """A text's perplexity, and the comparison with the dense model, as the Hub has them."""
+    """Returns a text's perplexity and its comparison with the dense model in the Hub's form."""
     dataset, configuration = DATASETS.get(text.name, (slug(text.name), None))
     about: dict[str, Any] = {
         "task_type": "text-generation",
@@ -158,8 +156,8 @@ def text_results(text: TextRecord) -> list[EvalResult]:
     ]
     if text.against is not None:
         results += [
-            EvalResult(**about, metric_type=kind, metric_name=f"{what}, {where}", metric_value=_round(one.value))
-            for kind, what, one in (
+            EvalResult(**about, metric_type=kind, metric_name=f"{what}, {where}", metric_value=_round(measured.value))
+            for kind, what, measured in (
                 ("kl_divergence", "KL divergence from the dense model, nats a token", text.against.kl),
                 ("top1_agreement", "share of positions with the dense model's most likely token", text.against.top1),
             )
@@ -168,7 +166,7 @@ def text_results(text: TextRecord) -> list[EvalResult]:
 
 
 def task_results(task: TaskRecord) -> list[EvalResult]:
-    """A task's metrics as the Hub has them."""
+    """Returns a task's metrics in the Hub's form."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -186,16 +184,6 @@ def _round(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _pipeline(config: Mapping[str, Any]) -> str | None:
-    """The Hub's name of what the architecture is for."""
-    from transformers.modelcard import TASK_MAPPING
-
-    architectures = config.get("architectures")
-    kind = architectures[0] if isinstance(architectures, list) and architectures else None
-    tasks: Mapping[str, Mapping[str, str]] = TASK_MAPPING  # type: ignore[assignment]
-    return next((task for task, names in tasks.items() if kind in names.values()), None)
-
-
 def _draw(facts: Facts, file: Path) -> bool:
     """Returns whether the picture could be drawn: not without matplotlib, nor for more blocks than anyone can look at."""
     try:
@@ -208,8 +196,8 @@ def _draw(facts: Facts, file: Path) -> bool:
 # ---- what people know
 
 
-def _known(file: Path, overwrite: bool) -> dict[str, Any]:
-    """What the card in the folder says; `ValueError` when it is not ours and may not be replaced."""
+def _from_card(file: Path, overwrite: bool) -> dict[str, Any]:
+    """Returns what the card in the folder says; raises ValueError when `make_card` did not write it and may not replace it."""
     if not file.exists():
         return {}
     ours = MARKER in _read(file)
@@ -217,11 +205,12 @@ def _known(file: Path, overwrite: bool) -> dict[str, Any]:
         raise ValueError(
             f"{file} was not made by hf_sparsity; pass overwrite=True (--overwrite) to replace it, or keep it"
         )
-    found = _metadata(file)
-    return _fitting(found, (*INHERITED, "base_model")) | (_fitting({"name": _title(file)}, ("name",)) if ours else {})
+    kept = _fitting(_metadata(file), (*INHERITED, "base_model"))
+    return kept | (_fitting({"name": _title(file)}, ("name",)) if ours else {})
 
 
 def _from_dense(dense: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Returns what the dense model's card says, and its Hub id if it has one."""
     if dense is None:
         return {}
     if Path(dense).is_dir():
@@ -232,11 +221,12 @@ def _from_dense(dense: str | os.PathLike[str] | None) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        return _fitting(_metadata(Path(hf_hub_download(str(dense), CARD))), INHERITED)
+        card = _metadata(Path(hf_hub_download(str(dense), CARD)))
     except (OSError, ValueError) as error:
         raise OSError(
             f"the card of {dense} cannot be read ({error}); give its folder, or --license and --language"
         ) from error
+    return _fitting(card, INHERITED) | {"base_model": str(dense)}
 
 
 def _read(file: Path) -> str:
@@ -257,15 +247,15 @@ def _metadata(file: Path) -> Mapping[str, Any]:
 
 
 def _title(file: Path) -> str:
-    found = re.search(r"^# (\S+)$", _read(file), flags=re.MULTILINE)
-    return found[1] if found else ""
+    heading = re.search(r"^# (\S+)$", _read(file), flags=re.MULTILINE)
+    return heading[1] if heading else ""
 
 
-def _fitting(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What the Hub would take of other people's metadata."""
+def _fitting(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Returns those of these fields of other people's metadata that the Hub accepts."""
     kept: dict[str, Any] = {}
     for name in names:
-        values = found.get(name)
+        values = metadata.get(name)
         fitting = [v for v in (values if isinstance(values, list) else [values]) if _fits(name, v)][:50]
         if fitting:
             kept[name] = fitting if isinstance(values, list) else fitting[0]
@@ -278,16 +268,16 @@ def _fits(name: str, value: Any) -> bool:
     )
 
 
-def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that were given; `ValueError` for one that the Hub would refuse."""
+def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that are not None; raises ValueError for one that the Hub would refuse."""
     kept: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is None:
             continue
         values = [value] if isinstance(value, str) else list(value)
-        for one in values:
-            if not _fits(name, one):
-                raise ValueError(f"{name}={one!r} is not what the Hub takes there, such as {_EXAMPLES[name]!r}")
+        for each in values:
+            if not _fits(name, each):
+                raise ValueError(f"{name}={each!r} is not what the Hub takes there, such as {_EXAMPLES[name]!r}")
         kept[name] = value if isinstance(value, str) else values
     return kept
 

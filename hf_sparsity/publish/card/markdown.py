@@ -10,39 +10,39 @@ LONGEST = 200  # characters of a string from a checkpoint that are shown
 
 
 def line(text: Any, longest: int = LONGEST) -> str:
-    """One line: white space and control characters become single blanks, what is too long is cut."""
+    """Returns one line: white space and control characters become single blanks, what is too long is cut."""
     words = "".join(c if c.isprintable() else " " for c in str(text)).split()
     joined = " ".join(words)
     return joined if len(joined) <= longest else joined[: longest - 1] + "…"
 
 
 def code(text: Any) -> str:
-    """A code span, in which neither Markdown nor HTML means anything."""
+    """Returns a code span, in which neither Markdown nor HTML means anything."""
     shown = line(text) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"
 
 
 def block(text: str, language: str = "") -> str:
-    """A fenced block of code, its fence longer than any inside."""
+    """Returns a fenced block of code, its fence longer than any inside."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def slug(text: Any) -> str:
-    """Letters, digits, dots, hyphens and underscores: what the Hub takes as a tag or part of an id."""
+    """Returns letters, digits, dots, hyphens and underscores only: what the Hub takes as a tag or part of an id."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)[:96]).strip("-.") or "unnamed"
 
 
 def number(value: Any, what: str) -> float:
-    """A finite number; `ValueError` names what is none."""
+    """Returns a finite number; raises ValueError, which names `what`, for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{what} is {line(value, 60)!r}; a number is expected")
     return float(value)
 
 
 def decimals(value: float) -> str:
-    """A perplexity or a divergence: two decimals, three below 1, none above 1000."""
+    """Returns a perplexity or a divergence with two decimals, three below 1, none above 1000."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -58,15 +58,15 @@ def decimals(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share of 1 in percent."""
+    """Returns a share between 0 and 1 in percent."""
     return f"{100 * value:.1f} %"
 
 
 def megabytes(size: int) -> str:
-    """Bytes in units of 10^6, or 10^9 for large files."""
+    """Returns bytes in units of 10^6, or 10^9 for large files."""
     return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.2f} MB"
 
 
 def without_empty_lines(text: str) -> str:
-    """The text with one empty line wherever there were several."""
+    """Returns the text with one empty line wherever there were several."""
     return re.sub(r"\n{3,}", "\n\n", text)

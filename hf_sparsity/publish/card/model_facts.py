@@ -90,7 +90,7 @@ class Facts:
 
     @property
     def base(self) -> str:
-        """What to call the dense model: a Hub id, or the last part of a path, which is nobody else's business."""
+        """What to call the dense model: its Hub id, or only the last part of a path, so that no path of this machine is published."""
         last = re.split(r"[/\\]", self._recorded_name.rstrip("/\\"))[-1]
         return self.hub_id or last or str(self.plan.model.get("type") or "model")
 
@@ -133,6 +133,20 @@ class Facts:
     def gradual(self) -> bool:
         """True if zeros came in step by step while the model was trained."""
         return any(record.get("method") == "gradual" for record in self.recoveries)
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class in transformers, or "" where it is not recorded."""
+        architectures = self.config.get("architectures")
+        return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+    @property
+    def task(self) -> str | None:
+        """What the model's class is for, as the Hub names tasks; None for classes that transformers has no task for."""
+        from transformers.modelcard import TASK_MAPPING
+
+        tasks: Mapping[str, Mapping[str, str]] = TASK_MAPPING  # type: ignore[assignment]
+        return next((task for task, names in tasks.items() if self.architecture in names.values()), None)
 
     @property
     def zeros(self) -> int:

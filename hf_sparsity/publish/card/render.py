@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from ...config import CHOOSERS
 from ...evaluation.metrics import Score
-from ...model.classes import is_model_class
 from ...pictures.grid import Grid, make_grid
 from ...records import Comparison, Interval
 from . import markdown
@@ -101,7 +100,7 @@ def _units(unit: str) -> str:
 
 
 def _count(value: Any) -> str:
-    """A number with its thousands apart; anything else as a code span."""
+    """Returns a number with its thousands apart, and anything else as a code span."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return markdown.code(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value.is_integer() else f"{value:g}"
@@ -179,7 +178,7 @@ class Training:
 
 
 def _context(facts: Facts) -> dict[str, Any]:
-    """Everything that the template names, but for the picture and what only people know."""
+    """Returns everything that the template names, but for the picture and what only people know."""
     texts, report = facts.metrics.texts, facts.report
     sources = _sources(facts)
     algorithms = [_cite(facts, role, name) for role, name in facts.algorithms]
@@ -196,7 +195,8 @@ def _context(facts: Facts) -> dict[str, Any]:
         "sources": sources,
         "certificate": _certificate(facts),
         "revalidation": _revalidation(facts),
-        "auto_class": _auto_class(facts),
+        "model_class": _model_class(facts),
+        "has_processor": facts.task in ("image-text-to-text", "automatic-speech-recognition"),
         "commands": as_text(lines),
         "placeholders": {word: meaning for word, meaning in meanings.items() if word in words},
         "ignored": ", ".join(map(str, ignored)) if isinstance(ignored, list) else ignored,
@@ -234,7 +234,7 @@ def _grid(facts: Facts) -> Grid | None:
 
 
 def _sources(facts: Facts) -> list[dict[str, Any]]:
-    """A row for each source of the calibration mix that the model was pruned on."""
+    """Returns a row for each source of the calibration mix that the model was pruned on."""
     rows = []
     for name, values in (facts.report.sources if facts.report else {}).items():
         share, sequences, kl = (
@@ -248,7 +248,7 @@ def _sources(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _certificate(facts: Facts) -> Certificate | None:
-    """What the plan gains over uniform on text of its own, if a race or a search chose it."""
+    """Returns what the plan gains over uniform on text that did not choose it; None unless a race or a search did."""
     chosen = facts.plan.chosen
     if chosen is None:
         return None
@@ -256,7 +256,7 @@ def _certificate(facts: Facts) -> Certificate | None:
 
 
 def _revalidation(facts: Facts) -> Certificate | None:
-    """What a plan that was made on another model gains over uniform on this one."""
+    """Returns what a plan that was made on another model gains over uniform on this one; None for other plans."""
     checked = facts.pruned.get("revalidation")
     if checked is None:
         return None
@@ -264,13 +264,11 @@ def _revalidation(facts: Facts) -> Certificate | None:
     return Certificate(Comparison.from_dict(checked), made_on=made_on, pays=pays if isinstance(pays, bool) else None)
 
 
-def _auto_class(facts: Facts) -> str:
-    """The class that opens the model with the head it has."""
-    kinds = facts.config.get("architectures")
-    name = str(kinds[0]) if isinstance(kinds, list) and kinds else ""
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
+def _model_class(facts: Facts) -> str:
+    """The class of transformers that loads the model with its head: where it is no causal LM's, the recorded one."""
+    if facts.task == "text-generation" or facts.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "AutoModelForCausalLM"
-    return name if is_model_class(name) else "AutoModel"
+    return facts.architecture if facts.task else "AutoModel"
 
 
 def _training(record: Mapping[str, Any]) -> Training:
@@ -302,7 +300,7 @@ def _versions(versions: Mapping[str, Any]) -> str:
 
 
 def _papers(facts: Facts) -> str:
-    """BibTeX of every algorithm and every way of training that has an entry."""
+    """Returns the BibTeX of every algorithm and every way of training that has an entry."""
     citations = [TABLES[role][name].citation for role, name in facts.algorithms if name in TABLES[role]]
     methods = [str(record.get("method")) for record in facts.recoveries] + ["reconstruct"] * facts.reconstructed
     citations += [PAPERS[key] for method in methods for key in RECOVERY.get(method, ())]

@@ -245,6 +245,27 @@ def test_training_outside_of_recover_is_told_from_its_record(folder, method, opt
     assert told in card
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model_class", "reader"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM", "AutoTokenizer"),
+        ("CodeOfTheirOwnForCausalLM", "AutoModelForCausalLM", "AutoTokenizer"),
+        ("LlamaForSequenceClassification", "LlamaForSequenceClassification", "AutoTokenizer"),
+        ("T5ForConditionalGeneration", "T5ForConditionalGeneration", "AutoTokenizer"),
+        ("LlavaForConditionalGeneration", "LlavaForConditionalGeneration", "AutoProcessor"),
+        ("LlamaModel", "AutoModel", "AutoTokenizer"),
+        ("os; import os #", "AutoModel", "AutoTokenizer"),
+    ],
+)
+def test_the_card_loads_a_model_with_its_head(folder, architecture, model_class, reader):
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"architectures": [architecture]})
+    assert (
+        f"from transformers import {model_class}, {reader}\n\nmodel = {model_class}.from_pretrained("
+        in make_card(folder).text
+    )
+
+
 def test_a_later_training_of_another_kind_ends_the_commands(folder):
     first = {"method": "full", "steps": 3, "options": {}, "data": None, "previous": None}
     recovered(folder, method="own loop", previous=first)
