@@ -35,10 +35,13 @@ from .files import write_json as write_json
 from .race_record import RaceDetails
 from .validation import check_number
 
-LARGEST_DEVIATION = 0.005  # how far below its plan a layer may end, beside the rounding of whole weights per row
+# How far the sparsity of a layer may be from its plan. A row has a whole number of zeros, so 1 / width comes on top.
+LARGEST_DEVIATION = 0.005  # sparsity below the plan
+LARGEST_EXCESS = 0.02  # sparsity above the plan without a note in the report
+LEAST_ROUNDING = 0.01  # sparsity: what is allowed for 1 / width, at least, when a finished model is loaded or trained
 
 VERSION = 1
-TOLERANCE = 1e-6  # how far the weighted mean of a plan may be from its target
+TOLERANCE = 1e-6  # sparsity: how far the weighted mean of a plan may be from its target
 
 _PATTERN = re.compile(r"unstructured|(\d+|\*):0*[1-9]\d{0,3}")
 _SLICE = re.compile(r"(.+)\[(\d+)\]")

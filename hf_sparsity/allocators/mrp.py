@@ -18,7 +18,8 @@ from ..algorithm import NORMS, REMEASURE, SCORES, Allocator, Citation, Layer, Mo
 from ..core.allocation import check_per
 from ..core.budget import Curve, fill
 from ..core.masks import keep_rows
-from ..core.outliers import Survivors, row_levels
+from ..core.nested_masks import mask_levels, row_levels
+from ..core.outliers import Survivors
 from ..validation import check_number
 
 logger = logging.getLogger(__name__)
@@ -227,10 +228,7 @@ def _levels(layers: Sequence[Layer], scores: Sequence[Tensor], pruner: Pruner) -
             counts = [[replace(layer, sparsity=s).counts for s in grid] for layer in layers]
             return grid, [row_levels(a, c) for a, c in zip(scores, counts, strict=True)]  # type: ignore[arg-type]
         wanted = [{"sparsity": s} for s in grid]
-    levels = []
-    for layer, score in zip(layers, scores, strict=True):
-        level = torch.zeros_like(score, dtype=torch.uint8)
-        for changes in wanted:
-            level += pruner.mask(replace(layer, **changes), score)  # type: ignore[arg-type]
-        levels.append(level)
-    return grid, levels
+    return grid, [
+        mask_levels((pruner.mask(replace(layer, **changes), score) for changes in wanted), score)  # type: ignore[arg-type]
+        for layer, score in zip(layers, scores, strict=True)
+    ]

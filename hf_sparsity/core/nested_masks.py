@@ -6,13 +6,14 @@ one. A `step` is a sparsity's number in the ascending list of those that a layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 STEPS = 256  # sparsities that one byte can tell apart
+CHUNK = 1 << 24  # weights sorted at a time, which bounds memory (128 MiB of int64 places)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,31 @@ class Ranks:
         return self.survives.numel()
 
 
+def row_levels(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Returns at how many of the ascending `counts` each weight survives when that many are pruned from every row.
+
+    `scores`: `[rows, columns]`. Returns uint8 `[rows, columns]`; the sum of `masks.keep_rows(scores, c)`
+    over `counts`, ties included, for the price of one sort.
+    """
+    width = scores.shape[1]
+    edges = torch.tensor(counts, dtype=torch.int64, device=scores.device)
+    places = torch.arange(width, device=scores.device)
+    survives = torch.searchsorted(edges, places, right=True).to(torch.uint8)
+    levels = torch.empty_like(scores, dtype=torch.uint8)
+    rows = max(1, CHUNK // width)
+    for part, out in zip(torch.split(scores, rows), torch.split(levels, rows), strict=True):
+        out.scatter_(1, part.argsort(dim=1, stable=True), survives.expand(part.shape))
+    return levels
+
+
+def mask_levels(masks: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Returns in how many of at most 255 masks each weight is kept, uint8 of the shape and device of `like`."""
+    levels = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+    for mask in masks:
+        levels += mask
+    return levels
+
+
 def rank_cells(scores: Tensor, steps: int = STEPS) -> tuple[Tensor, tuple[int, ...]]:
     """Returns (`survives` uint8 `[cells, members]`, the zeros of a cell at each step) of scores compared within each row.
 
@@ -45,10 +71,7 @@ def rank_cells(scores: Tensor, steps: int = STEPS) -> tuple[Tensor, tuple[int, .
     """
     members = scores.shape[1]
     counts = tuple(round(members * step / steps) for step in range(steps))
-    order = scores.argsort(dim=1, stable=True)
-    edges = torch.tensor(counts[1:], device=scores.device)
-    reached = torch.searchsorted(edges, torch.arange(members, device=scores.device), right=True).to(torch.uint8)
-    return torch.empty_like(order, dtype=torch.uint8).scatter_(1, order, reached.expand_as(order)), counts
+    return row_levels(scores, counts[1:]), counts
 
 
 def rank_rows(scores: Tensor, group: int | None = None) -> Ranks:
@@ -71,13 +94,12 @@ def rank_blocks(scores: Tensor, columns: int) -> Ranks:
     return _counted(torch.cat(parts, dim=1), STEPS, len(pieces))
 
 
-def rank_masks(mask_at: Callable[[float], Tensor], shape: torch.Size, steps: int = STEPS) -> Ranks:
-    """Returns the masks of any pruner whose masks are nested; `mask_at(sparsity)` is called once a step."""
-    survives = torch.zeros(shape, dtype=torch.uint8)
-    for step in range(1, steps):
-        mask = mask_at(step / steps)
-        survives = survives.to(mask.device) + mask
-    return _counted(survives, steps, 1)
+def rank_masks(mask_at: Callable[[float], Tensor], scores: Tensor, steps: int = STEPS) -> Ranks:
+    """Returns the masks of any pruner whose masks are nested; `mask_at(sparsity)` is called once a step.
+
+    `scores`: of the layer, for the shape and the device of the masks.
+    """
+    return _counted(mask_levels((mask_at(step / steps) for step in range(1, steps)), scores), steps, 1)
 
 
 def _counted(survives: Tensor, steps: int, cells: int) -> Ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -32,27 +31,12 @@ def outlier_percent(scores: Iterable[Tensor], count: int, multiple: float) -> fl
     return outliers / count * 100
 
 
-def row_levels(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns at how many of the ascending `counts` each weight survives when that many are pruned from every row.
-
-    `scores`: `[rows, columns]`. Returns uint8 `[rows, columns]`; the sum of `masks.keep_rows(scores, c)`
-    over `counts`, ties included, for the price of one sort.
-    """
-    survives = torch.tensor([bisect_right(counts, position) for position in range(scores.shape[1])], dtype=torch.uint8)
-    survives = survives.to(scores.device)
-    levels = torch.empty_like(scores, dtype=torch.uint8)
-    rows = max(1, CHUNK // scores.shape[1])
-    for part, out in zip(torch.split(scores, rows), torch.split(levels, rows), strict=True):
-        out.scatter_(1, part.argsort(dim=1, stable=True), survives.expand(part.shape))
-    return levels
-
-
 class Survivors:
     """What is left of a block at each of `steps` ascending sparsities, whose masks are nested.
 
     `scores`: float tensors, compared in float32; ValueError unless all are >= 0 (only then do the thresholds fall
     as pruning proceeds).
-    `levels`: uint8, shaped alike: a weight survives steps `0 .. level - 1` (`row_levels`).
+    `levels`: uint8, shaped alike: a weight survives steps `0 .. level - 1` (`nested_masks.row_levels`).
     `kept` and `sums` `[steps]`: number of survivors and the sum of their scores, the latter in float64.
     """
 

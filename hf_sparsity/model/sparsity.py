@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..plan import LARGEST_DEVIATION, LayerReport, Plan, Report
+from ..plan import LARGEST_DEVIATION, LEAST_ROUNDING, LayerReport, Plan, Report
 from .accepted import check_model
 from .layers import ModelLayers, find_layers, matches
 from .offload import onload
@@ -136,7 +136,7 @@ def check_zeros(model: PreTrainedModel) -> None:
         )
     lost, weights = [], planned_layers(model).weights
     for name, layer in report.layers.items():
-        rounding = max(0.01, 1 / weights[name].shape[1])  # a row has a whole number of zeros
+        rounding = max(LEAST_ROUNDING, 1 / weights[name].shape[1])  # a row has a whole number of zeros
         if layer.sparsity < layer.planned - LARGEST_DEVIATION - rounding:
             lost.append(f"{name} has {layer.sparsity:.4f} where the plan says {layer.planned:.4f}")
     if lost:

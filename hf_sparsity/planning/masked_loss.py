@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..algorithm import Pattern, Pruner
+from ..algorithm import Layer, Pattern, Pruner
 from ..checkpoint.journal import Journal, digest, remembered
+from ..core.nested_masks import mask_levels
 from ..core.stats import STATS
 from ..distributed import Processes
 from ..evaluation.perplexity import next_token_loss
@@ -47,13 +47,9 @@ class MaskedLoss:
         needs = pruner.needs & STATS
         for block in stream_blocks(model, model_layers, scored_on if needs else [], needs, rewrites=False, run=run):
             for name, layer in block.layers.items():
-                level = torch.zeros(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
                 scores = pruner.scores(layer) if layer.stats is not None or not needs else layer.weight.abs().float()
-                for step in range(1, steps):
-                    layer.sparsity = step / steps
-                    layer.pattern = pattern.at(layer.sparsity)
-                    level += pruner.mask(layer, scores)
-                self._levels[name] = level
+                masks = (_mask(pruner, layer, scores, step / steps, pattern) for step in range(1, steps))
+                self._levels[name] = mask_levels(masks, layer.weight)
 
     def __call__(self, sparsities: Mapping[str, float]) -> float:
         """`sparsities` in [0, 1) by layer, rounded to the grid; returns nats per token."""
@@ -72,6 +68,11 @@ class MaskedLoss:
                 if step:
                     block.mask(name, self._levels[name] >= step)
         return total / count
+
+
+def _mask(pruner: Pruner, layer: Layer, scores: Tensor, sparsity: float, pattern: Pattern) -> Tensor:
+    layer.sparsity, layer.pattern = sparsity, pattern.at(sparsity)
+    return pruner.mask(layer, scores)
 
 
 class Candidates:

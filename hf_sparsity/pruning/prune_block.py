@@ -13,7 +13,7 @@ from ..algorithm import SCORES, Layer, Pruner, RowAllocator
 from ..core import least_squares
 from ..distributed import Processes, owners
 from ..model.sparsity import mask_hash
-from ..plan import LARGEST_DEVIATION, LayerReport
+from ..plan import LARGEST_DEVIATION, LARGEST_EXCESS, LayerReport
 from ..pruners import PRUNERS
 from ..streaming.run import Progress
 from ..streaming.stream import StreamedBlock
@@ -78,7 +78,7 @@ def _prune_group(
                 f"{layer.name}: {zeros / size:.4f} of its weights became zero where the plan wants {layer.sparsity:.4f}"
             )
         note = notes.get(layer.name, "")
-        if not note and zeros / size > layer.sparsity + 0.02:
+        if not note and zeros / size > layer.sparsity + LARGEST_EXCESS:
             note = f"sparser than planned ({zeros / size:.3f}, not {layer.sparsity:.3f}): equal weights, or some were zero before"
         error = _output_error(layer, weight)
         tokens = layer.stats.tokens if layer.stats is not None else None

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from ..model.accepted import check_kind, refuse_quantized
 from ..model.layers import ModelLayers
 from ..model.sparsity import planned_layers
-from ..plan import Plan
+from ..plan import LARGEST_DEVIATION, LEAST_ROUNDING, Plan
 from ..planning.checks import check_plan
 from .deepspeed import check_stage
 from .zero_masks import ZeroMasks
 
-TOLERANCE = 0.015  # how far below its plan the sparsity of a layer may be, as when a sparse model is loaded
+TOLERANCE = LARGEST_DEVIATION + LEAST_ROUNDING  # sparsity that a layer may lack, as when a sparse model is loaded
 
 
 def check_supported(model: Any, args: Any = None, optimizer: Any = None) -> None:

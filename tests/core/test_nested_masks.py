@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hf_sparsity.algorithm import Layer, Pattern
+from hf_sparsity.core import masks, nested_masks
 from hf_sparsity.core.budget_grid import Grid
-from hf_sparsity.core.nested_masks import rank_blocks, rank_rows
+from hf_sparsity.core.nested_masks import mask_levels, rank_blocks, rank_rows, row_levels
 from hf_sparsity.pruners import Wanda
 
 
@@ -66,3 +67,26 @@ def test_blocks_of_columns_are_ranked_apart():
     mask = ranks.mask(128)
     assert [(~part).float().mean().item() for part in mask.split(16, dim=1)] == [0.5, 0.5, 0.5]
     assert ranks.zeros[128] == 80
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("chunk", [50, 1 << 24])
+def test_row_levels_count_the_masks_that_keep_a_weight(ties, chunk, monkeypatch):
+    monkeypatch.setattr(nested_masks, "CHUNK", chunk)
+    torch.manual_seed(1)
+    scores = torch.randint(0, 5, (9, 20)).float() if ties else torch.rand(9, 20)
+    counts = [0, 0, 3, 4, 4, 11, 19, 20]
+    expected = sum(masks.keep_rows(scores, c).to(torch.uint8) for c in counts)
+    assert torch.equal(row_levels(scores, counts), expected)
+
+
+def test_mask_levels_count_the_masks_that_keep_a_weight():
+    torch.manual_seed(2)
+    scores = torch.rand(9, 20)
+    counts = [3, 4, 11, 19, 20]
+    assert torch.equal(mask_levels((masks.keep_rows(scores, c) for c in counts), scores), row_levels(scores, counts))
+
+
+def test_a_row_of_one_weight_has_one_step():
+    ranks = rank_rows(torch.rand(5, 1))
+    assert ranks.zeros == (0,) and not ranks.survives.any() and ranks.mask(0).all()

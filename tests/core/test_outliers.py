@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_sparsity.core import masks, outliers
-from hf_sparsity.core.outliers import Survivors, outlier_percent, row_levels
+from hf_sparsity.core.nested_masks import row_levels
+from hf_sparsity.core.outliers import Survivors, outlier_percent
 
 GOLDENS = Path(__file__).parents[1] / "fixtures" / "goldens"
 
@@ -49,17 +50,6 @@ def test_the_mean_is_that_of_the_concatenation():
 def test_a_wrong_count_is_refused(promised):
     with pytest.raises((ValueError, RuntimeError)):
         outlier_percent([torch.rand(3, 4)], promised, 5.0)
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("chunk", [50, 1 << 24])
-def test_row_levels_count_the_masks_that_keep_a_weight(ties, chunk, monkeypatch):
-    monkeypatch.setattr(outliers, "CHUNK", chunk)
-    torch.manual_seed(1)
-    scores = torch.randint(0, 5, (9, 20)).float() if ties else torch.rand(9, 20)
-    counts = [0, 0, 3, 4, 4, 11, 19, 20]
-    expected = sum(masks.keep_rows(scores, c).to(torch.uint8) for c in counts)
-    assert torch.equal(row_levels(scores, counts), expected)
 
 
 def brute_force_nor(scores, keeps, multiple, dense):

@@ -70,4 +70,4 @@ def ranked(pruner: Pruner, layer: Layer, scores: Tensor) -> Ranks:
         layer.sparsity = sparsity
         return pruner.mask(layer, scores)
 
-    return rank_masks(mask_at, scores.shape)
+    return rank_masks(mask_at, scores)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...plan import LARGEST_DEVIATION, LayerPlan, LayerReport
+from ...plan import LARGEST_DEVIATION, LARGEST_EXCESS, LayerPlan, LayerReport
 from .layer_facts import LayerFacts
 
 DENSE = 0.01  # fraction of zeros below which a layer counts as dense
-SPARSER = 0.02  # fraction of zeros that a layer may have beyond its plan without a note, as while pruning
 
 
 def expected(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> tuple[float, float]:
@@ -16,7 +15,7 @@ def expected(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> 
     if report is not None:
         return report.zeros, report.zeros
     lower = plan.sparsity - LARGEST_DEVIATION - 1 / facts.width
-    return lower * plan.size, (plan.sparsity + SPARSER) * plan.size
+    return lower * plan.size, (plan.sparsity + LARGEST_EXCESS) * plan.size
 
 
 def lost(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> bool:
