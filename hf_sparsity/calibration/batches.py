@@ -21,6 +21,7 @@ from .sequences import real_span
 _NO_INPUTS = {"label", "label_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length"}
 _NO_INPUTS |= {"num_items_in_batch", "return_loss"}
 _TEXT = {"input_ids", "attention_mask", "token_type_ids"}  # [sequences, tokens] each
+_SOUND = {"input_features", "input_values", "attention_mask"}  # what an encoder of speech reads, one row a sequence
 _IGNORED = -100  # the label of what is no text, in all of transformers
 
 
@@ -208,13 +209,16 @@ def _without_padding(tensors: dict[str, Tensor], number: int) -> list[dict[str, 
             raise ValueError(
                 f"calibration batch {number}: {mask} {list(tensors[mask].shape)} does not fit {ids} {list(tensors[ids].shape)}"
             )
-    masks = {name for name in ("attention_mask", "decoder_attention_mask") if name in tensors}
-    sides = ("", "decoder_") if "decoder_input_ids" in tensors else ("",)
-    if not masks or not set(tensors) <= {side + name for side in sides for name in _TEXT}:
+    sides = [side for side in ("", "decoder_") if f"{side}input_ids" in tensors]
+    masks = [side for side in sides if f"{side}attention_mask" in tensors]
+    count = len(tensors[f"{sides[-1]}input_ids"]) if sides else 0
+    text = {side + name for side in sides for name in _TEXT}
+    whole = _SOUND if "decoder_" in sides else set()  # goes with each row as it is
+    if not masks or not all(name in text | whole and len(value) == count for name, value in tensors.items()):
         return [tensors]
     cut = []
-    for row in range(len(tensors["input_ids"])):
-        part: dict[str, Tensor] = {}
+    for row in range(count):
+        part = {name: value[row : row + 1] for name, value in tensors.items() if name not in text}
         for side in sides:
             tokens = tensors[f"{side}input_ids"]
             real = tensors.get(f"{side}attention_mask", torch.ones_like(tokens))[row] != 0
@@ -225,8 +229,8 @@ def _without_padding(tensors: dict[str, Tensor], number: int) -> list[dict[str, 
             first, last = int(where[0]), int(where[-1]) + 1
             if last - first != len(where):
                 return [tensors]  # holes: the model's own mask has to do
-            names = [name for name in tensors if name.startswith("decoder_") == bool(side)]
-            part |= {n: tensors[n][row : row + 1, first:last] for n in names if not n.endswith("attention_mask")}
+            names = [side + name for name in _TEXT - {"attention_mask"} if side + name in tensors]
+            part |= {name: tensors[name][row : row + 1, first:last] for name in names}
         if part:
             cut.append(part)
     return cut

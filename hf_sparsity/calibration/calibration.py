@@ -110,8 +110,9 @@ def calibration_batches(
         data, how, mix = mix[0].data, how.of(mix[0]), None
     if isinstance(data, Tensor):
         return _from_tensor(data, sequences, length)
-    limit = getattr(tokenizer, "model_max_length", None) or LENGTH
-    length = length or min(LENGTH, int(limit))
+    if length is None:
+        limit = getattr(tokenizer, "model_max_length", None) or LENGTH
+        length = min(LENGTH, int(limit)) if model is None else default_length(model, tokenizer)
     wanted = sequences or SEQUENCES
     if mix is not None:
         return _mixture(mix, wanted, length, how)

@@ -25,7 +25,7 @@ ROLES = {
     "tool_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")
-COLUMNS = ("messages", "conversations")  # of a dataset
+COLUMNS = ("messages", "conversations", "conversation")  # of a dataset
 
 
 class NoTokenizer(ValueError):
@@ -62,8 +62,8 @@ def chat_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, row: Mapping
             "the calibration data are chats, but the tokenizer has no chat_template; give texts, or set tokenizer.chat_template"
         )
     translated = [_translated(message) for message in messages]
-    if any("from" in message for message in row.get("conversations") or ()) and isinstance(row.get("system"), str):
-        translated[:0] = [{"role": "system", "content": row["system"]}] if row["system"] else []
+    if isinstance(row.get("system"), str) and row["system"] and any("from" in message for message in messages):
+        translated.insert(0, {"role": "system", "content": row["system"]})
     _check_parts(translated)
     options: dict[str, Any] = {name: row[name] for name in ("tools", "documents") if row.get(name)}
     if isinstance(options.get("tools"), str):

@@ -16,7 +16,7 @@ TEXTS = ("text", "content")  # columns of a dataset
 IDS = "input_ids"
 COLUMNS = (*chats.COLUMNS, *TEXTS, IDS)  # in the order in which they are looked for
 _ANSWERS = ("completion", "chosen")  # what follows a prompt
-_BESIDE = ("attention_mask", "tools", "documents", "chat_template_kwargs", "system", "conversations")  # read with it
+_BESIDE = ("attention_mask", "tools", "documents", "chat_template_kwargs", "system")  # read with it
 
 
 def read_documents(
@@ -55,11 +55,11 @@ def _rows(data: Any, column: str | None, split: str, seed: int, rng: random.Rand
             row = chats.without_missing(row) if key in (*chats.COLUMNS, None) else row
             yield number, _joined(row) if key is None else row.get(key), row
         return
-    if isinstance(data, Sequence):
+    if isinstance(data, Sequence) and not isinstance(data, (bytes, bytearray)):
         if not data:
             raise ValueError("the calibration data are empty")
         numbered: Iterable[tuple[int, Any]] = rng.sample(list(enumerate(data)), len(data))
-    elif isinstance(data, Iterable):
+    elif isinstance(data, Iterable) and not isinstance(data, (bytes, bytearray)):
         numbered = enumerate(data)
     else:
         raise ValueError(

@@ -70,7 +70,7 @@ class Source:
 class Mixture:
     """Sequences of several sources, mixed: `ids` `[sequences, tokens]`, int64, and for each sequence its source's name.
 
-    Wherever calibration ids go it goes, too; `make_plan` and `prune` keep an eighth of each source apart then, and the
+    It can be given wherever calibration ids can; `make_plan` and `prune` hold out an eighth of each source then, and the
     report says how far the pruned model departs from the dense one there. `weights`: share of each source, in [0, 1].
     """
 

@@ -56,7 +56,7 @@ def load(source: str | Path, split: str) -> Any:
             return load_files(files)
     except (datasets.exceptions.DatasetsError, OSError, EOFError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error  # datasets' own message is only that an error occurred
-        raise ValueError(f"calibration data {str(source)!r} cannot be read: {cause}") from error
+        raise ValueError(f"calibration data {str(source)!r} cannot be read: {cause}{_hint(cause)}") from error
     return _load_from_hub(str(source), split)
 
 
@@ -191,8 +191,11 @@ def _load_from_hub(source: str, split: str) -> Any:
             f"calibration data {source!r} are neither a local file nor a dataset that could be reached: {error}"
         ) from error
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        hint = "; write name:configuration for one of them" if "onfig" in str(error) else ""
-        raise ValueError(f"calibration data {source!r} cannot be loaded: {error}{hint}") from error
+        raise ValueError(f"calibration data {source!r} cannot be loaded: {error}{_hint(error)}") from error
+
+
+def _hint(error: BaseException) -> str:
+    return "; write name:configuration for one of them" if "Config name is missing" in str(error) else ""
 
 
 def _cached(arguments: Mapping[str, Any], split: str) -> Any:

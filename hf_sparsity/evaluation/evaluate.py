@@ -110,11 +110,11 @@ def evaluate(
         )
     model = _load(model, loading)
     reference = None if against is None else (_name(against), _load(against, loading))
+    length = length or default_length(model, tokenizer)
     for judged in (model, *(reference or ())[1:]):
         require_next_token(judged, "evaluation", decoder_only=bool(texts))
-        check_length(judged, length or 0)
+        check_length(judged, length)
     bootstrap = {"resamples": resamples, "seed": seed}
-    length = length or default_length(model, tokenizer)
     measured = [_measure(model, cut(text, tokenizer, length, windows), reference, **bootstrap) for text in read]
     metrics = _record(folder, Metrics(texts=tuple(measured)))
     if isinstance(tasks, Tasks):

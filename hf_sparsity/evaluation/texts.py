@@ -103,7 +103,7 @@ def _of_the_papers(name: str, paper: _Paper, split: str | None) -> Text:
         raise ValueError(f"{name} is measured on its split {paper.split!r}, not {split!r}; leave the split out")
     try:
         rows = datasets.load_dataset(**paper.load, split=paper.split)
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name} could not be reached ({error}); connect to the Hub, or give a local text, jsonl or parquet file"
         ) from error

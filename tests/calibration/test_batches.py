@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_sparsity import SparsityConfig, make_plan
+from hf_sparsity import SparsityConfig, make_plan, prune
 from hf_sparsity.calibration.batches import prepare_batches
 from hf_sparsity.calibration.calibration import model_batches
 from hf_sparsity.calibration.positions import check_length, position_limit
@@ -54,9 +54,15 @@ def test_labels_become_the_decoders_inputs_as_in_training(name):
 def test_a_speech_models_labels_and_their_padding():
     model = tiny("whisper")
     batch = {"input_features": torch.randn(2, 16, 100), "labels": ids([20, 21, 22, 23], [30, 31, -100, -100])}
-    (got,) = prepare_batches(model, [batch])
-    assert got["decoder_input_ids"][:, 1:3].tolist() == [[20, 21], [30, 31]]
-    assert got["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    first, second = prepare_batches(model, [batch])
+    start = model.config.decoder_start_token_id
+    assert first["decoder_input_ids"].tolist() == [[start, 20, 21, 22]]
+    assert second["decoder_input_ids"].tolist() == [[start, 30, 31]], "padding of the labels is no text"
+    assert torch.equal(torch.cat([first["input_features"], second["input_features"]]), batch["input_features"])
+    whole = batch | {"labels": ids([20, 21, 22, 23], [30, 31, 32, 33])}
+    assert len(prepare_batches(model, [whole])) == 1, "without padding a batch stays one"
+    report = prune(model, make_plan(model, SparsityConfig(0.5), [batch]), [batch])
+    assert {report.layers[name].tokens for name in report.layers if "decoder.layers.0.self_attn" in name} == {7}
 
 
 def test_both_sides_are_cut_to_their_text():
