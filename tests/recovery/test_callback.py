@@ -328,7 +328,7 @@ def test_gradual_pruning_follows_the_schedule(pruner, way, tmp_path):
     assert {n: x.zeros for n, x in found.layers.items()} == {n: x.zeros for n, x in report.layers.items()}
     assert Plan.from_dict(model.config.sparsity_config).layers == plan.layers
     check_zeros(model)
-    survivors = [p.detach()[~growth.pruned[n]] for n, p in model.named_parameters() if n in growth.pruned]
+    survivors = [p.detach()[~growth.dead[n]] for n, p in model.named_parameters() if n in growth.dead]
     assert all((x != 0).all() for x in survivors)
 
 
