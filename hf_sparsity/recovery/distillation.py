@@ -1,7 +1,11 @@
-"""Distillation: a sparse model is trained towards what its dense teacher says, not only towards the text.
+"""Distillation: train a sparse model towards the outputs of its dense teacher, not only towards the text.
 
 The losses are functions of tensors; `DistillationTrainer` is the `Trainer` with them. All are sums over predictions, so
 that neither padding, nor how a batch is cut into chunks or accumulated from smaller ones, changes the gradient.
+
+The divergence here is another function than evaluation's (`evaluation/divergence.py`): that one gives a number for each
+token, clamped where a model cannot predict it; this one is softened by a temperature, and its backward pass needs no
+copy of the logits.
 """
 
 from __future__ import annotations
@@ -17,19 +21,19 @@ from ..model.classes import text_config
 from ..model.inference import evaluating
 from ..model.offload import input_device
 
-CHUNK = 2**24  # logits that are float32 at a time: 64 MiB a tensor
+CHUNK = 2**24  # logits that are converted to float32 at a time: 64 MiB a tensor
 
 
-class _KL(torch.autograd.Function):
-    """Sum of `T² KL(softmax(t / T) ‖ softmax(s / T))` over chosen rows; keeps nothing but its inputs for backward."""
+class _SoftenedDivergence(torch.autograd.Function):
+    """The sum of `T² KL(softmax(t / T) ‖ softmax(s / T))` over chosen rows; keeps only its inputs for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, temperature: float, chunk: int) -> Tensor:
         ctx.save_for_backward(student, teacher, rows)
         ctx.temperature, ctx.chunk = temperature, chunk
         total = torch.zeros((), dtype=torch.float32, device=student.device)
-        for some in rows.split(chunk):
-            ours, theirs = _log_probabilities(student, teacher, some, temperature)
+        for part in rows.split(chunk):
+            ours, theirs = _log_probabilities(student, teacher, part, temperature)
             total += (theirs.exp() * (theirs - ours)).sum()
         return total * temperature**2
 
@@ -37,10 +41,10 @@ class _KL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         student, teacher, rows = ctx.saved_tensors
         result = torch.zeros_like(student)
-        for some in rows.split(ctx.chunk):
-            ours, theirs = _log_probabilities(student, teacher, some, ctx.temperature)
+        for part in rows.split(ctx.chunk):
+            ours, theirs = _log_probabilities(student, teacher, part, ctx.temperature)
             # d/ds of T² KL is T (softmax(s / T) - softmax(t / T)).
-            result[some] = ((ours.exp() - theirs.exp()) * (grads[0] * ctx.temperature)).to(result.dtype)
+            result[part] = ((ours.exp() - theirs.exp()) * (grads[0] * ctx.temperature)).to(result.dtype)
         return result, None, None, None, None
 
 
@@ -53,10 +57,10 @@ def _log_probabilities(student: Tensor, teacher: Tensor, rows: Tensor, temperatu
 def kl_loss(
     student: Tensor, teacher: Tensor, counted: Tensor | None = None, *, temperature: float = 1.0, chunk: int = CHUNK
 ) -> Tensor:
-    """Summed `T² KL(teacher ‖ student)` of the softened next-token distributions (Hinton et al. 2015), in nats.
+    """Returns the sum of `T² KL(teacher ‖ student)` of softened next-token distributions (Hinton et al. 2015), in nats.
 
-    The factor T² keeps the gradient's size the same whatever the temperature. float32 whatever the logits' dtype, and
-    a few rows at a time in both passes, so that no second tensor of the logits' size in float32 is made.
+    The factor T² keeps the gradient's size the same whatever the temperature. It is computed in float32 whatever the
+    logits' dtype, a few rows at a time in both passes, so that no float32 tensor of the logits' size is made.
 
     Args:
         student, teacher: logits `[..., vocabulary]`, of any devices; only the student's get a gradient.
@@ -77,28 +81,28 @@ def kl_loss(
     mask = torch.ones(student.shape[:-1], dtype=torch.bool) if counted is None else counted
     rows = mask.reshape(-1).nonzero().reshape(-1).to(student.device)
     flat, theirs = student.reshape(-1, size), teacher.detach().reshape(-1, size)
-    result: Tensor = _KL.apply(flat, theirs, rows, float(temperature), max(1, chunk // size))
+    result: Tensor = _SoftenedDivergence.apply(flat, theirs, rows, float(temperature), max(1, chunk // size))
     return result
 
 
 def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor], counted: Tensor) -> Tensor:
-    """SquareHead (Kurtic et al. 2023, https://arxiv.org/abs/2310.06927): hidden states, each block's error relative.
+    """Returns SquareHead, the relative error of hidden states (Kurtic et al. 2023, https://arxiv.org/abs/2310.06927).
 
-    For a sequence, `Σ (s - t)² / Σ t²` over its counted positions and channels, the mean of it over blocks; summed over
-    sequences, each times its counted positions. Divided by all counted positions that is the paper's `MSE(s, t) /
-    MSE(t, 0)`, but with the normaliser of each sequence instead of the batch's, so that accumulating gradients over
-    parts of a batch is the same as the batch.
+    The error of a sequence is `Σ (s - t)² / Σ t²` over its counted positions and channels, averaged over the blocks. The
+    result is the sum over sequences of error times counted positions. Divided by all counted positions that is the
+    paper's `MSE(s, t) / MSE(t, 0)`, but normalised by sequence instead of by batch, so that gradients accumulated over
+    parts of a batch equal those of the batch.
 
     Args:
-        student, teacher: for each block `[sequences, tokens, width]`; only the student's get a gradient.
+        student, teacher: hidden states `[sequences, tokens, width]` of each block; only the student's get a gradient.
         counted: bool `[sequences, tokens]`.
 
     Raises:
-        ValueError: another number of blocks, or shapes that differ.
+        ValueError: numbers of blocks or shapes that differ.
     """
     if len(student) != len(teacher) or any(s.shape != t.shape for s, t in zip(student, teacher, strict=False)):
         raise ValueError(
-            "student and teacher have other numbers or widths of blocks: their hidden states do not compare"
+            "student and teacher differ in the number or the width of their blocks: their hidden states do not compare"
         )
     total = torch.zeros((), dtype=torch.float32, device=student[0].device)
     for ours, theirs in zip(student, teacher, strict=True):
@@ -158,14 +162,14 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mixed loss while training, the usual one in evaluation; `num_items_in_batch` as for the Trainer."""
+        """Returns the mixed loss while training, the usual one in evaluation; `num_items_in_batch` as for the Trainer."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if inputs.get("labels") is None:
             raise ValueError("distillation needs labels: they say which predictions count (-100: does not)")
         counted = self._counted(inputs)
-        wanted = {"output_hidden_states": True} if self.hidden else {}
-        # Without labels a decoder computes no loss that nobody wants; an encoder-decoder makes its inputs from them.
+        options = {"output_hidden_states": True} if self.hidden else {}
+        # Without labels a decoder computes no loss, which is not needed; an encoder-decoder makes its inputs from them.
         bare = (
             dict(inputs)
             if self._has_encoder
@@ -173,15 +177,15 @@ class DistillationTrainer(Trainer):
         )
         loss: Any = 0.0
         if self.hard:
-            loss, outputs = super().compute_loss(model, {**inputs, **wanted}, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, {**inputs, **options}, True, num_items_in_batch)
             loss = self.hard * loss
         else:
-            outputs = model(**bare, **wanted)
+            outputs = model(**bare, **options)
         if outputs.get("logits") is None:
             raise ValueError(
                 "the model returns no logits (is a fused loss such as Liger's on?), so nothing can be distilled"
             )
-        theirs = self._ask_teacher(bare, wanted)
+        theirs = self._ask_teacher(bare, options)
         items = counted.sum() if num_items_in_batch is None else num_items_in_batch
         extra = self._from_teacher(outputs, theirs, counted) / torch.as_tensor(items).to(outputs["logits"].device)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -194,7 +198,7 @@ class DistillationTrainer(Trainer):
         return bool(getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False))
 
     def _counted(self, inputs: Mapping[str, Any]) -> Tensor:
-        """bool `[sequences, tokens]`: positions of the logits whose prediction counts, as the Trainer counts them."""
+        """Returns bool `[sequences, tokens]`: the positions of logits whose prediction counts, as the Trainer counts them."""
         if inputs.get("shift_labels") is not None:
             return torch.as_tensor(inputs["shift_labels"] != -100)
         labels: Tensor = inputs["labels"]
@@ -204,14 +208,14 @@ class DistillationTrainer(Trainer):
         counted[..., :-1] = labels[..., 1:] != -100
         return counted
 
-    def _ask_teacher(self, inputs: Mapping[str, Any], wanted: Mapping[str, bool]) -> Any:
+    def _ask_teacher(self, inputs: Mapping[str, Any], options: Mapping[str, bool]) -> Any:
         device = input_device(self.teacher)
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         with torch.no_grad(), evaluating(self.teacher):
-            return self.teacher(**moved, **wanted, use_cache=False)
+            return self.teacher(**moved, **options, use_cache=False)
 
     def _from_teacher(self, ours: Any, theirs: Any, counted: Tensor) -> Tensor:
-        """The teacher's part of the loss, summed over predictions."""
+        """Returns the teacher's part of the loss, summed over predictions."""
         total = torch.zeros((), device=ours["logits"].device)
         if self.soft:
             kl = kl_loss(ours["logits"], theirs["logits"], counted, temperature=self.temperature)
@@ -223,7 +227,7 @@ class DistillationTrainer(Trainer):
 
 
 def check_teacher(model: Any, teacher: Any) -> None:
-    """`ValueError` for a teacher that would be trained too, or that speaks another vocabulary."""
+    """Raises ValueError for a teacher that shares weights with the model or has another vocabulary."""
     ours = {id(parameter) for parameter in model.parameters()}
     shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in ours]
     if shared:
@@ -236,7 +240,7 @@ def check_teacher(model: Any, teacher: Any) -> None:
 
 
 def check_weights(hard: float, soft: float, hidden: float, temperature: float) -> None:
-    """`ValueError` for weights of the losses that make no sense."""
+    """Raises ValueError for weights of the losses that are negative or leave nothing of the teacher."""
     if min(hard, soft, hidden) < 0 or not soft + hidden > 0:
         raise ValueError(
             f"hard={hard!r}, soft={soft!r}, hidden={hidden!r}: numbers from 0 are expected, and one of soft and hidden above 0"
@@ -246,7 +250,7 @@ def check_weights(hard: float, soft: float, hidden: float, temperature: float) -
 
 
 def _hidden_states(outputs: Any) -> Sequence[Tensor]:
-    """Outputs of the (decoder's) blocks; the embeddings, which come first, are left out."""
+    """Returns the outputs of the (decoder's) blocks, without the embeddings, which come first."""
     states = outputs.get("hidden_states") or outputs.get("decoder_hidden_states")
     if not states:
         raise ValueError("the model returns no hidden states, so hidden= cannot be used with it")
