@@ -14,7 +14,7 @@ from .arguments import add_calibration, add_config, add_model, add_plan_file
 HELP = (
     "try the allocators, improve on the best (with --search for as long as you like), certify the plan against uniform"
 )
-ROWS = 15  # of the table; all are in the plan
+ROWS = 15  # plans in the printed table; the JSON has all
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Makes the plan and writes it; prints who did how well."""
+    """Makes the plan and writes it; prints how each candidate did."""
     from ..checkpoint.plan_file import PlanFile
     from ..pictures.files import check_page
     from ..pictures.report import draw_report
@@ -122,7 +122,7 @@ def summary(chosen: Mapping[str, Any], seconds: float) -> str:
 
 
 def by_source(sources: Mapping[str, Any]) -> str:
-    """The chosen plan beside uniform on each source of the calibration mix, where the certificate is scored."""
+    """Returns the chosen plan beside uniform on each source of the calibration mix, on the certificate's text."""
     from .tables import render
 
     rows = [[n, str(x["sequences"]), f"{x['uniform']:.4f}", f"{x['chosen']:.4f}"] for n, x in sources.items()]

@@ -15,7 +15,7 @@ from ..streaming.memory import Estimate
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left, the others to the right."""
+    """Returns a table with aligned columns, the first to the left, the others to the right."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -47,7 +47,7 @@ def algorithms_markdown() -> str:
 
 
 def plan_header(plan: Plan) -> str:
-    """One paragraph: what was asked for."""
+    """Returns what was asked for, in one line."""
     config = plan.config
     names = [f"{role} {config[role]['name']}" for role in ("allocator", "row_allocator", "pruner") if config.get(role)]
     model = plan.model.get("name") or plan.model.get("type") or "model"
@@ -55,7 +55,7 @@ def plan_header(plan: Plan) -> str:
 
 
 def plan_table(plan: Plan, report: Report | None = None) -> str:
-    """Sparsity in percent by block and projection: planned, or `reached/planned` where they differ."""
+    """Returns sparsity in percent by block and projection: planned, or `reached/planned` where they differ."""
     sizes = {name: layer.size for name, layer in plan.layers.items()}
     planned = by_block_and_projection({n: x.sparsity for n, x in plan.layers.items()}, sizes)
     reached = by_block_and_projection({n: report.layers[n].sparsity for n in plan.layers}, sizes) if report else None
@@ -84,7 +84,7 @@ def plan_table(plan: Plan, report: Report | None = None) -> str:
 
 
 def before(what: Mapping[str, Any], memory: Estimate) -> str:
-    """What will be pruned, what not, and the memory it will take."""
+    """Returns what will be pruned, what stays dense, and the memory that it takes; `what` is from `describe`."""
     dense = "; ".join(f"{count} x {reason}" for reason, count in what["dense"].items()) or "nothing"
     return (
         f"to prune: {what['layers']} layers in {what['blocks']} blocks, {what['weights'] / 1e6:.1f}M weights, {100 * what['share']:.1f} % of the model\n"
@@ -96,7 +96,7 @@ def before(what: Mapping[str, Any], memory: Estimate) -> str:
 
 
 def after(report: Report) -> str:
-    """Reached against the target, and every layer that was treated differently."""
+    """Returns the sparsity reached beside the target, and the layers that were treated differently."""
     lines = [
         f"reached a sparsity of {report.sparsity:.4f} (target {report.target:.4f}) over {len(report.layers)} layers"
     ]
@@ -126,7 +126,7 @@ def by_source(report: Report) -> str:
 
 
 def demo_table(rows: Sequence[Mapping[str, Any]], dense: float, winner: str, config: SparsityConfig) -> str:
-    """Held-out perplexities of all allocators, uniform first."""
+    """Returns the held-out perplexities of all allocators, uniform first."""
     body = [
         [
             row["allocator"] + (" *" if row["allocator"] == winner else ""),

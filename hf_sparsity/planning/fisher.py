@@ -74,7 +74,7 @@ def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
 
 
 class _Energy(Gradients):
-    """Sums the squares of the gradients by layer."""
+    """Sums the squares of the gradients of each layer."""
 
     def __init__(self, model_layers: ModelLayers):
         super().__init__()
@@ -83,11 +83,11 @@ class _Energy(Gradients):
         self._pending: dict[str, tuple[Tensor, list[Weight]]] = {}  # of a block that the model runs several times
 
     def visit(self, block: Block, by: int) -> None:
-        """Counts the runs that are left."""
+        """Counts the runs of the block whose gradients are still to come."""
         self._visits[block.name] = self._visits.get(block.name, 0) + by
 
     def taker(self, block: Block, weights: list[Weight]) -> Callable[[Tensor], None]:
-        """The square is that of the sum over all visits."""
+        """Returns what adds a gradient's square; a block that runs several times is squared after the sum over its runs."""
         return partial(self._take, block, weights)
 
     def _take(self, block: Block, weights: list[Weight], parameter: Tensor) -> None:
@@ -102,7 +102,7 @@ class _Energy(Gradients):
             self._add(gradient, weights)
 
     def flush(self) -> None:
-        """After a backward pass: adds what waited for a visit on which the loss does not depend."""
+        """Adds, after a backward pass, the gradients that waited for a run on which the loss does not depend."""
         for gradient, weights in self._pending.values():
             self._add(gradient, weights)
         self._pending.clear()

@@ -21,10 +21,10 @@ from ..streaming.stream import stream_blocks
 
 
 class MaskedLoss:
-    """`loss(sparsities)`: mean cross-entropy of the next token, each layer masked to its sparsity.
+    """A function from sparsities to the mean cross-entropy of the next token, each layer masked to its sparsity.
 
-    Scores are taken once, on the dense model; each weight's level (one byte: at how many grid points it
-    is still kept) gives the nested masks of all grid points at once. A call is one forward pass.
+    Weights are scored once, on the dense model; one byte for each weight, the number of grid points at which it is still
+    kept, gives the nested masks of all grid points. A call is one forward pass.
     """
 
     def __init__(
@@ -38,9 +38,12 @@ class MaskedLoss:
         pattern: Pattern,
         run: PassOptions | None = None,
     ):
-        """`steps` at most 255: sparsities are judged on a grid of `1 / steps`, the group of an N:M pattern.
+        """Scores the weights.
 
-        With several processes `scored_on` are this one's batches and `judged_on` all.
+        Args:
+            scored_on: batches for the pruner's statistics; with several processes, this one's.
+            judged_on: batches on which the loss is computed, all of them.
+            steps: at most 255; sparsities are rounded to multiples of `1 / steps`. The group of an N:M pattern.
         """
         self._model, self._layout, self._batches, self._steps = model, model_layers, judged_on, steps
         self._levels: dict[str, Tensor] = {}
@@ -52,7 +55,7 @@ class MaskedLoss:
                 self._levels[name] = mask_levels(masks, layer.weight)
 
     def __call__(self, sparsities: Mapping[str, float]) -> float:
-        """`sparsities` in [0, 1) by layer, rounded to the grid; returns nats per token."""
+        """Returns the loss in nats a token; `sparsities` in [0, 1) of each layer are rounded to the grid."""
         total, count = 0.0, 0
 
         def judge(batch: Batch, output: Any) -> None:
@@ -76,13 +79,13 @@ def _mask(pruner: Pruner, layer: Layer, scores: Tensor, sparsity: float, pattern
 
 
 class Candidates:
-    """The losses of candidates: remembered, and shared out among the processes."""
+    """Computes the losses of candidates, shared out among the processes and remembered in the journal."""
 
     def __init__(self, loss: MaskedLoss, processes: Processes, journal: Journal | None):
         self._loss, self._processes, self._journal = loss, processes, journal
 
     def one(self, candidate: Mapping[str, float]) -> float:
-        """The loss of one candidate."""
+        """Returns the loss of one candidate."""
         return self([candidate])[0]
 
     def __call__(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:

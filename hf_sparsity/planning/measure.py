@@ -1,4 +1,4 @@
-"""Passes of `Allocator.measure` over a model, and what has to hold of a block before an algorithm sees it."""
+"""Passes of `Allocator.measure` over a model, which the processes share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def needed(allocator: Allocator, pruner: Pruner) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Measuring:
-    """Passes of `allocator.measure` in model order over `data`, which the processes share."""
+    """Passes of `allocator.measure` over the blocks in model order, on `data`, which the processes share."""
 
     model: PreTrainedModel
     model_layers: ModelLayers
@@ -50,7 +50,7 @@ class Measuring:
         return share(self.data, self.run.processes)
 
     def first(self) -> list[dict[str, Any]]:
-        """Over the dense model; remembered, block by block where no inputs are needed."""
+        """Measures the dense model; what was measured is remembered, block by block where no inputs are needed."""
         if type(self.allocator).measure is Allocator.measure:
             return [dict.fromkeys(block.weights) for block in self.model_layers.blocks if block.weights]
         if not self.needs & (STATS | {FISHER}):
@@ -62,13 +62,13 @@ class Measuring:
         return measures
 
     def again(self, sparsities: Mapping[str, float]) -> list[dict[str, Any]]:
-        """Over the model masked to `sparsities`."""
+        """Measures the model masked to `sparsities`."""
         if self.journal is None:
             return self._pass(sparsities)
         return list(self.journal.once("remeasured", digest(sparsities), lambda: self._pass(sparsities)))
 
     def _without_inputs(self) -> list[dict[str, Any]]:
-        """The blocks are shared out among the processes."""
+        """Measures weights alone; the blocks are shared out among the processes."""
         names = {index: block.name for index, block in enumerate(self.model_layers.blocks) if block.weights}
         known = {i: self.journal.recall("measure", name) for i, name in names.items()} if self.journal else {}
         todo = [index for index in names if known.get(index) is None]

@@ -1,6 +1,6 @@
-"""A plan that has travelled: made on one model, about to be carried out on another of the same shapes.
+"""Plans that were made on one model and are carried out on another of the same shapes, such as a fine-tuned sibling.
 
-Does it still pay against uniform? Asked on a small slice of the calibration text, before anything is pruned.
+Before anything is pruned, such a plan is compared with uniform on a small slice of the calibration text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from .budget import meet
 
 logger = logging.getLogger(__name__)
 
-JUDGED, SCORED = 2048, 16384  # tokens to judge by; and to score weights on, at most
+JUDGED = 2048  # tokens on which the two plans are compared, at least
+SCORED = 16384  # tokens on which weights are scored, at most
 
 
 def made_on_other_weights(plan: Plan, model: Mapping[str, Any]) -> bool:
@@ -54,8 +55,8 @@ def revalidate(
 ) -> dict[str, Any] | None:
     """Compares the plan with uniform by the masks that the pruner would choose on this model, which is left as it is.
 
-    Costs a pass over 16k tokens and three over 2k. The masks of both plans, a quarter of a byte a weight, wait on disk.
-    Row sparsities are left out on both sides.
+    It costs a pass over 16k tokens and three over 2k. The masks of both plans, a quarter of a byte a weight, are kept on
+    disk meanwhile. Row sparsities are ignored on both sides.
 
     Args:
         data: calibration batches; the last of them judge, about 2k tokens, and the others score the weights.
@@ -94,7 +95,7 @@ def revalidate(
 
 
 def verdict(made: Mapping[str, Any]) -> str:
-    """What `revalidate` found, in one sentence."""
+    """Returns what `revalidate` found, as a sentence."""
     compared = Comparison.from_dict(made)
     says = {
         True: "it still pays",
@@ -134,7 +135,7 @@ def _write_masks(
     scoring: Sequence[Batch],
     place: Path,
 ) -> None:
-    """A file a block: the masks of each side, as bits."""
+    """Writes one file for each block: the masks of both sides, as bits."""
     needs, run = pruner.needs & STATS, PassOptions()
     batches = scoring if needs else []
     stream = stream_blocks(model, model_layers, batches, needs, rewrites=False, run=run)

@@ -29,7 +29,7 @@ def prune_block(
     *,
     refit: bool = False,
 ) -> dict[str, LayerReport]:
-    """Prunes a block's layers, each group on one of the processes, and writes them on all; says what became of them."""
+    """Prunes the layers of a block, each group on one of the processes, writes them on all, and returns their reports."""
     groups = list(_sharing(block.layers.values()))
     owner = owners(groups, processes.count)
     reports: dict[str, LayerReport] = {}
@@ -56,7 +56,7 @@ def prune_block(
 def _prune_group(
     group: list[Layer], pruner: Pruner, rows: RowAllocator | None, fallbacks: Mapping[str, str], *, refit: bool
 ) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
-    """The new weights of layers that share their inputs, and what became of them."""
+    """The new weights of layers that share their inputs, and their reports."""
     start = time.perf_counter()
     for layer in group:
         if rows is not None and layer.sparsity > 0 and layer.name not in fallbacks:

@@ -1,4 +1,4 @@
-"""Who enters a race: every allocator with a small grid of its hyperparameters, and mixtures of the better ones."""
+"""The plans that enter a race: every allocator with a small grid of its hyperparameters, and mixtures of the best."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from ...allocators import ALLOCATORS
 from ..budget import meet
 
 MIXED = 4  # plans: the best ones, each two of which are mixed in equal parts
-KINDS = ("uniform", "single", "mixture", "descent", "search")  # the simplest first
+KINDS = ("uniform", "single", "mixture", "descent", "search")  # of plans, the simplest first
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan in the making: `sparsities` meet the target. `origin` says how it was made, in JSON types."""
+    """A plan that competes.
+
+    Args:
+        name: tells it apart, such as `"owl(outlier=5.0, spread=0.08)"`.
+        kind: one of `KINDS`.
+        sparsities: of each layer; together they meet the target.
+        origin: how it was made, in JSON types.
+    """
 
     name: str
     kind: str
@@ -55,7 +62,7 @@ def measurement_key(allocator: Allocator) -> Allocator:
 
 
 def mixtures(best: Sequence[Candidate], sizes: Mapping[str, int], target: float, pattern: Pattern) -> list[Candidate]:
-    """Each two of the `best` in equal parts."""
+    """Returns the means of each two of the first `MIXED` plans."""
     made = []
     for one, other in itertools.combinations(best[:MIXED], 2):
         middle = {name: (one.sparsities[name] + other.sparsities[name]) / 2 for name in sizes}
@@ -65,7 +72,7 @@ def mixtures(best: Sequence[Candidate], sizes: Mapping[str, int], target: float,
 
 
 def group_by(names: Sequence[str], key: Callable[[str], str]) -> list[list[str]]:
-    """Names of one key together, in order."""
+    """Returns the names in groups of equal `key`, in order."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(key(name), []).append(name)
@@ -73,5 +80,5 @@ def group_by(names: Sequence[str], key: Callable[[str], str]) -> list[list[str]]
 
 
 def group_experts(names: Sequence[str]) -> list[list[str]]:
-    """Layers that a plan is moved by: each by itself, but experts of one name as one, since few tokens reach each."""
+    """Returns groups of layers that move together: experts of one name, since few tokens reach each; others alone."""
     return group_by(names, lambda name: name.split("[")[0])

@@ -124,7 +124,7 @@ def _entrants(
     competing: Mapping[str, Allocator],
     measures: Mapping[Allocator, Measures],
 ) -> list[Candidate]:
-    """The plan of each allocator. Those that ask for losses get them from the race's first slice."""
+    """The plan of each allocator; those that ask for losses get the metric on the race's first slice."""
     grid, pattern = evaluator.grid, Pattern.parse(config.pattern)
 
     def losses(plans: Sequence[Mapping[str, float]]) -> list[float]:
@@ -140,7 +140,7 @@ def _entrants(
 
 
 def _descend(race: Race, contest: Evaluator, runners: list[ScoredCandidate]) -> dict[str, Any]:
-    """Adds where a descent from the best runner ends, if it gets anywhere; returns what to record."""
+    """Descends from the best plan and adds where it ends, if that is new; returns what to record."""
     best = ranking(race, runners)[0]
     found = descend(race, contest, best.point, group_experts(contest.grid.names))
     record = {"from": best.entrant.name, **found.to_dict()}
@@ -151,7 +151,7 @@ def _descend(race: Race, contest: Evaluator, runners: list[ScoredCandidate]) -> 
 def _join(
     contest: Evaluator, runners: list[ScoredCandidate], kind: str, point: Point, origin: Mapping[str, Any]
 ) -> None:
-    """Has a new point judged in all rounds that there were."""
+    """Adds a new point, judged in all rounds that there were."""
     if point in {r.point for r in runners}:
         return
     made = ScoredCandidate(Candidate(kind, kind, contest.grid.sparsities(point), {kind: dict(origin)}), point)
@@ -163,7 +163,7 @@ def _join(
 def _search(
     search: Search, contest: Evaluator, runners: list[ScoredCandidate], blocks: list[list[str]], seed: int
 ) -> tuple[dict[str, Any], list[tuple[int, float, float]]]:
-    """Adds the best that the search finds to the runners, if it is new; returns what to record, and the story's curve."""
+    """Searches from the best plans and adds the best that it finds, if that is new; returns what to record, and the curve."""
     order = ranking(search, runners)
     found = run_search(search, contest, [r.point for r in order[: search.offspring]], blocks, seed)
     ended = (contest.allowance.spent["tokens"], found.curve[-1][1])

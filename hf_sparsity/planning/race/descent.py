@@ -1,8 +1,8 @@
-"""Downhill from a plan: sparsity goes from the layers where a weight less costs most to those where it costs least.
+"""Descent from a plan: sparsity moves from the layers where pruning a weight costs most to those where it costs least.
 
-At the best plan of a budget all layers have one slope. A step follows the slopes of a piece of text, averaged with those
-before, in several lengths and shapes that keep the budget; the best of them on the next piece is taken if it is better
-than where it came from. Otherwise the next steps are shorter and look at twice the text.
+At the best plan of a budget all layers have the same slope. A step follows the slopes on a piece of text, averaged with
+those before, and tries several lengths and shapes that keep the budget. The best of them on the next piece is taken if
+it is better than the current plan; otherwise the next steps are shorter and use twice the text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .evaluator import Evaluator
 
 logger = logging.getLogger(__name__)
 
-FIRST, LONGEST, SHORTEST = 0.08, 0.2, 0.004  # the most that a layer's sparsity changes in a step
-LENGTHS = (2.0, 1.0, 0.5)  # of the length that is due
-SHAPES = (0.5, 2.0)  # the mean change in lengths: below 1 in proportion to the slopes, above 1 rather the same for all
-MEMORY = 0.5  # how much the slopes before count
-INTERRUPTED = "interrupted"  # why it stopped; a search then goes no further, either
+FIRST, LONGEST, SHORTEST = 0.08, 0.2, 0.004  # sparsity: the largest change of a layer in a step
+LENGTHS = (2.0, 1.0, 0.5)  # multiples of the current length that a step tries
+SHAPES = (0.5, 2.0)  # mean change / length: below 1 changes are proportional to the slopes, above 1 nearly equal
+MEMORY = 0.5  # weight of the earlier slopes in the average
+INTERRUPTED = "interrupted"  # reason for stopping, after which a search does not start
 
 
 @dataclass
@@ -34,9 +34,9 @@ class Descent:
     points: list[Point]
     steps: int = 0
     stopped: str = ""
-    text: int = 1  # pieces that a step looks at
+    text: int = 1  # pieces of text that a step uses
     length: float = FIRST
-    slopes: list[float] = field(default_factory=list)  # of the groups, averaged over the steps
+    slopes: list[float] = field(default_factory=list)  # of each group, averaged over the steps
 
     @property
     def point(self) -> Point:
@@ -44,15 +44,17 @@ class Descent:
         return self.points[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """What a plan records."""
+        """Returns what a plan records."""
         return {"steps": self.steps, "gains": len(self.points) - 1, "stopped": self.stopped}
 
 
 def descend(race: Race, contest: Evaluator, start: Point, groups: Sequence[Sequence[str]]) -> Descent:
-    """Up to `race.descent` steps; stops early when no step is worth taking, or the budget is spent.
+    """Takes up to `race.descent` steps from `start`; stops early when no step helps, or the budget is spent.
 
-    `groups`: the layers that move together, such as the experts of a block. A model whose blocks cannot be computed one
-    by one has no slopes: the descent ends where it starts, and the log says so.
+    A model whose blocks cannot be computed one by one has no slopes: the descent ends where it starts, with a warning.
+
+    Args:
+        groups: the layers that move together, such as the experts of a block.
     """
     found = Descent([start])
     try:
@@ -76,7 +78,7 @@ def descend(race: Race, contest: Evaluator, start: Point, groups: Sequence[Seque
 
 
 def _step(race: Race, contest: Evaluator, found: Descent, groups: Sequence[Sequence[str]]) -> bool:
-    """One step, taken or not; False when there will be no other."""
+    """Tries one step; returns False when no further step can help."""
     pieces, grid = contest.ends[-1], contest.grid
     here, there = (sorted((found.steps + i + j) % pieces for j in range(found.text)) for i in (0, 1))
     slopes = contest.slopes(found.point, here, race.metric)
@@ -118,10 +120,15 @@ def _step(race: Race, contest: Evaluator, found: Descent, groups: Sequence[Seque
 def level(
     slopes: Sequence[float], sizes: Sequence[int], length: float, shape: float, least: float = 0.0
 ) -> list[float]:
-    """The change of each group's sparsity, at most `length` either way, or `least` if that is more; no weights in sum.
+    """Returns the change of each group's sparsity, against the slopes, such that the number of zeros stays the same.
 
-    Against the slopes, less the one number that makes the sum nothing; `shape` times the length on average but for what
-    is cut off. `least`: what a grid of few steps still notices; shorter steps on it are steps of fewer layers.
+    Args:
+        slopes: of each group.
+        sizes: weights of each group.
+        length: the largest change, either way.
+        shape: mean change / length, before changes are clamped.
+        least: the smallest change that the grid can tell; used for `length` if that is smaller. Shorter steps then move
+            fewer layers.
     """
     total = sum(sizes)
     mean = math.fsum(slope * size for slope, size in zip(slopes, sizes, strict=True)) / total

@@ -1,4 +1,4 @@
-"""The ground on which plans compete: text in slices, points judged and remembered, and what it has cost."""
+"""Scores plans on slices of text, remembers the scores, and counts what they cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from .sensitivity import PASSES, Sums, layer_sensitivities, window
 
 @dataclass
 class SearchBudget:
-    """What may be spent (`limits`, from `parse_budget`) and what is: on all processes the same."""
+    """What a race may spend and has spent; the same on all processes.
+
+    `limits`: from `parse_budget`. `spent`: evaluations (one plan on one piece of text) and tokens.
+    """
 
     limits: Mapping[str, float]
     processes: Processes
@@ -39,7 +42,7 @@ class SearchBudget:
         return any(self.spent[kind] >= limit for kind, limit in self.limits.items() if kind in self.spent)
 
     def seconds(self, moment: str) -> float:
-        """Since the start, what an interrupted run had taken until that `moment` included."""
+        """Returns the seconds since the start, with those that an interrupted run had taken until this `moment`."""
         known = self.journal.recall("elapsed", moment) if self.journal else None
         if known is not None:
             self._before, self._start = float(known), time.perf_counter()
@@ -65,7 +68,6 @@ class Evaluator:
         allowance: SearchBudget,
         ends: Sequence[int] | None = None,
     ):
-        """`ends`: how many pieces the first slice has, the second, and so on; by default each has one more."""
         self.grid, self.allowance = grid, allowance
         self._pieces, self._ranks = pieces, ranks
         self._known: dict[tuple[int, Point], SequenceSums] = {}
@@ -94,9 +96,12 @@ class Evaluator:
         return remembered(self.allowance.journal, self.allowance.processes, what, items, compute)
 
     def slopes(self, point: Point, pieces: Sequence[int], metric: str) -> dict[str, float]:
-        """What one weight less in each layer would add to the metric at a point, on the pieces of these numbers.
+        """Returns by how much pruning one more weight of each layer would raise the metric at a point, on these pieces.
 
-        Batches are shared out among processes, and their parts added in one order. `BlocksNotAlone`: see `layer_sensitivities`.
+        Batches are shared out among processes, and their sums are added in a fixed order.
+
+        Raises:
+            BlocksNotAlone: the model's blocks cannot be computed one by one.
         """
         parts = [(piece, i) for piece in pieces for i in range(len(self._pieces[piece].batches))]
         steps = dict(zip(self.grid.names, point, strict=True))
@@ -105,18 +110,18 @@ class Evaluator:
             return layer_sensitivities(self._pieces[part[0]], part[1], self._ranks, steps, metric)
 
         names = {digest(["slopes", metric, *part, list(point)]): part for part in parts}
-        found: list[Sums] = list(self._remembered("slopes", names, compute).values())
+        sums: list[Sums] = list(self._remembered("slopes", names, compute).values())
         self.allowance.spent["tokens"] += PASSES * sum(batch_tokens(self._pieces[p].batches[i]) for p, i in parts)
-        predictions = sum(one[-1] for one in found)
+        predictions = sum(part[-1] for part in sums)
         slopes = {}
         for i, (name, step) in enumerate(zip(self.grid.names, point, strict=True)):
             first, last = window(self._ranks[name], step)
             weights = self.grid.zeros[name][last] - self.grid.zeros[name][first]
-            slopes[name] = math.fsum(one[i] for one in found) / max(predictions * weights, 1)
+            slopes[name] = math.fsum(part[i] for part in sums) / max(predictions * weights, 1)
         return slopes
 
     def rows(self, point: Point, reference: DenseReference) -> SequenceSums:
-        """What the reference says of the model masked to a point."""
+        """Returns the sums of each sequence for the model masked to a point, on the reference's text."""
         steps = dict(zip(self.grid.names, point, strict=True))
 
         def masks(block: Block) -> dict[str, Tensor]:
@@ -126,9 +131,13 @@ class Evaluator:
 
 
 def cut(batches: Sequence[Batch], slices: Sequence[int]) -> tuple[list[list[Batch]], list[int]]:
-    """Batches -> (pieces of at least the first slice's tokens, how many pieces each slice has), as far as they go.
+    """Cuts batches into pieces; returns (pieces, number of pieces in each slice).
 
-    A slice has at least its tokens; the last piece of one may be shorter than the others.
+    A piece has at least as many tokens as the first slice, but the last piece of a slice may have fewer. Slices for
+    which there is no text left are not there.
+
+    Args:
+        slices: tokens that each slice has at least, ascending.
     """
     pieces: list[list[Batch]] = []
     ends: list[int] = []

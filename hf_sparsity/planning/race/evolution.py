@@ -1,8 +1,8 @@
-"""The search: an evolution on the grid, from the best plans of a race, that may stop at any time.
+"""The search: evolution from the best plans of a race; it can stop at any time with the best plan so far.
 
 After EvoPress (Sieberling et al., ICML 2025, https://arxiv.org/abs/2410.14649): one parent, children by moves that keep
-the budget, judged in stages. Here a move is weighted by size, so layers of any shapes trade; it may take whole blocks,
-projections or stretches of depth; its length adapts; and a step that helped is tried again.
+the budget, judged in stages. Here a move is weighted by size, so that layers of different shapes can trade; it may move
+whole blocks, projections or ranges of blocks; its length adapts; and a step that helped is tried again.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from .evaluator import Evaluator
 
 logger = logging.getLogger(__name__)
 
-LONGEST, SHORTEST = 0.25, 0.004  # of a move: the sparsity that the smaller side gains or loses
-SEEDS = 8  # of the race's best, towards which a child may go
+LONGEST, SHORTEST = 0.25, 0.004  # sparsity that the smaller side of a move gains or loses
+SEEDS = 8  # plans: the best of the race, towards which a child may move
 
 Vector = dict[str, float]
 
 
 @dataclass
 class Moves:
-    """Ways from a point to another of the same budget; all randomness is in `random`."""
+    """Moves from one point to another of the same budget; all randomness comes from `random`."""
 
     grid: Grid
-    blocks: Sequence[Sequence[str]]  # the layers of each, in model order
+    blocks: Sequence[Sequence[str]]  # the layers of each block, in model order
     random: Random
     length: float = 0.05
     single: list[list[str]] = field(init=False)
     kinds: list[list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Layers of one name but for a number, such as experts, move together."""
+        """Groups the layers: experts of one name, and all layers whose names differ in numbers only."""
         names = [name for block in self.blocks for name in block]
         self.single = group_experts(names)
         self.kinds = group_by(names, lambda name: re.sub(r"\d+", "", name))
 
     def child(self, parent: Point, towards: Sequence[Vector], step: Vector | None) -> Point:
-        """One child: a transfer or two; now and then some way towards another plan, or along the last step that helped."""
+        """Returns one child: mostly a transfer or two; sometimes a move towards another plan, or along the last step that helped."""
         now = self.grid.fractions(parent)
         chance = self.random.random()
         if chance < 0.15 and towards:
@@ -59,7 +59,7 @@ class Moves:
         return self.grid.nearest({name: min(max(s, 0.0), 1.0) for name, s in now.items()})
 
     def transfer(self, now: Vector) -> None:
-        """Moves weights from one group of layers to another, in place."""
+        """Moves weights from one random group of layers to another, in place."""
         giving, taking = self.group(), self.group()
         giving = [name for name in giving if name not in set(taking)]
         if not giving or not taking:
@@ -71,7 +71,7 @@ class Moves:
                 now[name] += sign * amount / size
 
     def group(self) -> list[str]:
-        """One layer, mostly; or a block, a projection everywhere, a projection in a stretch of depth, or a stretch."""
+        """Returns a random group: mostly one layer; or a block, a range of blocks, or a projection in all blocks or a range."""
         chance = self.random.random()
         if chance < 0.55:
             return list(self.random.choice(self.single))
@@ -92,7 +92,7 @@ def _judged(search: Search, contest: Evaluator, points: Sequence[Point], pieces:
 def _better(
     search: Search, contest: Evaluator, parent: Point, points: Sequence[Point], pieces: Sequence[int]
 ) -> list[Point]:
-    """The best of the points on these pieces, if it is better than the parent."""
+    """The best of the points on these pieces if it is better than the parent, else nothing."""
     if not points:
         return []
     bar, *values = _judged(search, contest, [parent, *points], pieces)
@@ -102,9 +102,14 @@ def _better(
 
 @dataclass
 class SearchResult:
-    """The best point; `curve`: (tokens spent, its metric on the search's longest slice) at each gain.
+    """The state of a search.
 
-    `seconds` since the start at each point of the curve, and at the end; they differ from run to run.
+    Args:
+        point: the best so far.
+        generations: how many there were.
+        curve: (tokens spent, the metric of the best on the longest slice) at each gain.
+        stopped: why it ended.
+        seconds: since the start, at each point of the curve and at the end; they differ from run to run.
     """
 
     point: Point
@@ -117,11 +122,15 @@ class SearchResult:
 def run_search(
     search: Search, contest: Evaluator, seeds: Sequence[Point], blocks: Sequence[Sequence[str]], seed: int
 ) -> SearchResult:
-    """Evolves the best of `seeds`, which are judged first. `seed` settles everything but how long a given time lasts.
+    """Evolves the best of `seeds` until the budget is spent, nothing improves, or it is interrupted.
 
-    Children are judged on one piece of the text, another in each generation, so that none is learnt by heart; those that
-    beat the parent there, at most a quarter, on as many as the second slice has; the best of them on all, where it has
-    to beat the parent, too.
+    Children are judged on one piece of the text, a different one in each generation, so that none is overfitted. Those
+    that beat the parent there, at most a quarter, are judged on as many pieces as the second slice has, and the best of
+    them on all, where it has to beat the parent too. `seed` determines everything except how far a time limit reaches.
+
+    Args:
+        seeds: points to start from, the best of a race.
+        blocks: the layers of each block, in model order.
     """
     values = _judged(search, contest, seeds, range(contest.ends[-1]))
     best = min(range(len(seeds)), key=lambda i: (values[i], i))
@@ -142,7 +151,7 @@ def run_search(
 
 
 def _note(contest: Evaluator, found: SearchResult, value: float) -> None:
-    """Another point of the curve."""
+    """Adds a point to the curve."""
     found.curve.append((contest.allowance.spent["tokens"], value))
     found.seconds.append(contest.allowance.seconds(f"generation {found.generations}"))
 

@@ -1,8 +1,9 @@
-"""What one weight less in each layer would cost: the slope of the divergence, for all layers from one backward pass.
+"""The slope of the divergence in each layer: what pruning one more weight would cost, from one backward pass for all.
 
-Pruning the weight `w` of a masked model changes the divergence by `-g w` to first order, `g` being its gradient; giving
-back one that is masked by `+g w`, for it has a gradient, too. A layer's slope is the mean of `-g w` over the weights that
-are next to go or to come back. Masks are put on one block at a time, so a gradient is all that memory grows by.
+Pruning a weight `w` of a masked model changes the divergence by `-g w` to first order, where `g` is its gradient;
+restoring a masked weight changes it by `+g w`, since masked weights have gradients too. A layer's slope is the mean of
+`-g w` over the weights that are next to be pruned or restored. One block is masked at a time, so memory grows by one
+gradient only.
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ from ...model.offload import onload
 from ...streaming.forward import drive
 from ...streaming.gradients import Gradients, differentiable
 
-PASSES = 4  # what it takes, in forward passes: forward, forward again, and backward, which is two
+PASSES = 4  # cost in forward passes: forward, forward again, and backward, which counts as two
 
 INPUTS, SHARE = 2**25, 16  # memory for block inputs: the larger of 32 MiB and 1/16 byte per weight
 
-Sums = list[float]  # of `-g w` for each layer in the order of the steps; and last the number of predictions
+Sums = list[float]  # the sum of `-g w` for each layer, in the order of the steps; last the number of predictions
 
 
 def layer_sensitivities(
     reference: DenseReference, number: int, ranks: Mapping[str, Ranks], steps: Mapping[str, int], metric: str
 ) -> Sums:
-    """A batch's part, of the model masked to these steps of its layers' ranks, summed over the batch's predictions.
+    """Returns the sums for one batch, of the model masked to these steps of its layers' ranks.
 
     Args:
-        reference: the model, and what it says dense.
-        number: of the batch.
+        reference: the model and its dense outputs.
+        number: which of the reference's batches.
+        ranks: the nested masks of each layer.
+        steps: the step of each layer.
         metric: "kl" or "loss".
 
     Raises:
@@ -61,13 +64,13 @@ def layer_sensitivities(
 
 
 def window(ranks: Ranks, step: int) -> tuple[int, int]:
-    """The steps between which a layer's slope is taken: a sixteenth of all on either side."""
+    """Returns the steps between which a layer's slope is taken: a sixteenth of all steps to either side."""
     width = max(1, len(ranks.zeros) // 16)
     return max(0, step - width), min(len(ranks.zeros) - 1, step + width)
 
 
 def _parts(reference: DenseReference, number: int) -> list[tuple[Batch, Tensor]]:
-    """A batch and the dense model's logits, some sequences at a time: a backward pass keeps what goes into every block."""
+    """The batch with the dense logits, cut into a few sequences at a time, since a backward pass keeps all blocks' inputs."""
     model, model_layers = reference.model, reference.model_layers
     batch, dense = reference.batches[number], reference.dense_logits(number)
     width = getattr(text_config(model.config), "hidden_size", None) or 1
@@ -81,7 +84,7 @@ def _parts(reference: DenseReference, number: int) -> list[tuple[Batch, Tensor]]
 
 
 class _Masked(Gradients):
-    """Lends masked weights, and sums what their gradients say."""
+    """Lends masked weights to the backward pass, and sums `-g w` from their gradients."""
 
     def __init__(self, ranks: Mapping[str, Ranks], steps: Mapping[str, int]):
         super().__init__()
@@ -95,7 +98,7 @@ class _Masked(Gradients):
 
     @contextmanager
     def lend(self, block: Block) -> Iterator[None]:
-        """Its own weights if they are elsewhere, masked."""
+        """Puts masked weights into the block, which are loaded first if they are offloaded."""
         masks = {name: self._ranks[name].mask(step) for name in block.weights if (step := self._steps[name])}
         with onload(block.module):
             self._dense = {w.parameter: w.stored.detach() for w in block.weights.values()}
@@ -104,7 +107,7 @@ class _Masked(Gradients):
             self._dense = {}
 
     def taker(self, block: Block, weights: list[Weight]) -> Callable[[Tensor], None]:
-        """Adds up to each layer's sum; keeps the dense weights until then."""
+        """Returns what adds a parameter's gradient to the sums of its layers; it keeps the dense weights until then."""
         return partial(self._take, weights, self._dense[weights[0].parameter])
 
     def _take(self, weights: list[Weight], dense: Tensor, parameter: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The race: successive halving over plans of one budget, on growing slices of text.
 
 Jamieson and Talwalkar, AISTATS 2016, https://arxiv.org/abs/1502.07943, with paired comparisons at the end: the plan
-chosen is the simplest of those that the best cannot be told from.
+chosen is the simplest of those that are not significantly worse than the best.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REDUCTION = 3  # each round keeps the best third, but at least MIXED
 
 @dataclass
 class ScoredCandidate:
-    """An entrant on the grid, and what each round said of it."""
+    """A candidate, the point of the grid nearest to it, and its scores in each round."""
 
     entrant: Candidate
     point: Point
@@ -74,7 +74,7 @@ def distinct(contest: Evaluator, entrants: Sequence[Candidate]) -> list[ScoredCa
 
 
 def judge(contest: Evaluator, runners: Sequence[ScoredCandidate], slice_: int) -> None:
-    """Adds what the slice says of each."""
+    """Adds the scores of each on one slice."""
     for runner, scores in zip(runners, contest.scores([r.point for r in runners], slice_), strict=True):
         runner.scores.append(scores)
 
@@ -91,9 +91,9 @@ def difference(race: Race, one: PlanScores, other: PlanScores, seed: int) -> Int
 
 
 def winner(race: Race, runners: Sequence[ScoredCandidate], seed: int) -> ScoredCandidate:
-    """The simplest of those that came furthest and that the best of them cannot be told from.
+    """Returns the simplest plan of the last round that is not significantly worse than the best.
 
-    A plan that is worse than a simpler one is no choice, even if it cannot be told from the best.
+    A plan with a worse mean than a simpler one is never chosen.
     """
     best = ranking(race, runners)[0]
     final = [r for r in ranking(race, runners) if len(r.scores) == len(best.scores)]

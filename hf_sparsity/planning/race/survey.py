@@ -19,7 +19,7 @@ from ...streaming.run import PassOptions, Progress
 from ...streaming.stream import stream_blocks
 from ..fisher import fisher_information
 
-Measures = list[dict[str, Any]]  # one mapping a block, in model order
+Measures = list[dict[str, Any]]  # {layer: measure} of each block, in model order
 
 
 def survey(
@@ -33,9 +33,10 @@ def survey(
     hidden_limit: int | None = None,
     notes: dict[str, str] | None = None,
 ) -> tuple[dict[Allocator, Measures], dict[str, Ranks]]:
-    """(what each of the allocators measures, each layer's ranks).
+    """Returns (what each allocator measures, block by block; the ranks of each layer's weights), from one dense pass.
 
-    Each process of a run does it alone over all the data: shared sums differ in their last bits, and plans with them.
+    Each process does all of it over all the data: sums shared between processes differ in their last bits, and so would
+    the plans.
     """
     needs = pruner.needs.union(*(one.needs for one in allocators))
     fisher = fisher_information(model, model_layers, list(data), Processes()) if FISHER in needs else {}
@@ -43,7 +44,7 @@ def survey(
     run = PassOptions(hidden_limit=hidden_limit)
     batches = list(data) if stats else []
     stream = stream_blocks(model, model_layers, batches, stats, rewrites=False, run=run)
-    found: dict[Allocator, dict[int, dict[str, Any]]] = {one: {} for one in allocators}
+    measures: dict[Allocator, dict[int, dict[str, Any]]] = {allocator: {} for allocator in allocators}
     ranks: dict[str, Ranks] = {}
     for block in Progress("Measuring", model_layers, run, batches).over(stream):
         check_finite(block)
@@ -56,12 +57,13 @@ def survey(
             ranks[name] = ranked(pruner, layer, scores)
             layer.scores = scores if SCORES in needs else None
         for allocator in allocators:
-            found[allocator][block.index] = allocator.measure(block.layers, pruner)
-    return {one: [blocks[index] for index in sorted(blocks)] for one, blocks in found.items()}, ranks
+            measures[allocator][block.index] = allocator.measure(block.layers, pruner)
+    in_order = {one: [blocks[index] for index in sorted(blocks)] for one, blocks in measures.items()}
+    return in_order, ranks
 
 
 def ranked(pruner: Pruner, layer: Layer, scores: Tensor) -> Ranks:
-    """Returns the pruner's masks at all sparsities: by one sort where it compares within cells, else asked one by one."""
+    """Returns the pruner's masks of a layer at all sparsities, by one sort where the pruner compares within cells."""
     cells = pruner.compared_within(layer)
     if cells is not None:
         return rank_blocks(scores, cells.columns) if cells.across_rows else rank_rows(scores, cells.columns)
