@@ -29,9 +29,11 @@ from ..model.layers import Block, ModelLayers
 from ..model.offload import onload, weight_store
 from ..plan import LayerReport, Report, read_json, write_json
 from .atomic import disk_errors, write_tensors
+from .completion import complete, with_notes
 from .journal import Journal
 from .packed_folder import check_layout, pack_into
 from .safetensors_index import DTYPES
+from .source import Source, find_source
 from .streamed import read_blocks
 from .transformers_internals import custom_object_save, revert_weight_conversion
 from .zeros import REPORT_FILE, check_written
@@ -176,32 +178,48 @@ class Output:
             for name, layer in record["layers"].items()
         }
 
-    def finish(self, model: PreTrainedModel, model_layers: ModelLayers, report: Report, tokenizer: Any = None) -> None:
-        """Writes what is not in a pruned block, the index and the config; then the folder is complete."""
+    def finish(
+        self, model: PreTrainedModel, model_layers: ModelLayers, report: Report, tokenizer: Any = None
+    ) -> Report:
+        """Writes what is not in a pruned block, the index and the config; then the folder is complete.
+
+        Returns:
+            The report; its `skipped` also names the tensors that the model's class does not know.
+
+        Raises:
+            RuntimeError: the folder would not load completely, see `completion.py`.
+        """
+        source = find_source(model)
         if self.processes.main:
-            with self.finishing(report, tokenizer) as place:
-                write_json(place / SAFE_WEIGHTS_INDEX_NAME, self._write_rest(model, model_layers))
+            with self.finishing(model, report, tokenizer, source) as place:
+                write_json(place / SAFE_WEIGHTS_INDEX_NAME, self._write_rest(model, model_layers, source))
                 _save_config(model, place)
         self.processes.wait()
+        return with_notes(report, model, source)
 
     @contextmanager
-    def finishing(self, report: Report, tokenizer: Any = None) -> Iterator[Path]:
+    def finishing(
+        self, model: PreTrainedModel, report: Report, tokenizer: Any = None, source: Source | None = None
+    ) -> Iterator[Path]:
         """Yields a folder for the files of the dense model inside the unfinished one.
 
-        When the block ends, its files, packed if the layout is, move to the output, `config.json` last.
+        When the block ends, they are made complete (see `completion.py`; `source`: by default found from the model),
+        and move to the output, packed if the layout is, `config.json` last.
         """
         place = self.journal.folder / "final"
         shutil.rmtree(place, ignore_errors=True)
         with disk_errors(self.path):
             place.mkdir()
-            if self.layout == "dense":
-                yield place
-            else:
-                yield self._dense
-                pack_into(self._dense, place)
+            dense = place if self.layout == "dense" else self._dense
+            yield dense
             if tokenizer is not None:
-                tokenizer.save_pretrained(place)
-            report.save(place / REPORT_FILE)
+                tokenizer.save_pretrained(dense)
+            weights = dense if any(dense.glob("model*.safetensors")) else self._dense
+            source = source or find_source(model)
+            complete(dense, model, source, weights=weights, tokenizer=tokenizer)
+            if self.layout == "bitmask":
+                pack_into(dense, place)
+            with_notes(report, model, source).save(place / REPORT_FILE)
             for file in sorted(place.iterdir(), key=lambda file: file.name == CONFIG_NAME):
                 if file.is_dir():  # a tokenizer may have folders; one is there if the run was killed here before
                     shutil.rmtree(self.path / file.name, ignore_errors=True)
@@ -211,7 +229,7 @@ class Output:
                 os.rename(self._dense, self.journal.folder / PACKED)
             self.journal.remove()
 
-    def _write_rest(self, model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, Any]:
+    def _write_rest(self, model: PreTrainedModel, model_layers: ModelLayers, source: Source | None) -> dict[str, Any]:
         """Writes the shards of what no pruned block holds; returns the index of all shards."""
         names = _names(model, model_layers)
         where: dict[str, str] = {}
@@ -226,7 +244,8 @@ class Output:
                 where |= dict.fromkeys(tensors, file)
         file = self._shard(model_layers, len(model_layers.blocks))
         outside = {name: _lent(model, name) for name in names[""]}
-        where |= dict.fromkeys(self._write(model, file, outside), file)
+        extra = dict(source.tensors()) if source is not None else {}  # of no class, such as layers for further tokens
+        where |= dict.fromkeys(self._write(model, file, outside, extra), file)
         size = 0
         for file in sorted(set(where.values())):
             with safe_open(self._dense / file, framework="pt") as opened:
@@ -235,9 +254,11 @@ class Output:
                     size += torch.Size(part.get_shape()).numel() * DTYPES[part.get_dtype()].itemsize
         return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
 
-    def _write(self, model: PreTrainedModel, file: str, state: Mapping[str, Tensor]) -> list[str]:
-        """Writes a shard under the names of the source, and returns them."""
-        named = revert_weight_conversion(model, dict(state))
+    def _write(
+        self, model: PreTrainedModel, file: str, state: Mapping[str, Tensor], extra: Mapping[str, Tensor] | None = None
+    ) -> list[str]:
+        """Writes a shard under the names of the source, and returns them. `extra`: tensors that have such names already."""
+        named = revert_weight_conversion(model, dict(state)) | dict(extra or {})
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
         write_tensors(self._dense / file, kept, {"format": "pt"})
         return list(kept)

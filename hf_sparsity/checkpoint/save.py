@@ -13,7 +13,9 @@ from ..model.accepted import check_kind, refuse_adapters
 from ..model.identity import renew_identity
 from ..plan import Report
 from .atomic import new_folder
+from .completion import check_writable, complete
 from .packed_folder import check_layout, pack_into, refuse_unless_prunable
+from .source import find_source
 from .zeros import REPORT_FILE, check_written
 
 
@@ -43,11 +45,12 @@ def save_sparse(
     Raises:
         ValueError: the folder holds other files; an unknown layout; `bitmask` for a model that is quantized, has no
             plan, or no zeros worth packing.
-        RuntimeError: the files have fewer zeros than the report says.
+        RuntimeError: the files have fewer zeros than the report says, or would not load completely.
     """
     check_kind(model)
     refuse_adapters(model)
     check_layout(layout)
+    check_writable(model)
     if layout == "bitmask":
         refuse_unless_prunable(model.config.to_dict())
     with new_folder(path) as temporary:
@@ -59,6 +62,7 @@ def save_sparse(
         if report is not None:
             report.save(dense / REPORT_FILE)
             check_written(dense.glob("*.safetensors"), report.layers)
+        complete(dense, model, find_source(model), tokenizer=tokenizer)
         if layout == "bitmask":
             pack_into(dense, temporary, consume=True)
             shutil.rmtree(dense)

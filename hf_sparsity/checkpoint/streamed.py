@@ -15,6 +15,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +45,11 @@ class StreamedWeights(WeightStore):
         self, model: PreTrainedModel, stored: Mapping[str, Stored], present: set[str], device: torch.device
     ) -> None:
         self._model, self._device = model, device
+        self.source = dict(stored)  # all tensors of the checkpoint, where they were at first
+        self.folder = Path(next(iter(stored.values())).file).parent
         self._map = BlockMap.of(model, present)
         self._keys = CheckpointKeys(model, self._map, stored)
+        self.used = frozenset(self._keys.targets)  # names in the checkpoint that the model has a use for
         self._resident: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
         self._held_block: str | None = None

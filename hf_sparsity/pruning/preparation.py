@@ -15,6 +15,7 @@ from ..algorithm import Pruner, RowAllocator
 from ..calibration.batches import prepare_batches
 from ..calibration.mixture import Mixture
 from ..calibration.splits import HeldOut, hold_out, split_of
+from ..checkpoint.completion import check_writable
 from ..checkpoint.journal import digest
 from ..checkpoint.output import Output, open_output
 from ..checkpoint.packed_folder import check_worth
@@ -126,8 +127,10 @@ def prepare_pruning(
     )
     run.processes.agree("the plan", plan.to_dict()["layers"])
     check_unseen(model, model_layers, data if needs else [], config.allow_unseen)
-    if output is not None and output.layout == "bitmask":
-        check_worth(plan, model.dtype)
+    if output is not None:
+        check_writable(model)
+        if output.layout == "bitmask":
+            check_worth(plan, model.dtype)
     return PruningJob(
         plan=plan,
         pruner=config.pruner,

@@ -101,7 +101,7 @@ def prune(
     model.config.sparsity_config = plan.to_dict() | {"pruned": _record(job, report, evidence)}
     renew_identity(model, job.output.path if job.output else None)
     if job.output is not None:
-        job.output.finish(model, job.run.model_layers, report, tokenizer)
+        report = job.output.finish(model, job.run.model_layers, report, tokenizer)
     for name, note in report.notes.items():
         logger.warning("%s: %s", name, note)
     return report

@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ..checkpoint.source import LEFTOVERS
 from ..files import check_finished
 from ..model.accepted import check_path
 from ..plan import Plan, read_json
@@ -29,11 +30,6 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 _WEIGHTS = re.compile(r"(model|sparse)(-\d{5,6}-of-\d{5,6})?\.safetensors(\.index\.json)?")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
-# Files that the Trainer, tests and file managers leave beside a model, and that are no part of it.
-_LEFTOVERS = re.compile(
-    r"\..*|__pycache__|checkpoint-\d+|runs|logs|wandb|trainer_state\.json|training_args\.bin|"
-    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth"
-)
 
 
 class HubError(OSError):
@@ -147,7 +143,7 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
 def _walk(folder: Path) -> Iterator[Path]:
     """Yields all files and folders but leftovers, sorted; links to folders are yielded, not entered."""
     for path in sorted(folder.iterdir()):
-        if _LEFTOVERS.fullmatch(path.name):
+        if LEFTOVERS.fullmatch(path.name):
             continue
         yield path
         if path.is_dir() and not path.is_symlink():

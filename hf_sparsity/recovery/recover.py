@@ -174,6 +174,6 @@ def _write(model: Any, record: Mapping[str, Any], output: Output, tokenizer: Any
     renew_identity(model, output.path)
     reconstructed = output.journal.folder / "model" / REPORT_FILE
     report = Report.load(reconstructed) if reconstructed.exists() else measure_sparsity(model, masks=True)
-    with output.finishing(report, tokenizer) as place:
+    with output.finishing(model, report, tokenizer) as place:
         model.save_pretrained(place)
         check_written(place.glob("*.safetensors"), report.layers)

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...checkpoint.completion import missing_in
+from ...checkpoint.safetensors_index import opened
+from ...checkpoint.streamed import StreamedWeights
 from ...checkpoint.zeros import REPORT_FILE
 from ...evaluation.metrics import METRICS_FILE, Metrics
 from ...model.fingerprint import shapes_hash
 from ...model.layers import ModelLayers
+from ...model.offload import weight_store
 from ...plan import LARGEST_DEVIATION, LayerReport, Plan, Report
 from ...planning.checks import check_plan
 from ...pruners import PRUNERS
@@ -21,7 +27,7 @@ from .walk import Measured
 OK, FAILED, NOTE, NOT_APPLICABLE = "ok", "failed", "note", "not applicable"
 FILES, PLAN, FINGERPRINTS, REPORT = "files", "plan", "fingerprints", "report"
 ZEROS, PATTERN, MASKS, FINITE, TIED = "zeros", "pattern", "masks", "finite", "tied"
-EVALUATION, SURVIVORS, EXPLANATION = "evaluation", "survivors", "explanation"
+EVALUATION, SURVIVORS, TENSORS, EXPLANATION = "evaluation", "survivors", "tensors", "explanation"
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,23 @@ def survivors(known: Known) -> list[Finding]:
     wrong = {n: f"{count} of {kept[n]} weights that are left differ from the dense" for n, count in changed.items()}
     wrong |= dict.fromkeys(others, "it is not planned, and differs from the dense model's")
     return _failures(SURVIVORS, wrong, f"all {sum(kept.values())} weights left are the dense ones, {known.compared}")
+
+
+def tensors(model: PreTrainedModel, dense: PreTrainedModel) -> list[Finding]:
+    """Checks that both checkpoints have the same tensors, and that those which the class does not know are equal."""
+    ours, theirs = weight_store(model), weight_store(dense)
+    assert isinstance(ours, StreamedWeights) and isinstance(theirs, StreamedWeights)
+    wrong = dict.fromkeys(sorted(missing_in(model, theirs.source, ours.source)), "it is in the dense model alone")
+    wrong |= dict.fromkeys(sorted(missing_in(model, ours.source, theirs.source)), "it is not in the dense model")
+    shared = sorted((ours.source.keys() - ours.used) & theirs.source.keys())
+    for name in shared:
+        with opened(ours.source, [name]) as mine, opened(theirs.source, [name]) as other:
+            if not torch.equal(
+                *(part[name] if isinstance(part[name], Tensor) else part[name][...] for part in (mine, other))
+            ):
+                wrong[name] = "it is not planned, and differs from the dense model's"
+    unknown = f"; {len(shared)} of them are unknown to the class, and equal" if shared else ""
+    return _failures(TENSORS, wrong, f"both have the same {len(theirs.source)} tensors{unknown}")
 
 
 def updating(plan: Plan) -> str:

@@ -120,6 +120,7 @@ def verify(
         *checks.tied(model, plan),
         *checks.evaluation(path, weights),
         *checks.survivors(known),
+        *(checks.tensors(model, dense) if dense is not None else ()),
         *checks.explained(known),
     ]
     return Verification(str(path), findings, _measured(plan, model_layers, seen), weights[0] if weights else None)
