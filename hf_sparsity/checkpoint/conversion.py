@@ -5,10 +5,12 @@ The functions of transformers used here are not part of its documented interface
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -37,6 +39,14 @@ def slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for attribute, parameter in module._parameters.items()
         if parameter is not None
     }
+
+
+def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model of the same class and config whose parameters take no memory."""
+    with init_empty_weights(include_buffers=False):
+        twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    twin.config.dtype = torch.float32
+    return twin
 
 
 def read_parameters(

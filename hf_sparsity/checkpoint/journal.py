@@ -48,10 +48,11 @@ class Journal:
         self._values: dict[tuple[str, str], Any] = {}
         self._pending: list[dict[str, Any]] = []
         for record in _read(self._file, repair=processes.main):
-            self._take(record)
+            self.take(record)
         processes.wait()  # all have read before anybody writes
 
-    def _take(self, record: Mapping[str, Any]) -> None:
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Takes a record into memory as if it had been read; nothing is written."""
         if record["what"] == "block":
             self.blocks[record["name"]] = dict(record)
         elif record["what"] == "inputs":
@@ -136,7 +137,7 @@ class Journal:
 
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
         for record in records:
-            self._take(record)
+            self.take(record)
         if self._processes.main and records:
             with uninterrupted(), disk_errors(self.folder), open(self._file, "ab") as file:
                 file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
@@ -195,6 +196,11 @@ def _read(path: Path, *, repair: bool) -> list[dict[str, Any]]:
 def digest(value: Any) -> str:
     """Returns a short name for a value of JSON types; equal values have equal names."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digests(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a short name for each argument of a run, by which runs are compared; versions of libraries do not count."""
+    return {key: digest(json.loads(json.dumps(value))) for key, value in arguments.items() if key != "versions"}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

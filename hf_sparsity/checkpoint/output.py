@@ -9,7 +9,9 @@ disk. The dense ones lie in the record of the run and go with it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,13 +32,17 @@ from ..model.offload import onload, weight_store
 from ..plan import LayerReport, Report, read_json, write_json
 from .atomic import disk_errors, write_tensors
 from .completion import complete, with_notes
-from .journal import Journal
+from .conversion import read_parameters, targets, twin_of
+from .journal import Journal, digests
+from .locate import find_stored
 from .packed_folder import check_layout, pack_into
 from .safetensors_index import DTYPES
 from .source import Source, find_source
 from .streamed import read_blocks
 from .transformers_internals import custom_object_save, revert_weight_conversion
 from .zeros import REPORT_FILE, check_written
+
+logger = logging.getLogger(__name__)
 
 PACKED = "packed"  # the dense files, under the name that says that they are needed no more
 
@@ -48,7 +54,7 @@ class Output:
     `after_record`: see `Journal`.
 
     Raises:
-        ValueError: an unknown layout; the folder is complete, or holds other files.
+        ValueError: an unknown layout; the folder holds other files, or a model without a record of its run.
     """
 
     def __init__(
@@ -66,6 +72,8 @@ class Output:
         self.processes = processes or Processes.current()
         self._wipe = overwrite and self._is_ours()
         self._after_record = after_record
+        self._record: Mapping[str, Any] | None = None  # of the run that made a complete folder
+        self.is_complete = False  # by a run of the same arguments; known after `begin`
         if not self._wipe:
             self._check()
             self.journal = self._new_journal()
@@ -73,10 +81,15 @@ class Output:
     def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
         """Begins planning or pruning into the folder, or goes on with it; before this call nothing is written.
 
+        A folder that a run of the same arguments has completed is left as it is, and `is_complete` is True then.
+
         Raises:
-            ValueError: an unfinished run with other arguments is there.
+            ValueError: a run with other arguments is there, unfinished or complete.
             OSError: the folder cannot be written to.
         """
+        if self._record is not None:
+            self._compare(phase, digests(arguments))
+            return
         if self.processes.main:
             if self._wipe:
                 (self.path / CONFIG_NAME).unlink(missing_ok=True)  # first, so that nothing loads what is left
@@ -91,6 +104,36 @@ class Output:
         if self._wipe:
             self._wipe, self.journal = False, self._new_journal()
         self.journal.begin(phase, arguments)
+
+    def _compare(self, phase: str, now: Mapping[str, str]) -> None:
+        """Checks that the run that completed the folder had these arguments, by their digests."""
+        assert self._record is not None
+        before = self._record["phases"].get(phase)
+        if before is None:
+            raise ValueError(self._occupied())
+        keys = (
+            now.keys() if phase == "recover" else before.keys() | now.keys() - {"layout"}
+        )  # its record also has results
+        differing = sorted(key for key in keys if before.get(key) != now.get(key))
+        if self.layout != self._record["layout"]:
+            differing.append("layout")
+        if differing:
+            raise ValueError(
+                f"output {str(self.path)!r} is complete already, of a run with another {' and '.join(differing)}; "
+                "overwrite=True (--overwrite) replaces it, or choose another"
+            )
+        if not self.is_complete:
+            logger.info("%s is complete already, of a run with the same arguments", self.path)
+        self.is_complete = True
+
+    def arguments(self) -> dict[str, dict[str, str]]:
+        """Returns the digests of the arguments of this run by phase, which a finished folder keeps in its config."""
+        phases = {phase: self.journal.recall("begin", phase) for phase in ("plan", "prune")}
+        return {
+            phase: {key: value for key, value in digests(arguments).items() if key != "layout"}
+            for phase, arguments in phases.items()
+            if arguments is not None
+        }
 
     def _new_journal(self) -> Journal:
         return Journal(self.path / MARKER, self.processes, after_record=self._after_record)
@@ -118,10 +161,31 @@ class Output:
         if marker.is_dir():
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            hint = (
-                "; overwrite=True (--overwrite) replaces a sparse model" if (self.path / CONFIG_NAME).exists() else ""
-            )
-            raise ValueError(f"output {str(self.path)!r} exists and is not an empty folder; choose another{hint}")
+            self._record = self._finished_run()
+            if self._record is None:
+                raise ValueError(self._occupied())
+
+    def _occupied(self) -> str:
+        hint = "; overwrite=True (--overwrite) replaces a sparse model" if (self.path / CONFIG_NAME).exists() else ""
+        return f"output {str(self.path)!r} exists and is not an empty folder; choose another{hint}"
+
+    def _finished_run(self) -> dict[str, Any] | None:
+        """Returns what a complete folder says of the arguments of its run; None if it says nothing."""
+        if not (self.path / CONFIG_NAME).is_file():
+            return None
+        config = read_json(self.path / CONFIG_NAME)
+        sparsity = config.get("sparsity_config") if isinstance(config, dict) else None
+        if not isinstance(sparsity, dict):
+            return None
+        pruned = sparsity.get("pruned")
+        phases = pruned.get("arguments") if isinstance(pruned, dict) else None
+        if not isinstance(phases, dict) or not all(isinstance(value, dict) for value in phases.values()):
+            return None
+        recovered = sparsity.get("recovered")  # its facts are the arguments themselves
+        recover = {"recover": digests(recovered)} if isinstance(recovered, dict) else {}
+        layout = "bitmask" if config.get("quantization_config") is not None else "dense"
+        # What was trained after pruning is no longer what pruning gave.
+        return {"phases": recover or phases, "layout": layout}
 
     def resume(self, model: PreTrainedModel, model_layers: ModelLayers) -> None:
         """Puts the finished blocks into the model: into memory, or where a streamed model reads them from."""
@@ -139,11 +203,31 @@ class Output:
             return
         blocks = {block.name: block for block in model_layers.blocks}
         for name, values in read_blocks(model, self._dense, finished):
-            with onload(blocks[name].module) as onloaded:
-                for weight in blocks[name].weights.values():
-                    stored = values[weight.parameter]
-                    stored = stored if weight.expert is None else stored[weight.expert]
-                    onloaded.write(weight, stored.T if weight.transposed else stored)
+            _write_weights(blocks[name], values)
+
+    def restore(self, model: PreTrainedModel, model_layers: ModelLayers) -> Report:
+        """Puts the weights of a complete folder into the model, as pruning into it would have; returns its report."""
+        config = copy.deepcopy(model.config)
+        described = read_json(self.path / CONFIG_NAME)
+        for key in ("quantization_config", "transformers_weights"):
+            if key in described:
+                setattr(config, key, described[key])
+        stored = find_stored(self.path, config, {})
+        streamed, uses = weight_store(model), targets(model, stored)
+        by_block = {
+            block.name: {key: stored[key] for key, name in uses.items() if name.startswith(f"{block.name}.")}
+            for block in model_layers.blocks
+        }
+        if streamed is None:
+            twin = twin_of(model)
+            for block in model_layers.blocks:
+                values = read_parameters(twin, stored, sorted(by_block[block.name]), torch.device("cpu"))
+                _write_weights(block, values)
+        elif self.layout == "dense":  # a streamed model cannot be used once its blocks are packed
+            for name, places in by_block.items():
+                streamed.redirect(name, self.path, {key: Path(place.file).name for key, place in places.items()})
+        model.config.sparsity_config = described["sparsity_config"]
+        return Report.load(self.path / REPORT_FILE)
 
     def write_block(
         self, model: PreTrainedModel, model_layers: ModelLayers, block: Block, layers: Mapping[str, LayerReport]
@@ -280,6 +364,15 @@ def _names(model: PreTrainedModel, model_layers: ModelLayers) -> dict[str, list[
         block = next((b.name for b in model_layers.blocks if name.startswith(b.name + ".")), "")
         result[block].append(name)
     return result
+
+
+def _write_weights(block: Block, values: Mapping[str, Tensor]) -> None:
+    """Puts the prunable weights of a block into the model, from the values of its parameters by full name."""
+    with onload(block.module) as onloaded:
+        for weight in block.weights.values():
+            value = values[weight.parameter]
+            value = value if weight.expert is None else value[weight.expert]
+            onloaded.write(weight, value.T if weight.transposed else value)
 
 
 def _tensor(model: PreTrainedModel, name: str) -> Tensor:

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from ..model.offload import weight_store
-from .conversion import rehearse, some, targets
+from .conversion import rehearse, some, targets, twin_of
 from .locate import find_stored
 from .safetensors_index import Stored, opened
 from .streamed import StreamedWeights
@@ -175,14 +173,6 @@ def try_loading(model: PreTrainedModel, stored: Mapping[str, Stored]) -> Loading
         missing=frozenset(missing - tied - set(_matching(missing, twin, "_keys_to_ignore_on_load_missing"))),
         unused=frozenset(stored.keys() - targets(twin, stored).keys()),
     )
-
-
-def twin_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a model of the same class and config whose parameters take no memory."""
-    with init_empty_weights(include_buffers=False):
-        twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
-    twin.config.dtype = torch.float32
-    return twin
 
 
 def _matching(names: Iterable[str], model: PreTrainedModel, attribute: str) -> list[str]:

@@ -11,7 +11,6 @@ and one that is written to gets pages of its own, so no write can reach the chec
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -29,7 +28,7 @@ from ..model.accepted import check_source
 from ..model.classes import LOCATION, from_config
 from ..model.offload import WeightStore, attach_store
 from .block_map import BlockMap, CheckpointKeys
-from .conversion import convert, read_parameters, rehearse, some
+from .conversion import convert, read_parameters, rehearse, some, twin_of
 from .locate import find_stored
 from .safetensors_index import DTYPES, WEIGHT_DTYPES, Stored, opened, read_headers
 from .system import prefetch
@@ -180,9 +179,7 @@ def read_blocks(
     """
     if not blocks:
         return
-    with init_empty_weights(include_buffers=False):
-        twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
-    twin.config.dtype = torch.float32
+    twin = twin_of(model)
     for name, files in blocks.items():
         stored = read_headers({os.path.join(folder, file) for file in files.values()})
         yield name, read_parameters(twin, stored, sorted(files), torch.device("cpu"))

@@ -87,7 +87,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         on_start=None if planned_here else show,
     )
     size = folder_bytes(output.path)
-    if speaks:
+    if speaks and output.is_complete:
+        print(f"{output.path} is complete already, of a run with the same arguments; nothing was computed")
+    elif speaks:
         print(_outcome(plan, report, model.config.sparsity_config["pruned"]))
         zeros = "zeros are stored like other numbers" if options.layout == "dense" else "zeros are stored as bits"
         print(f"saved to {output.path} ({size / 2**20:.1f} MiB: {zeros})")

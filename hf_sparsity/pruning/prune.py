@@ -48,6 +48,7 @@ def prune(
 
     With `output_dir` every block is on disk as soon as it is pruned. A run that was interrupted goes on at the next
     block when it is started again with the same arguments, on the dense model, and ends with the same bits.
+    Where a run of the same arguments has completed the folder, the model gets its weights and nothing is computed.
     Processes of one launch (`accelerate launch`) that call this together share the work.
 
     Args:
@@ -90,6 +91,9 @@ def prune(
     if on_start is not None:
         on_start(job.run)
     job.begin()
+    if job.output is not None and job.output.is_complete:
+        renew_identity(model, job.output.path)
+        return job.output.restore(model, job.run.model_layers)
     evidence = Evidence(job)
     if job.output is not None:
         job.output.resume(model, job.run.model_layers)
@@ -165,4 +169,5 @@ def _record(job: PruningJob, report: Report, evidence: Evidence) -> dict[str, An
         "data": job.run.fingerprints["data"],
         "versions": versions(),
         **{key: value for key, value in optional.items() if value},
+        **({"arguments": job.output.arguments()} if job.output is not None else {}),
     }

@@ -25,6 +25,7 @@ from ..evaluation.perplexity import evaluate_text
 from ..files import MARKER
 from ..model.fingerprint import weights_fingerprint
 from ..model.identity import renew_identity
+from ..model.loading import load_sparse
 from ..model.offload import weight_store
 from ..model.sparsity import measure_sparsity, model_plan, planned_layers
 from ..plan import Report
@@ -104,6 +105,8 @@ def recover(
     job = prepare(model, data, chosen, **where)
     facts = job.facts()
     output.begin("recover", facts)
+    if output.is_complete:
+        return load_sparse(output_dir).eval()
     before = output.journal.once("loss", "before", lambda: _loss(job.model, job.held_out))
     # A reconstruction starts from the dense model, so earlier recoveries are no part of its result.
     previous = None if isinstance(chosen, Reconstruction) else job.model.config.sparsity_config.get("recovered")

@@ -127,7 +127,7 @@ def test_verify_compares_in_both_directions(source, tmp_path):
     prune(model, make_plan(model, CONFIG), output_dir=tmp_path / "out")
     assert verify(tmp_path / "out", against=folder).ok
     file = next(f for f in (tmp_path / "out").glob("*.safetensors") if next(iter(further)) in load_file(f))
-    whole = load_file(file)
+    whole = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file itself is replaced below
     name = next(iter(further))
     for change in ({name: None}, {name: whole[name] + 1}, {"new.weight": torch.ones(2)}):
         changed = {key: value for key, value in (whole | change).items() if value is not None}
