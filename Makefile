@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow test-oldest test-newest clean
 
 demo: $(READY)  ## prune the embedded model with every allocator, compare, draw
 	rm -rf demo_output
@@ -15,6 +15,14 @@ test: $(READY)  ## the default test suite: offline, CPU
 
 slow: $(READY)  ## the sweep over every causal-LM architecture, and other long tests
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# The two ends of the range of releases in pyproject.toml, each in an environment of its own. ONLY="tests/..." runs less.
+test-oldest: $(VENV)-oldest/.ready  ## the default suite with the oldest releases of transformers and its kin
+	$(VENV)-oldest/bin/python -m pytest -n 2 $(ONLY)
+
+test-newest: $(VENV)-newest/.torch  ## the default suite with the newest releases there are today
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]' torch==2.13.0
+	$(VENV)-newest/bin/python -m pytest -n 2 $(ONLY)
 
 check: $(READY)  ## formatter, linter, types
 	$(BIN)/ruff format --check .
@@ -28,5 +36,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)-oldest/.ready: $(VENV)-oldest/.torch pyproject.toml tests/constraints-oldest.txt
+	$(VENV)-oldest/bin/pip install --quiet --constraint tests/constraints-oldest.txt --editable '.[test]'
+	touch $@
+
+$(VENV)-%/.torch:
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet torch==2.13.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo_output build dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo_output build dist
