@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,14 +14,16 @@ from ..distributed import Processes
 from ..files import MARKER
 from ..plan import Plan
 from .atomic import disk_errors
-from .journal import Journal
+from .journal import Journal, differences
+
+logger = logging.getLogger(__name__)
 
 
 class PlanFile:
     """The JSON file `path` that `make_plan` writes a plan to; until then a record is in the folder `<path>.UNFINISHED`.
 
     Raises:
-        ValueError: `path` is a folder, or a file that exists while `overwrite` is False.
+        ValueError: `path` is a folder or, while `overwrite` is False, a file that is no plan or one from a race.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, processes: Processes | None = None):
@@ -28,21 +32,50 @@ class PlanFile:
         self._record = self.path.with_name(f"{self.path.name}.{MARKER}")
         if self.path.is_dir():
             raise ValueError(f"output {str(path)!r} is a folder; a file for the plan is expected, such as plan.json")
-        if self.path.exists() and not overwrite:
-            raise ValueError(
-                f"output {str(path)!r} exists; choose another name, or remove it (overwrite=True, --overwrite)"
-            )
+        self.is_complete = False  # by a run of the same arguments; known after `begin`
+        self._plan = self._finished_plan() if self.path.exists() and not overwrite else None
         self._wipe = overwrite
         if not overwrite:
             self.journal = Journal(self._record, self.processes)
 
+    def _finished_plan(self) -> Plan:
+        """Returns the plan that is there. Raises ValueError for a file that is none, or one from a race.
+
+        The plan of a race does not say on which data it was made, so another run cannot be compared with it.
+        """
+        try:
+            plan = Plan.load(self.path)
+        except (ValueError, TypeError, KeyError):
+            plan = None
+        if plan is None or plan.chosen:
+            raise ValueError(
+                f"output {str(self.path)!r} exists; choose another name, or remove it (overwrite=True, --overwrite)"
+            )
+        return plan
+
+    def _compare(self, plan: Plan, arguments: Mapping[str, Any]) -> None:
+        before = {"config": plan.config, "model": plan.model, "data": plan.data or arguments.get("data")}
+        now = {key: arguments.get(key) for key in before}
+        if differing := differences(json.loads(json.dumps(before)), json.loads(json.dumps(now))):
+            raise ValueError(
+                f"output {str(self.path)!r} is complete already, of a run with other arguments: {differing}. "
+                "overwrite=True (--overwrite) replaces it, or choose another name"
+            )
+        logger.info("%s is complete already, of a run with the same arguments", self.path)
+        self.is_complete = True
+
     def begin(self, phase: str, arguments: Mapping[str, Any]) -> None:
         """Begins planning, or goes on with it; before this call nothing is written.
 
+        A plan that a run of the same arguments has written is left as it is, and `is_complete` is True then.
+
         Raises:
-            ValueError: an unfinished run with other arguments is there.
+            ValueError: a run with other arguments is there, unfinished or complete.
             OSError: the folder cannot be written to.
         """
+        if self._plan is not None:
+            self._compare(self._plan, arguments)
+            return
         if self.processes.main:
             if self._wipe:
                 shutil.rmtree(self._record, ignore_errors=True)
@@ -54,8 +87,8 @@ class PlanFile:
         self.journal.begin(phase, arguments)
 
     def save(self, plan: Plan) -> None:
-        """Writes the plan and removes the record."""
-        if self.processes.main:
+        """Writes the plan and removes the record; leaves a file alone that is complete already."""
+        if self.processes.main and not self.is_complete:
             with disk_errors(self.path.parent):
                 plan.save(self.path)
                 self.journal.remove()

@@ -33,5 +33,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     output.save(made)
     if output.processes.main and not options.json:
         print(tables.plan_table(made))
-        print(f"plan written to {options.output}")
+        again = f"{options.output} is complete already, of a run with the same arguments"
+        print(again if output.is_complete else f"plan written to {options.output}")
     return {"plan": options.output, "sparsity": made.sparsity, "target": made.target, "layers": len(made.layers)}

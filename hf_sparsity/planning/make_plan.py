@@ -90,7 +90,7 @@ def make_plan(
     if on_start is not None:
         on_start(run)
     run.begin("plan", {"config": config.to_dict()})
-    if isinstance(output, Output) and output.is_complete:
+    if output is not None and output.is_complete:
         return dataclasses.replace(Plan.load(output.path), algorithms=_instances(config))
     if (known := _known_plan(run, config)) is not None:
         return known

@@ -71,8 +71,18 @@ def test_other_arguments_are_an_error_until_it_may_be_overwritten(tmp_path, monk
     assert (tmp_path / "plan.json.UNFINISHED").exists()  # nothing is touched before planning begins
     made = make_plan(tiny("llama"), other, output_dir=output)
     output.save(made)
-    with pytest.raises(ValueError, match="exists; choose another"):
-        PlanFile(file)
+    again = PlanFile(file)
+    assert make_plan(tiny("llama"), other, output_dir=again).to_dict() == made.to_dict() and again.is_complete
+    written = file.stat().st_mtime_ns
+    again.save(made)
+    assert file.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="complete already, of a run with other arguments: config was"):
+        make_plan(tiny("llama"), SparsityConfig(0.6), output_dir=PlanFile(file))
+    for text in ("{}", "mine"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match="exists; choose another"):
+            PlanFile(tmp_path / "other.json")
+    (tmp_path / "other.json").unlink()
     with pytest.raises(ValueError, match="is a folder"):
         PlanFile(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
