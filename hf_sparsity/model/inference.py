@@ -67,8 +67,7 @@ def without_autocast() -> Iterator[None]:
 def prepared(model: PreTrainedModel) -> Iterator[None]:
     """Puts the model in evaluation mode with experts computed one by one, so that the inputs of each can be seen.
 
-    What `model.compile()` compiled runs uncompiled, since compiled code passes by what looks at its inputs. After, all is as
-    it was before.
+    After, both are as they were before.
     """
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
     compiled = {
@@ -76,13 +75,9 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
     }
     with evaluating(model):
         try:
-            for module in compiled:
-                module._compiled_call_impl = None
             if experts:
                 model.set_experts_implementation("eager")
             yield
         finally:
             if experts:
                 model.set_experts_implementation(experts)
-            for module, call in compiled.items():
-                module._compiled_call_impl = call

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers.models.auto import modeling_auto
 
 from hf_sparsity import SparseModel, SparsityConfig, verify
+from hf_sparsity.model.classes import is_model_class
 from tests.model.shrink import small_model
 
 MAGNITUDE = SparsityConfig(0.5, pruner="magnitude")
@@ -81,13 +82,11 @@ def test_every_kind_of_head(name, tmp_path):
 
 def head_classes():
     """All model classes of transformers with one of `HEADS`, by name."""
-    kinds = {}
-    for head in HEADS:
-        for config_class, found in getattr(modeling_auto, head)._model_mapping.items():
-            for kind in found if isinstance(found, (tuple, list)) else (found,):
-                if getattr(kind, "config_class", None) is config_class:
-                    kinds[kind.__name__] = kind
-    return dict(sorted(kinds.items()))
+    tables = (vars(getattr(modeling_auto, head)._model_mapping)["_model_mapping"] for head in HEADS)
+    names = {
+        name for table in tables for found in table.values() for name in ([found] if isinstance(found, str) else found)
+    }
+    return {name: getattr(hf, name) for name in sorted(names) if is_model_class(name)}
 
 
 @pytest.mark.slow
