@@ -70,9 +70,6 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
     After, both are as they were before.
     """
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
-    compiled = {
-        module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None
-    }
     with evaluating(model):
         try:
             if experts:
