@@ -111,7 +111,8 @@ def refuse_adapters(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} holds adapters of peft, such as the one on {adapted!r}, which are no part of the model. "
             "Merge them first: model = peft_model.merge_and_unload(), or merge_lora(peft_model) where the base is sparse "
-            "already; what was added by model.add_adapter is taken off by model.delete_adapter"
+            "already. After model.add_adapter: model.save_pretrained(folder), which writes the adapter alone, then "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload() on the base loaded anew"
         )
 
 
