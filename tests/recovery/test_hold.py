@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaModel
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from hf_sparsity import hold_zeros, make_plan, measure_sparsity, prune
 from hf_sparsity.model.layers import find_layers
@@ -160,3 +164,14 @@ def test_what_cannot_be_held_is_refused():
         with pytest.raises(ValueError, match=message), hold_zeros(wrong, opt):
             pass
     assert not model._forward_pre_hooks and not model._state_dict_pre_hooks
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "examples" / "recover_with_accelerate.py"), "--steps", "5", "--heldout", "4"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command += ["--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
