@@ -271,7 +271,11 @@ def _attach(
         model.add_adapter(adapter_name, config)
     else:
         model = get_peft_model(model, config, adapter_name=adapter_name)
-    wrong, record = [], MergeRecord(model.get_base_model())
+    wrong = []
+    records = [
+        layer.merge_record for _, layer, _ in _adapted(model) if isinstance(layer, Masked) and layer.merge_record
+    ]
+    record = records[0] if records else MergeRecord(model.get_base_model())
     for name, layer, _ in _adapted(model):
         if isinstance(layer, TrainableTokensLayer) and name not in planned:
             continue  # new rows of an embedding, which has no mask
@@ -279,7 +283,7 @@ def _attach(
         if adapter_name in _adapters(layer) and not (name in planned and masked):
             wrong.append(name.removesuffix(".weight"))
         if isinstance(layer, Masked):
-            layer.merge_record = layer.merge_record or record
+            layer.merge_record = record
     if wrong:
         if added:
             model.delete_adapter(adapter_name)

@@ -141,5 +141,9 @@ def test_a_merge_is_recorded_as_long_as_it_lasts():
     )
     adapted.unmerge_adapter()
     assert "recovered" not in model.config.sparsity_config
+    sparse_lora(adapted, LoraConfig(target_modules=["k_proj"]), adapter_name="second")
+    adapted.merge_adapter(["default", "second"])
+    assert model.config.sparsity_config["recovered"]["previous"] is None
+    adapted.unmerge_adapter()
     again = copy.deepcopy(adapted).merge_and_unload()
     assert again.config.sparsity_config["recovered"] and "recovered" not in model.config.sparsity_config
