@@ -2,7 +2,7 @@
 
 import math
 import random
-import time
+import sys
 
 import pytest
 
@@ -106,11 +106,28 @@ def test_groups_keep_one_where_the_target_leaves_less():
     assert meet_groups({"a": 0.99, "b": 0.99}, {"a": 8, "b": 16}, 0.99, 8) == {"a": 0.875, "b": 0.875}
 
 
-def test_groups_of_a_model_with_many_experts_are_quick():
-    sparsities, sizes = random_case(0, layers=12_288)
-    begin = time.perf_counter()
-    meet_groups(sparsities, sizes, 0.7, 8)
-    assert time.perf_counter() - begin < 2  # seconds; scanning all layers for each step takes minutes
+def calls_of(function, *args):
+    """How many functions, Python's own included, are called and generators resumed while it runs."""
+    calls = [0]
+
+    def count(frame, event, argument):
+        calls[0] += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(before)
+    return calls[0]
+
+
+def test_groups_of_a_model_with_many_experts_take_a_heap():
+    """The work grows with the number of layers; scanning all layers for each step, with its square."""
+    few, many = (calls_of(meet_groups, *random_case(0, layers=layers), 0.7, 8) for layers in (500, 4000))
+    assert few < many < 12 * few
+    scanned = [calls_of(slow_meet_groups, *random_case(0, layers=layers), 0.7, 8) for layers in (50, 400)]
+    assert scanned[1] > 24 * scanned[0]
 
 
 CURVE = Curve([0.0, 0.5, 0.6, 0.9], [1.0, 0.8, 0.85, 0.4])
