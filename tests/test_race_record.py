@@ -10,7 +10,7 @@ import pytest
 from hf_sparsity import make_plan
 from hf_sparsity.evaluation.divergence import DenseReference
 from tests.conftest import tiny
-from tests.planning.race.test_evolution import config, texts
+from tests.planning.race.searches import config, texts
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from hf_sparsity.checkpoint.save import save_sparse
 from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.cli.main import main
 from hf_sparsity.publish.layouts import pack, unpack
-from tests.checkpoint.bitmask.test_codec import put, seal, string, tensor
+from tests.checkpoint.bitmask.packed_bytes import put, seal, string, tensor
 from tests.conftest import tiny
 
 register()

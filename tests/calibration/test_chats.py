@@ -9,7 +9,7 @@ import pytest
 
 from hf_sparsity.calibration.calibration import calibration_batches
 from hf_sparsity.calibration.chats import chat_ids, without_missing
-from tests.calibration.test_calibration import make_tokenizer
+from tests.calibration.texts import make_tokenizer
 
 LENIENT = (
     "{% if tools %}[TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from hf_sparsity import demo, save_sparse
 from hf_sparsity.cli.main import main
 from hf_sparsity.evaluation.metrics import METRICS_FILE, Metrics
-from tests.evaluation.test_metrics import DOCUMENTS, small, sparse
-from tests.evaluation.test_tasks import ROWS, TASK
+from tests.evaluation.local_task import ROWS, TASK
+from tests.evaluation.models import DOCUMENTS, small, sparse
 
 
 @pytest.fixture(scope="module")

@@ -10,41 +10,21 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from hf_sparsity import SparsityConfig, demo, evaluate_text, make_plan, prune, save_sparse
+from hf_sparsity import demo, evaluate_text, save_sparse
 from hf_sparsity.core import bootstrap
 from hf_sparsity.evaluation.evaluate import evaluate
 from hf_sparsity.evaluation.metrics import METRICS_FILE, Interval, Metrics
 from hf_sparsity.evaluation.perplexity import next_token_loss, score_windows, text_windows
 from hf_sparsity.evaluation.resampling import Resampling
 from hf_sparsity.evaluation.texts import Text, cut, read_text
-
-
-def small(seed: int = 1) -> LlamaForCausalLM:
-    """A random model for the embedded tokenizer."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=3072, max_position_embeddings=128, **shape)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.2)
-    return model
-
-
-def sparse(seed: int = 1) -> LlamaForCausalLM:
-    model = small(seed)
-    prune(model, make_plan(model, SparsityConfig(sparsity=0.5, pruner="magnitude")))
-    return model
+from tests.evaluation.models import DOCUMENTS, small, sparse
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(demo.PATH)
-
-
-DOCUMENTS = [f"class Thing{i}:\n    '''{'x + y ' * (20 + 13 * i)}'''\n" for i in range(10)]
 
 
 # ---- the bootstrap

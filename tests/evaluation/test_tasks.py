@@ -16,35 +16,11 @@ from hf_sparsity.evaluation.evaluate import evaluate
 from hf_sparsity.evaluation.metrics import Interval, Metrics, Score
 from hf_sparsity.evaluation.tasks import find_tasks, score_tasks
 from hf_sparsity.model.fingerprint import weights_fingerprint
-from tests.evaluation.test_metrics import small, sparse
+from tests.evaluation.local_task import ROWS, TASK
+from tests.evaluation.models import small, sparse
 
 pytest.importorskip("lm_eval")
 
-WORDS = [" self", " None", " return", " import", " for", " in", " if", " not", " def", " True", " class", " else"]
-ROWS = [  # choices of one token each, or the shortest would always win
-    {"before": f"x{i} ={WORDS[5 * i % 12]}", "choices": [WORDS[(i + j * j) % 12] for j in (1, 2, 3)], "right": i % 3}
-    for i in range(30)
-]
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{before}}}}"
-doc_to_choice: choices
-doc_to_target: right
-target_delimiter: ""
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-  - metric: mcc
-metadata:
-  version: 2.0
-"""
 GROUP = """
 group: both
 task: [next_line, other_line]

@@ -13,7 +13,7 @@ from hf_sparsity.core.stats import GRAM
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.streaming.stream import stream_blocks
 from tests.model.shrink import causal_configs, shrunk
-from tests.streaming.test_stream import plain_moments
+from tests.streaming.moments import plain_moments
 
 KNOWN = 139  # how many could be shrunk with the transformers that the constraints name
 

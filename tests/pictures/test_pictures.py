@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
@@ -15,6 +14,7 @@ from hf_sparsity.pictures.files import check_page, check_picture
 from hf_sparsity.pictures.grid import by_block_and_projection, make_grid, places, split_name
 from hf_sparsity.pictures.panels import Dots, bounds, make_picture
 from hf_sparsity.plan import LayerPlan, LayerReport, Plan, Report
+from tests.pictures.pages import Page, check_harmless
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 GITHUB_DARK, WHITE = "#0d1117", "#ffffff"
@@ -318,43 +318,6 @@ def test_without_matplotlib_nothing_is_begun(tmp_path, monkeypatch):
 
 
 # ---- HTML
-
-
-class Page(HTMLParser):
-    """All tags of a page; fails where they do not nest."""
-
-    VOID = ("meta", "br", "wbr")
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.words, self.attributes = [], [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        self.open.append(tag)
-        if tag in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
-def check_harmless(text):
-    """The page loads and runs nothing, and refers to nothing but to parts of itself. Returns it parsed."""
-    page = Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "a", "image", "form"} & set(page.tags)
-    references = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
-    assert all(value.startswith("#") for value in [*references, *re.findall(r"url\((.*?)\)", text)])
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert "@import" not in text and not re.search(r"https?://|//[a-z]+\.[a-z]", text)
-    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in text
-    return page
 
 
 def test_html_is_one_page_that_loads_and_runs_nothing(tmp_path):

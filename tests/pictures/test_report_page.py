@@ -17,7 +17,7 @@ from hf_sparsity.pictures.panels import Dots, Heat, brief, round_ticks
 from hf_sparsity.plan import LayerPlan, Plan
 from hf_sparsity.race_record import RaceDetails
 from hf_sparsity.records import Interval
-from tests.pictures.test_pictures import Page, check_harmless
+from tests.pictures.pages import Page, check_harmless
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
 

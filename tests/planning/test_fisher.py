@@ -7,7 +7,6 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from hf_sparsity import SparsityConfig, make_plan, prune
 from hf_sparsity.algorithm import Pattern
@@ -20,6 +19,7 @@ from hf_sparsity.planning.masked_loss import MaskedLoss
 from hf_sparsity.pruners import Magnitude, Wanda
 from hf_sparsity.streaming.stream import stream_blocks
 from tests.conftest import gemma3n, tiny, tiny_batch
+from tests.planning.surroundings import offloaded, surroundings
 
 IDS = tiny_batch("llama", sequences=3, tokens=20)["input_ids"]
 
@@ -83,21 +83,6 @@ def test_dropout_is_off_whatever_the_mode():
     assert fisher_information(model, find_layers(model), prepare_batches(model, IDS)) == expected
 
 
-def offloaded(model, where, folder):
-    """The model with weights in a CPU map, on disk, or of one whole block and half of another on disk."""
-    if where == "cpu":
-        return cpu_offload(model, execution_device=torch.device("cpu"))
-    if where == "disk":
-        disk_offload(model, str(folder), execution_device=torch.device("cpu"))
-        return model
-    stack = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
-    half = next(n for n, _ in model.get_submodule(f"{stack}.2").named_children() if n in ("mlp", "fc1"))
-    disk = {f"{stack}.1", f"{stack}.2.{half}"}
-    rest = [n for n, m in model.named_modules() if m._parameters and not any(n.startswith(d) for d in disk)]
-    device_map = dict.fromkeys(rest, "cpu") | dict.fromkeys(disk, "disk")
-    return dispatch_model(model, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
-
-
 @pytest.mark.parametrize("where", ["cpu", "disk", "mixed"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "opt"])
 def test_offloaded_it_is_the_same_to_the_last_bit(name, where, tmp_path):
@@ -122,12 +107,6 @@ def test_offloaded_blocks_with_nothing_to_prune_only_pass_gradients_on(ignore, t
     expected = fisher_information(model, find_layers(model, [ignore]), prepare_batches(model, IDS))
     model = offloaded(model, "disk", tmp_path)
     assert fisher_information(model, find_layers(model, [ignore]), prepare_batches(model, IDS)) == expected
-
-
-def surroundings(model):
-    flags = {n: (p.requires_grad, p.grad is None) for n, p in model.named_parameters()}
-    modules = {n: (m.training, m.__dict__.get("forward")) for n, m in model.named_modules()}
-    return flags, modules
 
 
 def test_a_block_that_runs_twice_has_the_square_of_the_summed_gradient(tmp_path):

@@ -12,18 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_sparsity import Plan, SparsityConfig, make_plan, measure_sparsity, prune
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.model.sparsity import check_zeros
 from hf_sparsity.recovery.callback import SparsityCallback
 from tests.conftest import tiny
+from tests.recovery.trainers import IDS, PRUNE, sparse, trainer, zeros
 from tests.tools import several
 
-IDS = torch.randint(3, 120, (24, 16), generator=torch.Generator().manual_seed(3))
-DATA = [{"input_ids": row, "labels": row} for row in IDS]
-PRUNE = {"sparsity": 0.6, "pruner": "magnitude"}
 WAYS = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3},
@@ -35,18 +33,6 @@ WAYS = {
     "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "best": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2},
 }
-
-
-def sparse(name="llama", dtype=torch.float32, **config):
-    model = tiny(name, dtype)
-    prune(model, make_plan(model, PRUNE | config))
-    return model
-
-
-def zeros(model):
-    """Which planned weights are 0, by parameter: read from the model, not from the callback."""
-    names = {weight.parameter for weight in find_layers(model).weights.values()}
-    return {n: (p.detach() == 0) for n, p in model.named_parameters() if n in names}
 
 
 class Watch(TrainerCallback):
@@ -84,25 +70,6 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.check(model, "end")
-
-
-def trainer(model, folder, *callbacks, steps=4, **changes):
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 5e-3,
-        "weight_decay": 0.1,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 5,
-    }
-    arguments = TrainingArguments(**(arguments | changes))
-    return Trainer(model, arguments, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=list(callbacks))
 
 
 def assert_survivors_changed(before, model, dead, share=0.95):
@@ -470,7 +437,8 @@ import sys, types, torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import TrainerControl, TrainerState
 from tests.recovery.test_callback import *
-from tests.recovery.test_callback import IDS, sparse, tiny
+from tests.recovery.trainers import IDS, sparse
+from tests.recovery.test_callback import tiny
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 mesh = torch.distributed.init_device_mesh("cpu", (2,))

@@ -26,7 +26,7 @@ from hf_sparsity.model.layers import find_layers
 from hf_sparsity.model.sparsity import check_zeros
 from hf_sparsity.recovery.gradual import RunningNorms
 from tests.conftest import tiny
-from tests.recovery.test_callback import DATA, IDS, PRUNE, sparse, trainer, zeros
+from tests.recovery.trainers import DATA, IDS, PRUNE, sparse, trainer, zeros
 
 
 class Spoiler(TrainerCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import struct
@@ -13,6 +12,7 @@ import torch
 from hf_sparsity.checkpoint.bitmask import bits, codec, threads
 from hf_sparsity.checkpoint.bitmask.codec import DTYPES, HEADER, checksum, pack, packed_bytes, read_header, unpack
 from hf_sparsity.checkpoint.bitmask.kernels import kernels
+from tests.checkpoint.bitmask.packed_bytes import digest, put, seal, string, tensor
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
@@ -22,29 +22,6 @@ def loops(request, monkeypatch):
         monkeypatch.setattr(bits, "kernels", lambda size: None)
     elif kernels(2) is None:
         pytest.skip("no llvmlite, or no CPU that it is for")
-
-
-def seal(raw: bytes) -> bytes:
-    """The layout's checksum restated in plain Python, put in its place."""
-    raw = raw[:48] + bytes(8) + raw[56:]
-    return raw[:48] + digest(raw) + raw[56:]
-
-
-def digest(raw: bytes) -> bytes:
-    words = struct.unpack(f"<{-(-len(raw) // 4096) * 512}Q", raw + bytes(-len(raw) % 4096))
-    rows = [words[i : i + 512] for i in range(0, len(words), 512)] or [(0,) * 512]
-    if len(raw) % 4096 == 0 and raw:
-        rows.append((0,) * 512)
-    sums = [sum(c) % 2**64 for c in zip(*rows, strict=True)] + [sum(r) % 2**64 for r in rows]
-    return hashlib.sha256(struct.pack(f"<{len(sums)}Q", *sums)).digest()[:8]
-
-
-def tensor(raw: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-
-
-def string(packed: torch.Tensor) -> bytes:
-    return bytes(packed.tolist())
 
 
 def sparse(shape, sparsity, dtype=torch.float32, seed=0):
@@ -228,10 +205,6 @@ def test_what_cannot_be_packed():
 GOOD = string(pack(sparse((6, 20), 0.5)))
 CODED = string(pack(pruned((6, 20), 2, 4), group=(2, 4)))
 assert GOOD[6:8] == b"\0\0" and CODED[6:8] == b"\2\4"
-
-
-def put(raw: bytes, at: int, new: bytes) -> bytes:
-    return raw[:at] + new + raw[at + len(new) :]
 
 
 HOSTILE = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_sparsity.checkpoint.bitmask.codec import HEADER, pack, read_header, unpack
 from hf_sparsity.plan import LayerPlan, LayerReport, Plan, Report
-from tests.checkpoint.bitmask.test_codec import seal, tensor
+from tests.checkpoint.bitmask.packed_bytes import seal, tensor
 
 quick = settings(
     max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)

@@ -30,8 +30,8 @@ from hf_sparsity.planning.race.survey import survey
 from hf_sparsity.pruners import Wanda
 from hf_sparsity.streaming.gradients import BlocksNotAlone
 from tests.conftest import gemma3n, tiny, tiny_batch
-from tests.planning.race.test_evolution import Quadratic, config, grid, texts
-from tests.planning.test_fisher import offloaded, surroundings
+from tests.planning.race.searches import Quadratic, config, grid, texts
+from tests.planning.surroundings import offloaded, surroundings
 from tests.tools import several
 
 
