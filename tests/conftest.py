@@ -97,6 +97,24 @@ def tiny(name: str, dtype: torch.dtype = torch.float32):
     return model
 
 
+def auto(name: str):
+    """The Auto class of an architecture in `ZOO`."""
+    return getattr(hf, ZOO[name]()[0])
+
+
+@pytest.fixture
+def source(tmp_path):
+    """`source(name)`: the folder of `tiny(name)`, in several files, written once."""
+
+    def make(name, **options):
+        folder = tmp_path / f"source_{name}"
+        if not folder.exists():
+            tiny(name, **options).save_pretrained(folder, max_shard_size="150KB")
+        return folder
+
+    return make
+
+
 def tiny_batch(name: str, sequences: int = 2, tokens: int = 24) -> dict[str, torch.Tensor]:
     """Inputs for `tiny(name)`; text models get plain ids."""
     generator = torch.Generator().manual_seed(2)

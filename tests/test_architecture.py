@@ -93,10 +93,6 @@ ONLY_IN = {
     "transformers.quantizers": {"checkpoint/transformers_internals.py"},
     "transformers.dynamic_module_utils": {"checkpoint/transformers_internals.py"},
 }
-# Functions of more than 60 lines: none is added here, and none is to be left.
-TOO_LONG = {
-    "streaming/lockstep.py lockstep",
-}
 # The public verbs, whose keywords are the choices a user has; and one that carries them.
 MANY_PARAMETERS = {
     "config.py __init__",  # SparsityConfig
@@ -246,7 +242,7 @@ def test_functions_stay_short():
         for name, node in functions(path):
             body = node.body[bool(ast.get_docstring(node)) :] or node.body
             lines = node.end_lineno - body[0].lineno + 1
-            assert lines <= 60 or name in TOO_LONG, f"{name} has {lines} lines: cut it by what it does"
+            assert lines <= 60, f"{name} has {lines} lines: cut it by what it does"
 
 
 def test_functions_have_few_parameters():
@@ -310,6 +306,17 @@ def test_tests_stand_where_what_they_test_stands():
     theirs = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")} - {"."}
     assert ours - theirs == set(), "these folders have no tests of their own"
     assert theirs - ours == set(), "these folders of tests are called like no folder of the package"
+
+
+def test_tests_do_not_import_each_other():
+    """What several files use is in `tests/tools.py`, in a `conftest.py` or in a file of the folder that holds no test."""
+    borrowed = [
+        f"{path.relative_to(TESTS)} line {node.lineno} imports from {node.module}"
+        for path in TESTS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and ".test_" in f".{node.module}"
+    ]
+    assert not borrowed, offences(borrowed)
 
 
 def loaded_after(code: str) -> set[str]:

@@ -13,10 +13,7 @@ import pytest
 import torch
 
 from hf_sparsity.calibration.calibration import calibration_batches, read_texts
-from tests.calibration.test_calibration import _own_cache
 from tests.calibration.texts import assert_from, documents, make_tokenizer, streaming
-
-own_cache = _own_cache  # an autouse fixture here, too
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 
 import pytest
 import torch
-import transformers as hf
 from safetensors.torch import load_file
 
 from hf_sparsity import Plan, Report, SparseModel, SparsityConfig, make_plan, measure_sparsity, prune
@@ -15,7 +14,7 @@ from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.files import MARKER
 from hf_sparsity.model.layers import find_layers
-from tests.conftest import ZOO, Stopped, stop_after, tiny, tiny_batch
+from tests.conftest import Stopped, auto, stop_after, tiny, tiny_batch
 from tests.tools import contents
 
 KINDS = ["llama", "gemma3", "qwen2_window", "bloom", "mixtral", "gpt_oss", "gpt2", "deepseek_v3", "mamba", "t5"]
@@ -32,21 +31,6 @@ def mostly_slow(values, quick):
 def batches(name, count=3):
     batch = tiny_batch(name, sequences=count)
     return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(count)]
-
-
-def auto(name):
-    return getattr(hf, ZOO[name]()[0])
-
-
-@pytest.fixture
-def source(tmp_path):
-    def make(name, **options):
-        folder = tmp_path / f"source_{name}"
-        if not folder.exists():
-            tiny(name, **options).save_pretrained(folder, max_shard_size="150KB")
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize(("name", "pruner"), mostly_slow(PAIRS, QUICK))

@@ -14,8 +14,7 @@ from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.pruning.reconstruction import BlockReconstruction, Reconstruction
-from tests.checkpoint.test_output import auto, source  # noqa: F401  (a fixture)
-from tests.conftest import Stopped, stop_after, tiny, tiny_batch
+from tests.conftest import Stopped, auto, stop_after, tiny, tiny_batch
 from tests.tools import contents
 
 QUICK = BlockReconstruction(epochs=2, lr=0.02)
@@ -218,7 +217,7 @@ def test_hidden_states_on_disk_and_offloaded_weights_give_the_same_bits(name, mo
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt2"])
-def test_streamed_equals_in_memory(name, source, tmp_path):  # noqa: F811
+def test_streamed_equals_in_memory(name, source, tmp_path):
     expected = pruned(name, pruner="wanda", model=auto(name).from_pretrained(source(name)))
     streamed = open_streamed(source(name), auto_class=auto(name))
     pruned(name, pruner="wanda", model=streamed, output_dir=tmp_path / "out")
@@ -231,7 +230,7 @@ def test_streamed_equals_in_memory(name, source, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "name, stream, done", [("llama", False, 1), ("llama", True, 2), ("mixtral", True, 1), ("gpt2", False, 2)]
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path, records):  # noqa: F811
+def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path, records):
     def run(folder, options=QUICK):
         model = (
             open_streamed(source(name), auto_class=auto(name)) if stream else auto(name).from_pretrained(source(name))
@@ -250,7 +249,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source,
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_no_other_bits_where_stored_inputs_are_of_no_use(source, tmp_path):  # noqa: F811
+def test_no_other_bits_where_stored_inputs_are_of_no_use(source, tmp_path):
     out = tmp_path / "out"
 
     def run(output_dir=out, **options):
