@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hf_sparsity.model.layers import find_layers
 from hf_sparsity.recovery.callback import SparsityCallback
 from hf_sparsity.recovery.deepspeed import check_stage, master_parts, uses_deepspeed
 from hf_sparsity.recovery.hold import hold_zeros
 from hf_sparsity.recovery.zero_masks import ZeroMasks
-from tests.recovery.test_callback import find_layers
 from tests.recovery.trainers import IDS, sparse, trainer, zeros
 
 
