@@ -3,9 +3,9 @@
     python examples/make_model_cards.py                       # all of model_cards/, about twenty minutes on one free core
     python examples/make_model_cards.py --only 2of4 --output my_cards
 
-Each model is pruned with the calibration text, once left as it is and once recovered by block reconstruction on more of
-the same text; then both are judged on all held-out modules, which nothing is chosen by. Of each model's folder
-everything is kept that its card is rendered from, not the weights: `make_card` gives the same bytes again.
+Each model is pruned with the calibration text, and a second one is recovered by block reconstruction on more of the same
+text; both are evaluated on all held-out modules, which nothing was chosen by. What a card is rendered from is kept, and the
+weights are not: `make_card` on a folder of model_cards/ gives the same bytes again, without running a model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="of calibration text")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=16, help="of recovery, 8 sequences each")
-    parser.add_argument("--windows", type=int, help="judge by the first so many held-out windows of 512 tokens")
+    parser.add_argument("--windows", type=int, help="number of held-out windows of 512 tokens to evaluate on (default: all)")
     args = parser.parse_args()
     for key in args.only or MODELS:
         with tempfile.TemporaryDirectory() as work:
@@ -74,7 +74,7 @@ def make(config: SparsityConfig, work: Path, args: argparse.Namespace) -> list[P
 
 
 def publish(folder: Path, args: argparse.Namespace) -> None:
-    """Judges a model, renders its card, and keeps what the card was rendered from."""
+    """Evaluates a model, renders its card, and keeps what the card was rendered from."""
     heldout = Text("demo held-out", [text for _, text in demo.texts("heldout")])
     evaluate(
         folder,

@@ -46,12 +46,12 @@ def test_it_prints_who_did_how_well_and_writes_the_plan(tmp_path, capsys):
     assert f"report written to {page}" in said and done["report"] == str(page)
     shown = page.read_text("utf-8")
     for row in plan.chosen["candidates"]:
-        assert row["name"].replace("(", "(<wbr>") in shown and f">{row['kl'][-1]:.4f}<" in shown
+        assert row["name"] in shown and f">{row['kl'][-1]:.4f}<" in shown
     for name, layer in plan.layers.items():
         place = f"{name[: name.index('.', len('model.layers.'))]} {name.rpartition('.')[2]}"
         assert f"{place}: planned {100 * layer.sparsity:.2f} %" in shown
     assert "The descent went from" in shown
-    assert "against time" in shown and f">{plan.chosen['spent']['evals']}<" in shown
+    assert "seconds since the start" in shown and f">{plan.chosen['spent']['evals']}<" in shown
 
     sparse, text = tmp_path / "sparse", ["--sequences", "8", "--length", "64"]
     assert main(["prune", "demo", "--plan", str(output), *text, "--output", str(sparse)]) == 0
