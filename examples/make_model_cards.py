@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="of calibration text")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=16, help="of recovery, 8 sequences each")
-    parser.add_argument("--windows", type=int, help="number of held-out windows of 512 tokens to evaluate on (default: all)")
+    parser.add_argument(
+        "--windows", type=int, help="number of held-out windows of 512 tokens to evaluate on (default: all)"
+    )
     args = parser.parse_args()
     for key in args.only or MODELS:
         with tempfile.TemporaryDirectory() as work:
