@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from .accepted import check_source
 from .classes import find_class, location_of, model_class
 from .identity import QUANT_METHOD
 from .sparsity import check_zeros
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **options: Any) -> PreTrainedModel:
@@ -73,4 +76,7 @@ def find_tokenizer(source: str | os.PathLike[str], **location: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **location)
     except (OSError, ValueError, TypeError):  # the last: a tokenizer of this model's kind opens None for a missing file
+        return None
+    except ImportError as error:  # some tokenizers need a package of their own
+        logger.warning("the tokenizer of %s is left out: %s", source, error)
         return None

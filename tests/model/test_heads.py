@@ -15,6 +15,9 @@ from hf_sparsity.model.classes import is_model_class
 from tests.model.shrink import small_model
 
 MAGNITUDE = SparsityConfig(0.5, pruner="magnitude")
+KNOWN = (
+    500  # classes that are at least kept whole; of 94 drawn by lot 67 were, 23 could not be made small, 4 are refused
+)
 HEADS = (
     "AutoModel",
     "AutoModelForSequenceClassification",
@@ -114,6 +117,3 @@ def test_every_head_of_transformers(tmp_path):
     print("\n".join(f"refused {name}: {why}" for name, why in refused.items()))
     assert not failed, "\n".join(f"{name}: {why}" for name, why in failed.items())
     assert len(passed) >= KNOWN
-
-
-KNOWN = 0
