@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 # What an algorithm may need beyond the weight. NORMS, GRAM and SAMPLES are facts about a layer's
-# inputs (`core/stats.py`); the rest is supplied by whoever walks the model.
+# inputs (`core/stats.py`); the rest is supplied by `planning/`.
 SCORES = "scores"  # the pruner's importance of every weight, in `Layer.scores`
 FISHER = "fisher"  # squared gradients of the loss, in `Layer.fisher`
-LOSS = "loss"  # `Probe.loss`
-REMEASURE = "remeasure"  # `Probe.remeasure`
+LOSS = "loss"  # `ModelOracle.loss`
+REMEASURE = "remeasure"  # `ModelOracle.remeasure`
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Reads a pattern; `ValueError` says what is allowed."""
+        """Returns the pattern that a text stands for; raises ValueError with what is allowed."""
         if isinstance(text, Pattern):
             return text
         if text == "unstructured":
@@ -84,7 +84,7 @@ class Pattern:
         return None if self.kept is None or self.group is None else 1 - self.kept / self.group
 
     def at(self, sparsity: float) -> Pattern:
-        """The pattern of a layer with this sparsity: N is resolved in `*:M`; nothing to prune is unstructured."""
+        """Returns the pattern of a layer with this sparsity: `*:M` becomes N:M, or unstructured where nothing is pruned."""
         if self.group is None or self.kept is not None:
             return self
         kept = round((1 - sparsity) * self.group)
@@ -218,7 +218,7 @@ class ModelOracle:
     many: Callable[[Sequence[Mapping[str, float]]], list[float]] | None = None
 
     def losses(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:
-        """The loss of each candidate."""
+        """Returns the loss of each candidate."""
         if self.many is not None:
             return self.many(candidates)
         assert self.loss is not None
@@ -241,7 +241,7 @@ class Allocator(Algorithm, ABC):
         return 16
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
-        """One block's layers -> a value per layer. Called in model order, on the dense model."""
+        """Returns a value for each layer of one block. Called block by block in model order, on the dense model."""
         return dict.fromkeys(block, 0.0)
 
     @abstractmethod
@@ -262,7 +262,7 @@ class Allocator(Algorithm, ABC):
         """
 
     def number(self, measure: Any) -> float | None:
-        """The one number of a measure that the plan records."""
+        """Returns the one number of a measure that the plan records, or None."""
         return None if measure is None else float(measure)
 
 
@@ -271,7 +271,7 @@ class RowAllocator(Algorithm, ABC):
 
     @abstractmethod
     def rows(self, layer: Layer) -> Tensor:
-        """`layer.sparsity` and what `needs` names -> sparsity of each row, float32 `[out]`."""
+        """Returns the sparsity of each row, float32 `[out]`, from `layer.sparsity` and the facts in `needs`."""
 
 
 class Cells(NamedTuple):
@@ -299,14 +299,14 @@ class Pruner(Algorithm, ABC):
             cls.compared_within = _only_within_groups  # type: ignore[assignment, method-assign]
 
     def check(self, pattern: Pattern, has_rows: bool) -> None:
-        """`ValueError` when this pruner cannot honour the pattern, or row sparsities."""
+        """Raises ValueError when this pruner cannot honour the pattern, or row sparsities."""
 
     @abstractmethod
     def scores(self, layer: Layer) -> Tensor:
-        """Importance of each weight, float32 `[out, in]`, higher = keep."""
+        """Returns the importance of each weight, float32 `[out, in]`, higher = keep."""
 
     def mask(self, layer: Layer, scores: Tensor) -> Tensor:
-        """The weights that stay, bool `[out, in]`, True = kept, for `layer.sparsity`, `pattern` and `rows`."""
+        """Returns the mask for `layer.sparsity`, `pattern` and `rows`: bool `[out, in]`, True = kept."""
         if layer.pattern.group is not None:
             if layer.pattern.kept is None:
                 raise ValueError(f"{layer.name}: pattern {layer.pattern} must be resolved to N:M before pruning")
@@ -322,7 +322,7 @@ class Pruner(Algorithm, ABC):
         return Cells(layer.pattern.group or layer.weight.shape[1])
 
     def prune(self, layer: Layer) -> Tensor:
-        """The new weight `[out, in]`, in the layer's dtype, zero where pruned."""
+        """Returns the new weight `[out, in]`, in the layer's dtype, zero where pruned."""
         return self.prune_by_scores(layer)
 
     def prune_by_scores(self, layer: Layer) -> Tensor:

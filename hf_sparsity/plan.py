@@ -110,7 +110,7 @@ class Plan:
         return math.fsum(layer.sparsity * layer.size for layer in self.layers.values()) / total
 
     def check_target(self) -> None:
-        """`ValueError` when the layers do not add up to the target (an edited plan, say).
+        """Raises ValueError when the layers do not add up to the target (after an edit, say).
 
         A `*:M` plan may be sparser by less than one step of its largest layer, since a layer's
         sparsity is a multiple of 1/M.
@@ -127,7 +127,7 @@ class Plan:
             )
 
     def with_target(self, target: float) -> Plan:
-        """The same plan shifted to another target: every layer by the same amount, clamped to [0, 0.998]."""
+        """Returns the plan shifted to another target: every layer by the same amount, clamped to [0, 0.998]."""
         check_number("target", target, "[0, 1)")
         high = max(0.998, target)
         low, above = -1.0, 1.0
@@ -148,7 +148,7 @@ class Plan:
         return replace(self, config={**self.config, "sparsity": target}, layers=layers, chosen=None, story=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, fused experts folded into one entry."""
+        """Returns plain JSON types, with fused experts folded into one entry."""
         entries: dict[str, dict[str, Any]] = {}
         default = self.config.get("pattern", "unstructured")
         for name, layer in self.layers.items():
@@ -171,7 +171,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """The reverse of `to_dict`; `ValueError` names what is missing or malformed."""
+        """Returns the plan that `to_dict` wrote; raises ValueError that names what is missing or malformed."""
         if not isinstance(data, Mapping) or "layers" not in data or "config" not in data:
             raise ValueError(
                 "this is not a sparsity plan: a JSON object with 'version', 'config' and 'layers' is expected"
@@ -212,7 +212,7 @@ class Plan:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON; the file is complete or not there."""
         write_json(path, self.to_dict())
 
     @classmethod
@@ -304,7 +304,7 @@ class Report:
         return {name: layer.note for name, layer in self.layers.items() if layer.note}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `sparsity` is repeated for readers."""
+        """Returns plain JSON types; the reached `sparsity` is included for readers."""
         layers = {n: {k: v for k, v in vars(x).items() if v not in (None, "")} for n, x in self.layers.items()}
         judged = {key: getattr(self, key) for key in _JUDGED}
         return {
@@ -319,7 +319,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Any) -> Report:
-        """The reverse of `to_dict`; `ValueError` when it is something else."""
+        """Returns the report that `to_dict` wrote; raises ValueError when `data` is something else."""
         try:
             if data["version"] != VERSION:
                 raise ValueError(f"the report has version {data['version']!r}; this release reads version {VERSION}")
@@ -330,12 +330,12 @@ class Report:
             raise ValueError(f"this is not a pruning report: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON; the file is complete or not there."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """Reads what `save` wrote; `ValueError` for a truncated or altered file."""
+        """Reads what `save` wrote; raises ValueError for a truncated or altered file."""
         return cls.from_dict(read_json(path))
 
 
@@ -394,11 +394,11 @@ def _unfold(layers: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, dict
                 raise ValueError(f"the plan's entry {name} has {len(parts)} values of {key!r} for {count} experts")
             columns[key] = parts
         for index in range(count):
-            one = {key: parts[index] for key, parts in columns.items() if parts[index] != "-"}
+            expert = {key: parts[index] for key, parts in columns.items() if parts[index] != "-"}
             for key in ("sparsity", "measure"):
-                if isinstance(one.get(key), str):
+                if isinstance(expert.get(key), str):
                     try:
-                        one[key] = float(one[key])
+                        expert[key] = float(expert[key])
                     except ValueError:
-                        raise ValueError(f"the plan's entry {name} has {one[key]!r} as a {key}") from None
-            yield f"{match[1]}[{index}]", one
+                        raise ValueError(f"the plan's entry {name} has {expert[key]!r} as a {key}") from None
+            yield f"{match[1]}[{index}]", expert

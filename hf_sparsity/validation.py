@@ -25,8 +25,10 @@ def check_number(name: str, value: Any, within: str = "(-inf, inf)", *, whole: b
         f"{'at least' if closed_below else 'above'} {low:g}" if low > -math.inf else "",
         f"{'at most' if closed_above else 'below'} {high:g}" if high < math.inf else "",
     ]
-    said = " and ".join(limit for limit in limits if limit)
-    raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number{', ' if said else ''}{said}{hint}")
+    bounds = " and ".join(limit for limit in limits if limit)
+    raise ValueError(
+        f"{name}={value!r} must be a {'whole ' if whole else ''}number{', ' if bounds else ''}{bounds}{hint}"
+    )
 
 
 @cache

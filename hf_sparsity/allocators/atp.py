@@ -29,8 +29,8 @@ class ATP(Allocator):
     `trials` of them are tried, evenly spaced; candidates meet the target before they are judged.
     """
 
-    beta: float | None = None  # the difference of two neighbours; None: chosen
-    step: float = 0.002  # of the choices
+    beta: float | None = None  # difference in sparsity of two neighbouring blocks; None: chosen by the loss
+    step: float = 0.002  # difference between two slopes that are tried
     trials: int = 10  # largest number of slopes that are tried; the published ones are 9 for 32 blocks at 70 %
     steps: int = 100  # sparsities are judged in steps of 1 / steps
 
@@ -92,14 +92,14 @@ class ATP(Allocator):
         return line(blocks, target, betas[best])
 
     def _choices(self, most: float) -> list[float]:
-        """0 and up to `trials` multiples of `step`, evenly spaced, none above `most`."""
+        """Returns 0 and up to `trials` multiples of `step`, evenly spaced, none above `most`."""
         count = int(most / self.step + 1e-9)
         apart = -(-count // self.trials) or 1
         return [k * self.step for k in range(0, count + 1, apart)]
 
 
 def line(blocks: Sequence[Sequence[str]], target: float, beta: float) -> dict[str, float]:
-    """The arithmetic progression whose plain mean over blocks is `target`."""
+    """Returns the arithmetic progression over blocks whose plain mean is `target`."""
     first = target - beta * (len(blocks) - 1) / 2
     return {name: first + beta * i for i, names in enumerate(blocks) for name in names}
 
@@ -107,7 +107,7 @@ def line(blocks: Sequence[Sequence[str]], target: float, beta: float) -> dict[st
 def _met(
     sparsities: Mapping[str, float], sizes: Mapping[str, int], target: float, group: int | None
 ) -> dict[str, float]:
-    """What the caller will make of them."""
+    """The sparsities as the caller will move them to meet the target."""
     if group is None:
         return meet(sparsities, sizes, target)
     return meet_groups(meet(sparsities, sizes, target, high=1 - 1 / group), sizes, target, group)

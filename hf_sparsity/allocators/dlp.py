@@ -19,16 +19,16 @@ STATISTICS = ("mean", "median")
 
 @dataclass(frozen=True)
 class DLP(Allocator):
-    """Blocks whose weights score high throughout are held to be redundant, and lose more.
+    """Blocks whose weights score high on average count as redundant, and lose more.
 
     The measure of a block is the mean or median u of its Wanda scores `|W_ij| * norm(x_j)`, whatever the pruner; its
     importance is `1 - u / sum(u)`. As activations grow with depth, the late blocks become the sparse ones.
 
-    The paper says median. So does a switch of the released code, which nothing reads: it takes the mean, and so does
-    the default here. The authors' runs have a `spread` of 0.15, at 70 %. `per="layer"` (not theirs) takes layers for blocks.
+    The paper says median. The released code has a switch for it that nothing reads, and takes the mean, as the default
+    does here. The authors' runs have a `spread` of 0.15, at 70 %. `per="layer"` (not theirs) treats layers as blocks.
 
     Deliberate differences: double precision after the scores; equal statistics give uniform (the authors' code
-    divides by zero); with `*:M` sparsities are rounded as of any allocator, not by a formula of their own.
+    divides by zero); with `*:M` sparsities are rounded as for any allocator, not by the authors' own formula.
     """
 
     statistic: str = "mean"
@@ -57,7 +57,7 @@ class DLP(Allocator):
         check_spread(self.name, self.spread)
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
-        """The statistic of the block's scores, the same for each of its layers; or each layer's own."""
+        """Returns the statistic of the block's scores, the same for each of its layers; or each layer's own."""
         if not block:
             return {}
         if self.per == "layer":

@@ -1,4 +1,4 @@
-"""Fisher: the sensitivities that MSP starts its search from, taken at their word.
+"""Fisher: the sensitivities from which MSP starts its search, used directly.
 
 The measure is that of MSP, Xu et al., https://arxiv.org/abs/2503.11164; without the search, the mapping is
 **reconstructed** from its first population, and not a method of that paper.
@@ -18,7 +18,7 @@ from ..validation import check_number
 
 @dataclass(frozen=True)
 class Fisher(Allocator):
-    """Blocks to whose weights the loss reacts most keep more: `target - spread * z(log F)`, z in standard deviations.
+    """Blocks to whose weights the loss is most sensitive keep more: `target - spread * z(log F)`, z in standard deviations.
 
     F is the trace of the empirical Fisher information, of a block the sum over its layers. One backward pass over
     the calibration data and no search. Equal traces give uniform; a layer that received no gradient counts as the
@@ -48,7 +48,7 @@ class Fisher(Allocator):
         check_number("fisher: spread", self.spread, "[0, 1)")
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
-        """Each layer's trace: mean over sequences of the squared norm of the loss' gradient."""
+        """Returns each layer's trace: the mean over sequences of the squared norm of the loss' gradient."""
         return {name: layer.trace(self.name) for name, layer in block.items()}
 
     def assign(
@@ -60,7 +60,7 @@ class Fisher(Allocator):
         group: int | None = None,
         probe: ModelOracle | None = None,
     ) -> dict[str, float]:
-        """The formula; values outside [0, 1) are the caller's to clamp and make up for."""
+        """Returns the formula's values; the caller clamps those outside [0, 1) and makes up for them elsewhere."""
         parts = [list(block) for block in measures if block]
         if self.per == "layer":
             parts = [[name] for names in parts for name in names]

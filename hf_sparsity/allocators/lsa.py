@@ -18,13 +18,13 @@ from ..algorithm import GRAM, Allocator, Layer, ModelOracle, Pruner
 from ..core.allocation import check_per, check_spread, rising_with_measure
 from ..validation import check_number
 
-TILE = 1 << 15  # numbers of a group treated at a time on a CPU: what its caches hold
-WIDE_TILE = 1 << 24  # elsewhere
+TILE = 1 << 15  # numbers of a group treated at a time on a CPU, so that they fit its caches
+WIDE_TILE = 1 << 24  # numbers treated at a time on an accelerator
 
 
 @dataclass(frozen=True)
 class LSA(Allocator):
-    """Half of each layer is pruned on trial, greedily and without compensation; what loses most is held least important.
+    """Prunes half of each layer on trial, greedily and without compensation; layers with the largest errors get sparsest.
 
     Removing weight j of a row adds `H_jj w_j^2 + 2 w_j sum_i w_i H_ij` to the squared error of its output, i over
     those removed already, H the Gram matrix of the inputs. Each group of `columns` gives up its cheapest, one
@@ -32,14 +32,14 @@ class LSA(Allocator):
     makes the blocks with the largest errors the sparsest: those are the late ones, whose activations are large.
 
     Deliberate differences: equal errors give uniform; a last group narrower than `columns` gives up the same fraction,
-    not the same number; with `*:M` sparsities are rounded as of any allocator. `per="layer"` is the authors'
+    not the same number; with `*:M` sparsities are rounded as for any allocator. `per="layer"` is the authors'
     projection-wise variant, but here `spread` limits sparsities: theirs is multiplied by mean size / size,
     which carries the small k and v of grouped-query attention beyond [0, 1].
     """
 
     spread: float | None = None  # alpha: sparsities span 2 * spread. None: by the target, see core/allocation.py
     per: str = "block"  # "block": one sparsity a block, "layer": one a layer, the authors' with a spread of 0.07
-    columns: int = 128  # of a group
+    columns: int = 128  # inputs of a group
     trial: float = 0.5  # the fraction of each group that goes on trial
 
     name = "lsa"
@@ -57,7 +57,7 @@ class LSA(Allocator):
         check_number("lsa: columns", self.columns, "[2, inf)", whole=True)
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
-        """Each layer's error, in the authors' units: of twice the mean over sequences of the summed squares."""
+        """Returns each layer's error, in the authors' units: twice the mean over sequences of the sum of squares."""
         errors = {}
         for name, layer in block.items():
             if layer.stats is None or layer.stats.gram is None:

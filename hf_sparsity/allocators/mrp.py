@@ -24,19 +24,19 @@ from ..validation import check_number
 
 logger = logging.getLogger(__name__)
 
-SMALL, LARGE = 7.0, 10.0  # default M up to a target of 0.7, and above: too small an M inverts the order
-HIGHEST = 0.95  # of the grid, and of the default cap
+SMALL, LARGE = 7.0, 10.0  # default M for targets up to 0.7, and above; too small an M inverts the order of blocks
+HIGHEST = 0.95  # sparsity: the end of the grid, and the highest default cap
 
 
 @dataclass(frozen=True)
 class MRP(Allocator):
-    """The most redundant block gives up a little more, again and again, until the target is met.
+    """Prunes the most redundant block a little more, again and again, until the target is met.
 
     Redundancy is the non-outlier ratio (NOR) of the **pruned** block under the pruner's own scores: the
     fraction of weights whose score does not exceed M times the mean score, pruned ones counted as 0
     (`reading="D1"`); with `"D4"` the mean is the dense block's and the fraction that of the survivors.
 
-    `refresh`: scores are taken again from the sparse model never (`"F0"`), each time the sparsity of the whole
+    `refresh`: when scores are taken again from the sparse model: never (`"F0"`), each time the sparsity of the whole
     has grown by `growth` since the last measurement (`"F1"`), or after every step (`"F2"`); without
     `probe.remeasure` it is never. All layers of a block share its sparsity; with `per="layer"` (not in the paper) each
     layer is treated as a block of its own.
@@ -119,7 +119,7 @@ class MRP(Allocator):
         group: int | None = None,
         probe: ModelOracle | None = None,
     ) -> dict[str, float]:
-        """The greedy loop; what is left when no block may take more is poured in by `fill`.
+        """Runs the greedy loop; `fill` distributes what is left when no block may take more.
 
         `start <= s <= cap`, and the weighted mean is `target`. Warns when blocks with more outliers end up
         sparser: M is then too small for the target, and the method's order inverted.
@@ -147,7 +147,7 @@ class MRP(Allocator):
         return _spread(measures, sparsities)
 
     def _parts(self, measures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """What shares one sparsity: the blocks that have layers, or each layer."""
+        """Returns the groups that share one sparsity: blocks, without those that have no layers, or single layers."""
         if self.per == "layer":
             return [{name: table} for block in measures for name, table in block.items()]
         return [block for block in measures if block]
@@ -192,7 +192,7 @@ class MRP(Allocator):
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's, ties at their mean rank; 0 where one side is constant."""
+    """Returns Spearman's rank correlation, ties at their mean rank; 0 where one side is constant."""
 
     def ranks(values: Sequence[float]) -> list[float]:
         return [sum(v < w for v in values) + sum(v == w for v in values) / 2 for w in values]

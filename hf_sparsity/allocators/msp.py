@@ -20,17 +20,17 @@ from ..validation import check_number
 
 logger = logging.getLogger(__name__)
 
-Genotype = tuple[int, ...]  # how many of each group of weights each gene's layers keep
+Genotype = tuple[int, ...]  # of each gene: the number of weights that its layers keep of each group
 
 
 @dataclass(frozen=True)
 class MSP(Allocator):
-    """Evolves the number kept of each group of weights, from what the loss' gradient says of each layer.
+    """Evolves the number of weights kept of each group, starting from the Fisher information of each layer.
 
     With `*:M` a gene is the N of its layers' N:M, 1 to M; otherwise a sparsity in steps of 1 / `steps`. The first
     population follows the Fisher information: sensitive blocks keep more. The `parents` best survive; a child
     takes the head of one and the tail of another, mutates by single steps, and is repaired to the target.
-    The fitness is `probe.loss`, asked once per genotype.
+    The fitness is `probe.loss`, computed once for each genotype.
     """
 
     per: str = "block"  # what a gene stands for: all layers of a "block", or one "layer"
@@ -41,7 +41,7 @@ class MSP(Allocator):
     patience: int = 8  # generations without gain before it stops
     mutation: float = 0.1  # probability that a gene moves one step
     kappas: tuple[float, ...] = (0.4, 0.8, 1.2)  # levels kept more per standard deviation of log Fisher
-    noise: float = 0.35  # of the first population, in levels
+    noise: float = 0.35  # standard deviation, in levels, of the first population
     evaluations: int | None = None  # largest number of calls of the loss; None: no limit
 
     name = "msp"
@@ -79,7 +79,7 @@ class MSP(Allocator):
         return self.steps
 
     def measure(self, block: Mapping[str, Layer], pruner: Pruner) -> dict[str, Any]:
-        """Each layer's Fisher trace: mean over sequences of the squared norm of the loss' gradient."""
+        """Returns each layer's Fisher trace: the mean over sequences of the squared norm of the loss' gradient."""
         return {name: layer.trace(self.name) for name, layer in block.items()}
 
     def assign(
@@ -91,9 +91,10 @@ class MSP(Allocator):
         group: int | None = None,
         probe: ModelOracle | None = None,
     ) -> dict[str, float]:
-        """The best genotype's sparsities. Never keeps more weights than the target allows, and less by less than
-        the smallest gene. A target that leaves less than one of each group gives that one, or, without `group`,
-        the target everywhere.
+        """Returns the sparsities of the best genotype.
+
+        It never keeps more weights than the target allows, and falls short by less than the smallest gene. A target that
+        leaves less than one weight of each group gives that one, or, without `group`, the target everywhere.
         """
         if probe is None or probe.loss is None:
             raise ValueError("msp compares candidates by the model's loss (`probe.loss`); plan with calibration data")
@@ -184,7 +185,7 @@ class Genes:
         return self.distinct(count, lambda: self.seeded(self.random.uniform(0, most), noise), fixed)
 
     def child(self, parents: Sequence[Genotype], mutation: float) -> Genotype:
-        """One cut through two parents, single steps with probability `mutation`, repaired."""
+        """Returns a child: the head of one parent, the tail of another, mutated by single steps, and repaired."""
         head, tail = self.random.sample(parents, 2) if len(parents) > 1 else (parents[0], parents[0])
         cut = self.random.randint(1, max(len(head) - 1, 1))
         joined = head[:cut] + tail[cut:]

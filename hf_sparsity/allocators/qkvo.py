@@ -26,7 +26,7 @@ PROJECTIONS = {ending: projection for projection, endings in NAMES.items() for e
 
 @dataclass(frozen=True)
 class QKVO(Allocator):
-    """Queries and keys give up more, values and the output projection less; looks at names only.
+    """Prunes queries and keys more, values and the output projection less; looks at names only.
 
     The defaults are the means, rounded, over all blocks of the 12 released configurations for Llama-2-7B, Llama-3-8B,
     Llama-3.1-8B and Mistral-7B at 50, 60 and 70 % (a level is a million weights): q +8.7, k +6.8, v -15.0, o -6.8
@@ -42,7 +42,7 @@ class QKVO(Allocator):
     k: float = 0.07
     v: float = -0.15
     o: float = -0.07
-    strength: float = 1.0  # multiplies all four
+    strength: float = 1.0  # factor of all four offsets
 
     name = "qkvo"
     paper = "https://arxiv.org/abs/2410.14649"
@@ -72,20 +72,20 @@ class QKVO(Allocator):
         group: int | None = None,
         probe: ModelOracle | None = None,
     ) -> dict[str, float]:
-        """`target` plus the projection's offset; what this changes of the whole, all other layers make up for."""
+        """Returns `target` plus the projection's offset; all other layers make up for what this changes of the whole."""
         room = min(1.0, min(target, 1 - target) / 0.3)
         offsets = {"q": self.q, "k": self.k, "v": self.v, "o": self.o, "qkv": (self.q + self.k + self.v) / 3}
         names = [name for block in measures for name in block]
-        found = {name: projection(name) for name in names}
-        shift = {name: room * self.strength * offsets.get(kind or "", 0.0) for name, kind in found.items()}
-        others = sum(sizes[name] for name in names if found[name] is None)
+        projections = {name: projection(name) for name in names}
+        shift = {name: room * self.strength * offsets.get(kind or "", 0.0) for name, kind in projections.items()}
+        others = sum(sizes[name] for name in names if projections[name] is None)
         surplus = sum(shift[name] * sizes[name] for name in names)
         rest = -surplus / others if others else 0.0
-        return {name: target + (rest if found[name] is None else shift[name]) for name in names}
+        return {name: target + (rest if projections[name] is None else shift[name]) for name in names}
 
 
 def projection(name: str) -> str | None:
-    """`"q"`, `"k"`, `"v"`, `"o"`, `"qkv"` or None, by a layer's full name such as `model.layers.0.self_attn.q_proj`."""
+    """Returns `"q"`, `"k"`, `"v"`, `"o"`, `"qkv"` or None for a layer's full name, such as `model.layers.0.self_attn.q_proj`."""
     *parents, last = name.lower().split(".")
     inside = [parent for parent in parents if "attn" in parent or "attention" in parent]
     if not inside or any("linear" in parent for parent in inside):  # linear attention was never searched

@@ -36,17 +36,17 @@ def parse_budget(text: str | None) -> dict[str, float]:
 class Race(Algorithm):
     """Lets the other allocators, their hyperparameters and mixtures of them compete, and keeps the best.
 
-    Each plan is judged by how far the masked model departs from the dense one on calibration text that the pruner's
-    statistics never saw, in rounds on growing `slices`. From the best of them a descent follows the slopes: what a weight
-    less in each layer would cost. `uniform` is always in and wins unless another is better beyond doubt; of plans that
-    cannot be told apart, the simplest wins.
+    Each plan is judged by how far the masked model departs from the dense one, on calibration text that the pruner's
+    statistics never saw, in rounds on growing `slices`. From the best plan a descent moves sparsity to the layers where
+    pruning one more weight costs least. `uniform` always takes part; of plans whose difference is within noise, the
+    simplest wins.
     """
 
-    candidates: tuple[str, ...] = ()  # names of allocators; none: all but those that search for themselves
+    candidates: tuple[str, ...] = ()  # names of allocators; none: all but those that run a search of their own
     budget: str | None = None  # see `parse_budget`
     metric: str = "kl"  # KL(dense | masked) per token, or "loss", the cross-entropy of the next token
     slices: tuple[int, ...] = (2048, 16384, 65536)  # tokens of each round, or all that there are
-    confidence: float = 0.95  # of the intervals, and of what counts as noise
+    confidence: float = 0.95  # level of the intervals; a difference whose interval holds 0 is noise
     descent: int = 24  # steps downhill from the best plan; 0: none
 
     name = "race"
@@ -67,16 +67,16 @@ class Race(Algorithm):
 
 @dataclass(frozen=True)
 class Search(Race):
-    """Evolves the best plans of a race until the budget is spent; the race's are judged by the same.
+    """Runs a race, and evolves its best plans until the budget is spent.
 
-    A child moves sparsity between layers, blocks, projections or stretches of depth, weighted by size, so that the
-    budget of weights stays the same. A piece of text as long as the first slice, another in each generation, sorts the
-    children out, then as much as the second has, and all of it decides. At any time the best so far can be had: at the
-    end of the budget, or after an interruption.
+    A child moves sparsity between layers, blocks, projections or ranges of blocks, weighted by size, so that the number
+    of zeros stays the same. Children are judged on a piece of text as long as the first slice, a different one in each
+    generation; the better ones on as much as the second slice has; the best on all. The search can be interrupted
+    (Ctrl-C) at any time and then returns the best plan so far.
     """
 
     budget: str | None = "10m"
-    offspring: int = 8  # a generation
+    offspring: int = 8  # children in each generation
     patience: int = 200  # generations without gain before it stops
 
     name = "search"

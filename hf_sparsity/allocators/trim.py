@@ -107,9 +107,9 @@ class TRIM(RowAllocator):
         return chosen
 
     def climb(self, outputs: Outputs, start: Tensor, *, rate: float, target: float) -> tuple[float, Tensor]:
-        """One run at one rate from `start` `[out]`: the best quality met, and where.
+        """Runs the iterations at one rate from `start` `[out]`; returns (the best quality met, the point that has it).
 
-        Each iteration goes on from the latest point, not from the best.
+        Each iteration continues from the latest point, not from the best.
         """
         best, chosen, point = outputs.quality(self.quality), start, start
         for _ in range(self.iterations):
@@ -133,18 +133,18 @@ class TRIM(RowAllocator):
 class Moments(NamedTuple):
     """Sums over the elements of each vector compared, float64 `[vectors]`; enough for all qualities but mae."""
 
-    dense: Tensor  # of squares
+    dense: Tensor  # sum of squares of the dense output
     product: Tensor
-    pruned: Tensor  # of squares
+    pruned: Tensor  # sum of squares of the pruned output
     peak: Tensor  # largest square of the dense output
     length: int
 
 
 class Outputs:
-    """What a layer gives, dense and with the first columns of each row pruned, cheap to follow as counts move.
+    """The outputs of a layer, dense and with the first columns of each row pruned, updated cheaply as counts change.
 
     From one point to the next a row's count changes by a few weights, so only their contributions are
-    added or taken away: a sparse product of a hundredth of the work of the masked dense one, and no mask.
+    added or subtracted: a sparse product with a hundredth of the work of the masked dense one, and no mask.
     Float32 sums drift by rounding alone over the iterations of one run.
     """
 
@@ -159,7 +159,7 @@ class Outputs:
         self.reset(self.pruned, torch.zeros(weight.shape[0], dtype=torch.int64, device=inputs.device))
 
     def reset(self, pruned: Tensor, counts: Tensor) -> None:
-        """Back to a point met before: its outputs and how many weights of each row are pruned."""
+        """Returns to an earlier point, given by its outputs and the number of weights pruned in each row."""
         self.counts = counts
         self.pruned.copy_(pruned)
         self.wide.copy_(pruned)

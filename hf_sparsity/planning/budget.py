@@ -1,4 +1,4 @@
-"""Meet a sparsity target exactly with what an allocator assigned."""
+"""Moves what an allocator assigned until the sparsity target is met exactly."""
 
 from __future__ import annotations
 

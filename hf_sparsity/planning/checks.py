@@ -1,4 +1,4 @@
-"""Does this plan fit this model: names, sizes, patterns, fingerprints."""
+"""Checks that a plan fits a model: names, sizes and patterns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan_config(plan: Plan, pruner: Pruner | None = None) -> SparsityConfig:
 
 
 def check_plan(plan: Plan, model: PreTrainedModel, model_layers: ModelLayers) -> None:
-    """`ValueError` when the plan names other layers or sizes than the model has, or misses its target."""
+    """Raises ValueError when the plan names other layers or sizes than the model has, or misses its target."""
     weights = model_layers.weights
     missing = [n for n in weights if n not in plan.layers]
     unknown = [n for n in plan.layers if n not in weights]
@@ -80,7 +80,7 @@ def warn_of_unseen(unseen: Mapping[str, str]) -> None:
 
 
 def check_widths(model_layers: ModelLayers, pattern: Pattern) -> None:
-    """`ValueError` when an N:M group does not divide the width of every layer."""
+    """Raises ValueError when an N:M group does not divide the width of every layer."""
     if pattern.group is None:
         return
     bad = [f"{n} (width {w.shape[1]})" for n, w in model_layers.weights.items() if w.shape[1] % pattern.group]

@@ -113,7 +113,7 @@ def make_plan(
 
 
 def _needs(config: SparsityConfig) -> frozenset[str]:
-    """What planning has to know of each layer: of a race, all that its candidates look at."""
+    """The facts that planning uses; for a race, all that its candidates and the pruner use."""
     if isinstance(config.allocator, Race):
         competing = allocators(config.allocator.candidates).values()
         return config.allocator.needs | config.pruner.needs.union(*(one.needs for one in competing))

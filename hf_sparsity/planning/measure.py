@@ -21,7 +21,7 @@ from .fisher import fisher_information
 
 
 def needed(allocator: Allocator, pruner: Pruner) -> frozenset[str]:
-    """Returns what an allocator needs, with what the pruner needs for the scores that the allocator looks at."""
+    """Returns the facts that an allocator uses, and those that the pruner uses if the allocator looks at its scores."""
     return allocator.needs | (pruner.needs if allocator.needs & {SCORES, LOSS} else frozenset())
 
 
@@ -41,7 +41,7 @@ class Measuring:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the allocator needs, see `needed`."""
+        """The facts that the allocator uses, see `needed`."""
         return needed(self.allocator, self.pruner)
 
     @property

@@ -37,7 +37,7 @@ class Wanda(Pruner):
     needs = frozenset({NORMS})
 
     def check(self, pattern: Pattern, has_rows: bool) -> None:
-        """`ValueError` for the variant with N:M groups or row sparsities, which it cannot honour."""
+        """Raises ValueError for the variant with N:M groups or row sparsities, which it cannot honour."""
         if self.variant and (pattern.group is not None or has_rows):
             raise ValueError(
                 "wanda with variant=True sets its own row sparsities: use pattern='unstructured' and no row_allocator"

@@ -48,8 +48,8 @@ def prune_block(
         ranks = {layer.name: rank for group, rank in zip(groups, owner, strict=True) for layer in group}
         for name, weight in processes.exchange(new, ranks, {n: layer.weight for n, layer in block.layers.items()}):
             block.write(name, weight)
-        said = processes.gather({name: dataclasses.asdict(report) for name, report in reports.items()})
-        reports = {name: LayerReport(**layer) for part in said for name, layer in part.items()}
+        parts = processes.gather({name: dataclasses.asdict(report) for name, report in reports.items()})
+        reports = {name: LayerReport(**layer) for part in parts for name, layer in part.items()}
     return reports
 
 
