@@ -214,7 +214,7 @@ def test_with_target(target):
 
 @pytest.mark.parametrize("target", [1.0, -0.1, float("nan")])
 def test_with_target_out_of_range(target):
-    with pytest.raises(ValueError, match="target=.* must be a number, at least 0 and below 1"):
+    with pytest.raises(ValueError, match=r"target=.* must be a number, at least 0 and below 1"):
         make().with_target(target)
 
 

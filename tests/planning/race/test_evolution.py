@@ -245,6 +245,6 @@ def test_the_same_plan_from_two_processes():
 
 def test_the_search_says_no_to_nonsense():
     for options in ({"offspring": 0}, {"patience": 0}, {"budget": "many"}):
-        with pytest.raises(ValueError, match=r"offspring|budget"):
+        with pytest.raises(ValueError, match=r"offspring|patience|budget"):
             config(**options)
     assert FEWEST_SEQUENCES == 8
