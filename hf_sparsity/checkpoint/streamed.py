@@ -54,6 +54,7 @@ class StreamedWeights(WeightStore):
         self._held_block: str | None = None
         self._written: set[str] = set()  # blocks redirected since they were last read
         self.fingerprints: dict[tuple[str, ...], str | None] = {}
+        self.first_passes: dict[frozenset[str], Any] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._resident:

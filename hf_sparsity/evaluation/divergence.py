@@ -83,7 +83,7 @@ class DenseReference:
         with prepared(model), self._arrivals(check, self.batches) as arrivals:
             for arrival in arrivals:
                 with onload(model_layers.blocks[arrival.index].module):
-                    for number in range(len(self.batches)):
+                    for number in arrival.waiting:
                         output = arrival.run(number, stay=False)
                         self._last[number][self._stack(arrival)] = output
                         arrival.finish(number, output)
@@ -138,12 +138,13 @@ class DenseReference:
             for arrival in arrivals:
                 block = self.model_layers.blocks[arrival.index]
                 with onload(block.module):
+                    waiting = [number // 2 for number in arrival.waiting if number % 2 == 0]
                     if self._replays:
-                        dense = [outputs[self._stack(arrival)] for outputs in self._last]
+                        dense = {n: self._last[n][self._stack(arrival)] for n in waiting}
                     else:
-                        dense = [arrival.run(2 * n, stay=False) for n in range(len(self.batches))]
+                        dense = {n: arrival.run(2 * n, stay=False) for n in waiting}
                     with masked(block, masks(block) if masks else {}):
-                        for number, output in enumerate(dense):
+                        for number, output in dense.items():
                             arrival.finish(2 * number, output)
                             arrival.finish(2 * number + 1, arrival.run(2 * number + 1, stay=False))
         return rows

@@ -28,14 +28,12 @@ _STORE = "_hf_sparsity_source"  # the attribute of a model that holds its `Weigh
 class WeightStore(Mapping[str, Tensor], ABC):
     """The place from which a model reads the weights of its blocks: full parameter name -> tensor on its device.
 
-    `order` and `unseen` have what `first_pass` learned, else None: the indices of the blocks in the order of their
-    visits, and the layers whose inputs cannot be observed -> the reason.
+    `first_passes` has what `first_pass` learned of the model, by the names of a batch's inputs.
     `fingerprints` has those that were computed of the stored weights, by the names of the layers that were sampled.
     `reads_ahead` says whether reading a block also asks the system for the next one.
     """
 
-    order: list[int] | None = None
-    unseen: dict[str, str] | None = None
+    first_passes: dict[frozenset[str], Any]
     reads_ahead: bool = True
     fingerprints: dict[tuple[str, ...], str | None]
 

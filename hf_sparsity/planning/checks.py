@@ -66,7 +66,7 @@ def check_unseen(
     if not data:
         return {}
     with prepared(model):
-        first = first_pass(model, model_layers, data[0])
+        first = first_pass(model, model_layers, data)
     first.check(model_layers, allowed)
     return first.unseen
 

@@ -1,11 +1,11 @@
-"""One forward pass of the first calibration sequence, before anything is measured or changed.
+"""One forward pass of the first calibration sequence of each kind, before anything is measured or changed.
 
 It tells the order in which the model visits its blocks, and which prunable layers no statistic can be collected for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -55,20 +55,42 @@ class FirstPass:
         )
 
 
-def first_pass(model: PreTrainedModel, model_layers: ModelLayers, batch: Batch) -> FirstPass:
-    """Runs the model on the first sequence of a batch; once for a streamed model, which has to be read for that.
+def first_pass(model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch]) -> FirstPass:
+    """Runs the model on the first sequence; where some batches have images and others do not, on the first of each kind.
+
+    A streamed model, which has to be read for that, keeps the result.
 
     Raises:
         ValueError: the model's output is NaN or infinite, so no statistic would mean anything.
     """
     store = weight_store(model)
-    if store is None:
-        return _run(model, model_layers, batch)
-    if store.order is None or store.unseen is None:
-        result = _run(model, model_layers, batch)
-        store.order, store.unseen = result.order, result.unseen
-    names = model_layers.weights.keys()
-    return FirstPass(store.order, {name: reason for name, reason in store.unseen.items() if name in names})
+    passes: list[FirstPass] = []
+    for kind, batch in {frozenset(batch): batch for batch in reversed(batches)}.items():
+        known = store.first_passes.get(kind) if store else None
+        passes.append(known or _run(model, model_layers, batch))
+        if store:
+            store.first_passes[kind] = passes[-1]
+    passes.reverse()
+    unseen = {name: reason for name, reason in passes[0].unseen.items() if all(name in p.unseen for p in passes)}
+    for other in passes[1:]:
+        unseen |= {name: reason for name, reason in other.unseen.items() if name in unseen and reason != NOT_USED}
+    unseen = {name: reason for name, reason in unseen.items() if name in model_layers.weights}
+    return FirstPass(merged_order([one.order for one in passes]), unseen)
+
+
+def merged_order(orders: Sequence[Sequence[int]]) -> list[int]:
+    """Returns an order of visits of which each of these is a part; the longest of them if the others are parts of it."""
+    longest = max(orders, key=len)
+    merged = list(longest)
+    for order in orders:
+        place = 0
+        for index in order:
+            if index in merged[place:]:
+                place = merged.index(index, place) + 1
+            else:
+                merged.insert(place, index)
+                place += 1
+    return merged
 
 
 def _run(model: PreTrainedModel, model_layers: ModelLayers, batch: Batch) -> FirstPass:

@@ -32,9 +32,9 @@ class _Stop(BaseException):
 
 @dataclass
 class Arrival:
-    """The moment when all batches stand at block `index`; the driver runs the block on each and lets it go, in any order.
+    """A visit of batches to block `index`; the driver runs the block on each and lets it go, in any order.
 
-    `calls[b]`: the arguments with which batch b calls the block, empty once it has gone.
+    `calls[b]`: the arguments with which batch b calls the block, empty once it has gone, or if it does not stand there.
     """
 
     index: int
@@ -42,6 +42,11 @@ class Arrival:
     _forward: Callable[..., Any]
     _go: Callable[[int, Any], None]
     _spill: Spill | None = None
+
+    @property
+    def waiting(self) -> list[int]:
+        """The numbers of the batches that stand at the block."""
+        return [number for number, (args, kwargs) in enumerate(self.calls) if args or kwargs]
 
     def run(self, batch: int, *, stay: bool = True) -> Any:
         """Returns the block's output on one batch, computed in the driver's thread without gradients.
@@ -145,6 +150,21 @@ class _Walk:
         if self.spill and worker.call:
             self.spill.arrive(number, worker.call[1:])
 
+    def first_blocks(self) -> Iterator[int]:
+        """Yields the first block, in definition order, at which a batch stands, until all batches have ended."""
+        while standing := [worker.call[0] for worker in self.workers if worker.call]:
+            yield min(standing)
+
+    def take(self, index: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Returns the arguments of each batch that stands at a block, empty ones for the others."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        for worker in self.workers:
+            call, here = worker.call, worker.call is not None and worker.call[0] == index
+            calls.append(call[1:] if call is not None and here else ((), {}))
+            if here:
+                worker.call = None
+        return calls
+
     def go(self, number: int, output: Any) -> None:
         """Gives a batch the output of the block it stands at, and lets it walk on."""
         worker = self.workers[number]
@@ -168,14 +188,20 @@ def lockstep(
     blocks: Sequence[nn.Module],
     batches: Sequence[Mapping[str, Any]],
     spill: Spill | None = None,
+    order: Sequence[int] | None = None,
 ) -> Generator[Arrival]:
-    """Yields an `Arrival` each time all batches stand at a block.
+    """Yields an `Arrival` each time batches stand at a block and none can still come to it.
 
-    For each batch the consumer has called `arrival.finish` with its output when it resumes. With `spill`, the
+    For each waiting batch the consumer has called `arrival.finish` with its output when it resumes. With `spill`, the
     inputs of waiting batches may lie on disk.
 
+    Args:
+        order: the indices of the blocks in the order of their visits; one arrival is yielded for each, also if no batch
+            stands there (batches without images do not visit a vision tower). None: batches at the first block in
+            definition order go first, so a block may be visited by some batches and later by others.
+
     Raises:
-        RuntimeError: batches take different paths, or the consumer has kept one back.
+        RuntimeError: a batch visits blocks in another order, or the consumer has kept one back.
         Exception: whatever the model's forward raises.
     """
     walk = _Walk(drive, batches, spill)
@@ -183,21 +209,16 @@ def lockstep(
     with replaced_forwards(blocks, [walk.suspended(*pair) for pair in enumerate(originals)]):
         try:
             walk.start()
-            while not all(worker.done for worker in walk.workers):
-                calls = [worker.call for worker in walk.workers if worker.call]
-                if len(calls) < len(walk.workers) or len({index for index, _, _ in calls}) != 1:
-                    raise RuntimeError(
-                        "calibration batches take different paths through the model; give batches of one kind"
-                    )
-                index = calls[0][0]
-                arrival = Arrival(index, [call[1:] for call in calls], originals[index], walk.go, spill)
-                del calls
-                for worker in walk.workers:
-                    worker.call = None
+            for index in order if order is not None else walk.first_blocks():
+                arrival = Arrival(index, walk.take(index), originals[index], walk.go, spill)
                 yield arrival
-                if waiting := [n for n, w in enumerate(walk.workers) if w.call is None and not w.done]:
-                    raise RuntimeError(f"batches {waiting} were not let go from block {index}")
+                if arrival.waiting:
+                    raise RuntimeError(f"batches {arrival.waiting} were not let go from block {index}")
                 del arrival
+            if not all(worker.done for worker in walk.workers):
+                raise RuntimeError(
+                    "calibration batches visit the model's blocks in different orders; give batches of one kind"
+                )
         finally:
             walk.stop()
 

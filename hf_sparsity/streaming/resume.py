@@ -20,24 +20,28 @@ logger = logging.getLogger(__name__)
 
 
 def visit_to_resume_at(
-    journal: Journal | None, processes: Processes, blocks: Sequence[Block], walk_pair: Callable[[], Generator[Arrival]]
+    journal: Journal | None,
+    processes: Processes,
+    blocks: Sequence[Block],
+    number: int,
+    walk_pair: Callable[[], Generator[Arrival]],
 ) -> int:
     """Returns the number of the visit from which a pass goes on; 0 if it has to begin at the first block.
 
     Later visits qualify when what a block gets depends on nothing but the output of the block before and the batch.
-    That is tried on the first batch, which `walk_pair` lets walk twice: beside its true walk, one that begins with
+    That is tried on one batch, that of this `number`, which `walk_pair` lets walk twice: beside its true walk, one that begins with
     the stored output must come to every later block with the same arguments. All processes return the same.
     """
     if journal is None:
         return 0
     start = min(processes.gather(journal.hidden.start))
-    if start and not _arrive_alike(start, journal, blocks, walk_pair):
+    if start and not _arrive_alike(start, journal, blocks, number, walk_pair):
         start = 0
     return min(processes.gather(start))
 
 
 def _arrive_alike(
-    start: int, journal: Journal, blocks: Sequence[Block], walk_pair: Callable[[], Generator[Arrival]]
+    start: int, journal: Journal, blocks: Sequence[Block], number: int, walk_pair: Callable[[], Generator[Arrival]]
 ) -> bool:
     """Returns whether a walk that begins with the stored output equals the true walk from visit `start` on."""
     try:
@@ -45,10 +49,12 @@ def _arrive_alike(
             for visit, arrival in enumerate(arrivals):
                 if visit >= start and not _same(*arrival.calls):
                     return False
+                if not arrival.waiting:
+                    continue
                 with onload(blocks[arrival.index].module):
                     output = arrival.run(0)
                 arrival.finish(0, output)
-                arrival.finish(1, journal.hidden.output(0, blank=visit < start - 1) if visit < start else output)
+                arrival.finish(1, journal.hidden.output(number, blank=visit < start - 1) if visit < start else output)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         logger.info("no way to go on from stored inputs (%s); the finished blocks are computed again", error)
         return False

@@ -17,6 +17,7 @@ from ..checkpoint.journal import Journal
 from ..core.stats import InputStats
 from ..distributed import Processes
 from ..model.layers import Block, ModelLayers
+from .first_pass import merged_order
 from .merge import merge_stats
 from .spill import Spill
 
@@ -40,6 +41,10 @@ class PassOptions:
     def has_finished(self, block: Block) -> bool:
         """Returns whether an earlier, interrupted run has pruned the block."""
         return self.journal is not None and self.journal.finished(block.name)
+
+    def common_order(self, order: Sequence[int]) -> list[int]:
+        """Returns the order in which all processes visit the blocks, from that in which the batches of each do."""
+        return merged_order(self.processes.gather(list(order)))
 
     def merge(
         self, stats: Mapping[str, InputStats], block: Block, needs: frozenset[str], sequences: int

@@ -103,18 +103,18 @@ def stream_blocks(
         with prepared(model), run.spilling(model, batches) as spill:
             visited = (run.journal.order if run.journal else None) or []
             if not visited:
-                first = first_pass(model, model_layers, batches[0])
-                visited, unseen = first.order, first.unseen
+                first = first_pass(model, model_layers, batches)
+                visited, unseen = run.common_order(first.order), first.unseen
             if run.journal:
                 run.journal.begin_pass(visited, len(batches) * (1 + twins))
             repeated = {index for index in visited if visited.count(index) > 1}
             if repeated and twins:
                 name = model_layers.blocks[min(repeated)].name
                 raise ValueError(f"{name} runs several times in one pass; such a model cannot be reconstructed")
-            walk = _Pass(model, model_layers, batches, needs, run, spill, twins)
+            walk = _Pass(model, model_layers, batches, needs, run, spill, visited, twins)
             if repeated:
                 yield from walk.gather(repeated)
-            yield from walk.walk(visited, repeated, rewrites=rewrites, after_last=after_last)
+            yield from walk.walk(repeated, rewrites=rewrites, after_last=after_last)
     for index, block in enumerate(model_layers.blocks):
         wanted = index not in visited and (only is None or index in only)
         if wanted and block.weights and not run.has_finished(block):
@@ -153,6 +153,7 @@ class _Pass:
     needs: frozenset[str]
     run: PassOptions
     spill: Spill | None
+    order: list[int]
     twins: bool = False
 
     @property
@@ -163,12 +164,15 @@ class _Pass:
     def arrivals(self, after_last: Callable[[Batch, Any], None] | None = None) -> Generator[Arrival]:
         """Begins a walk of all batches through the model."""
         return lockstep(
-            drive(self.model, after_last), [b.module for b in self.model_layers.blocks], self.walks, self.spill
+            drive(self.model, after_last),
+            [b.module for b in self.model_layers.blocks],
+            self.walks,
+            self.spill,
+            self.order,
         )
 
     def walk(
         self,
-        order: list[int],
         repeated: set[int],
         *,
         rewrites: bool,
@@ -176,17 +180,18 @@ class _Pass:
     ) -> Iterator[StreamedBlock]:
         """Yields each block that is not `repeated` at its visit."""
         journal, blocks = self.run.journal, self.model_layers.blocks
-        pair = replace(self, batches=[self.batches[0]] * 2, spill=None, twins=False)
-        start = visit_to_resume_at(journal, self.run.processes, blocks, pair.arrivals)
+        richest = max(range(len(self.batches)), key=lambda number: len(self.batches[number]))
+        pair = replace(self, batches=[self.batches[richest]] * 2, spill=None, twins=False)
+        start = visit_to_resume_at(journal, self.run.processes, blocks, richest, pair.arrivals)
         with closing(self.arrivals(after_last)) as arrivals:
             for visit, arrival in enumerate(arrivals):
                 block = blocks[arrival.index]
                 if visit < start:
                     assert journal is not None
-                    for number in range(len(self.walks)):
+                    for number in arrival.waiting:
                         arrival.finish(number, journal.hidden.output(number, blank=visit < start - 1))
                     continue
-                last = visit + 1 == len(order) and after_last is None  # nobody wants the output of the last block
+                last = visit + 1 == len(self.order) and after_last is None  # nobody wants the output of the last block
                 keep = journal.hidden.keeper(visit) if journal and not last else None
                 if self.twins and self.run.has_finished(block) and not last:
                     raise RuntimeError(_NO_WAY_BACK.format(block.name))
@@ -220,7 +225,8 @@ class _Pass:
         streamed = _streamed(arrival.index, block, onloaded, stats, len(self.model_layers.blocks), unseen)
         if self.twins:
             of_text = is_of_text(self.model, block)
-            streamed.twins = TwinWalk(len(self.batches), self.batches, arrival, self.spill, keep, of_text)
+            present = [number for number in arrival.waiting if number < len(self.batches)]
+            streamed.twins = TwinWalk(present, self.batches, arrival, self.spill, keep, of_text)
         return streamed
 
     def collect(
@@ -244,7 +250,10 @@ class _Pass:
         """Runs the block on all batches while the collector observes; returns the number of sequences."""
         total = 0
         of_text = is_of_text(self.model, self.model_layers.blocks[arrival.index])
-        for number, batch in enumerate(self.batches):
+        for number in arrival.waiting:
+            if number >= len(self.batches):
+                continue  # a dense walk
+            batch = self.batches[number]
             sequences, length, masks = padding(batch, arrival.calls[number][1], of_text=of_text)
             total += sequences
             observing = collector.observe(sequences=sequences, length=length, masks=masks, whole=keep_outputs)
@@ -284,9 +293,8 @@ class _Pass:
 
 def _advance(arrival: Arrival, keep: Callable[[int, Any], None] | None = None) -> None:
     """Runs the block, while it is on its device, for all batches that still wait; `keep` stores the outputs."""
-    for number, (args, kwargs) in enumerate(arrival.calls):
-        if args or kwargs:
-            output = arrival.run(number, stay=False)
-            if keep:
-                keep(number, output)
-            arrival.finish(number, output)
+    for number in arrival.waiting:
+        output = arrival.run(number, stay=False)
+        if keep:
+            keep(number, output)
+        arrival.finish(number, output)

@@ -20,20 +20,26 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TwinWalk:
-    """A walk of all batches through one block, each of them twice: behind the pruned blocks and, beside it, behind the dense ones.
+    """The walks of the batches at one block: behind the pruned blocks and, beside it, behind the dense ones.
 
-    A batch has the same number, from 0 to `count - 1`, in both walks.
+    A batch has the same number in both walks, from 0 to `count - 1`; `_numbers`: its number among all batches.
     """
 
-    count: int
+    _numbers: Sequence[int]
     _batches: Sequence[Batch]
     _arrival: Arrival
     _spill: Spill | None
     _keep: Callable[[int, Any], None] | None
     _of_text: bool = True
 
+    @property
+    def count(self) -> int:
+        """Number of batches at the block."""
+        return len(self._numbers)
+
     def call(self, number: int) -> Call:
         """Returns the arguments that a batch brings from the pruned blocks."""
+        number = self._numbers[number]
         if self._spill:
             self._spill.fetch(number)
         args, kwargs = self.lasting(self._arrival.calls[number])
@@ -51,6 +57,7 @@ class TwinWalk:
 
     def pruned(self, number: int) -> Any:
         """Returns the block's output on what the pruned blocks gave; the batch waits on, also after an error."""
+        number = self._numbers[number]
         try:
             return self._arrival.run(number, stay=False)
         finally:
@@ -62,7 +69,7 @@ class TwinWalk:
 
         To be called once for each batch, while the block is still dense.
         """
-        number += self.count
+        number = self._numbers[number] + len(self._batches)
         args, kwargs = self._arrival.calls[number]
         output = self._arrival.run(number, stay=False)
         call, kept = self.lasting((args, kwargs)), self.lasting(output)
@@ -99,5 +106,6 @@ class TwinWalk:
 
         None: everywhere.
         """
+        number = self._numbers[number]
         masks = padding(self._batches[number], self._arrival.calls[number][1], of_text=self._of_text)[2]
         return next((mask for mask in masks if mask.shape == shape[:2]), None)

@@ -138,6 +138,32 @@ def test_every_allocator_takes_batches_with_images(kind, name):
 
 
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_some_prompts_have_no_image(kind, first, tmp_path):
+    """Statistics are those of the two kinds of prompts apart, and all that walks through the model takes both."""
+    model = MODELS[kind][0]()
+    layers = find_layers(model, include=["vision"])
+    data = prepare_batches(model, [batch(kind, [(first + i) % 2 * 2]) for i in range(4)])
+
+    def facts(data):
+        stream = stream_blocks(model, layers, data, frozenset({GRAM}), rewrites=False)
+        return {name: layer.stats for block in stream for name, layer in block.layers.items()}
+
+    both = facts(data)
+    text, images = (facts([b for b in data if ("pixel_values" in b) == wanted]) for wanted in (False, True))
+    assert {name.split(".")[1] for name in both} == {"language_model", "visual" if kind == "qwen" else "vision_tower"}
+    for name, stats in both.items():
+        parts = [part[name] for part in (text, images) if part[name] is not None]
+        assert stats.tokens == sum(part.tokens for part in parts) and len(parts) == 1 + ("language" in name)
+        torch.testing.assert_close(stats.gram, sum(part.gram for part in parts), rtol=1e-4, atol=1e-4)
+    reference = DenseReference(model, layers, data)
+    assert all(kl == pytest.approx(0, abs=1e-6) for kl, _, _ in reference.rows())
+    plan = make_plan(model, SparsityConfig(0.5, allocator="owl"), data, output_dir=tmp_path / "out")
+    report = prune(model, plan, data, output_dir=tmp_path / "out", reconstruct=BlockReconstruction(epochs=1, lr=0.1))
+    assert not plan.unseen and not report.notes
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_reconstruction_takes_batches_with_images(kind):
     model = MODELS[kind][0]()
     data = [batch(kind, [1 + i % 2]) for i in range(4)]
