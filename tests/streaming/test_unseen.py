@@ -168,6 +168,15 @@ def test_a_few_unseen_weights_are_named_and_no_error():
     assert set(uniform.unseen) == {"blocks.1.up"}  # also where nothing is measured, for pruning will be
 
 
+def test_the_share_that_may_be_unseen_is_asked_for_as_such():
+    for share in (-0.1, 1.5, True, "all"):
+        with pytest.raises(ValueError, match="allow_unseen"):
+            SparsityConfig(sparsity=0.6, allow_unseen=share)
+    assert "allow_unseen" not in SparsityConfig(sparsity=0.6).to_dict()
+    config = SparsityConfig(sparsity=0.6, allow_unseen=0.3)
+    assert SparsityConfig.from_dict(config.to_dict()) == config
+
+
 def test_scripted_code_is_named():
     model = toy()
     scripted = torch.jit.trace(
