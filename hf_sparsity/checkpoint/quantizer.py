@@ -40,6 +40,7 @@ from .transformers_internals import (
     call_after_loading,
     conversions_of,
     dot_natural_key,
+    preceded_by,
     rename_source_key,
     set_conversions,
     wanted_dtypes,
@@ -156,11 +157,7 @@ class BitmaskQuantizer(HfQuantizer):
         updated = []
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
-                ours = conversion.copy(
-                    conversion._original_source_patterns.copy(),
-                    conversion._original_target_patterns.copy(),
-                    operations=[Unpack(dtypes=self.dtypes), *conversion.operations],
-                )
+                ours = preceded_by(Unpack(dtypes=self.dtypes), conversion)
                 self.originals[id(ours)] = conversion
                 conversion = ours
             updated.append(conversion)
@@ -207,7 +204,8 @@ class BitmaskQuantizer(HfQuantizer):
         self.undo()
         for name, dtype in self.dtypes.items():
             tensor = model.get_parameter_or_buffer(name)
-            tensor.data = tensor.data.to(dtype)
+            if tensor.dtype != dtype and tensor.device.type != "meta":
+                tensor.data = tensor.data.to(dtype)
         used = [self.originals.get(id(c), c) for c in self.used or ()]
         set_conversions(model, [c for c in used if c is not None])
         if hasattr(model.config, "transformers_weights"):

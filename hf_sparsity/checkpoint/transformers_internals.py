@@ -7,6 +7,7 @@ Where the releases differ, a function hides the difference.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +76,17 @@ def set_conversions(model: PreTrainedModel, conversions: list[Any] | None) -> No
         vars(model).pop(_CONVERSIONS, None)
     else:
         vars(model)[_CONVERSIONS] = conversions
+
+
+def preceded_by(operation: ConversionOps, conversion: WeightConverter) -> WeightConverter:
+    """Returns a new conversion that does an operation first."""
+    operations = [operation, *conversion.operations]
+    if not hasattr(conversion, "copy"):  # older releases
+        copied = copy.deepcopy(conversion)
+        copied.operations = operations
+        return copied
+    sources, targets = conversion._original_source_patterns.copy(), conversion._original_target_patterns.copy()
+    return conversion.copy(sources, targets, operations=operations)
 
 
 def call_after_loading(model: PreTrainedModel, check: Callable[[Any], None]) -> Callable[[], None]:
