@@ -127,6 +127,15 @@ class BitmaskQuantizer(HfQuantizer):
 
     update_tp_plan = update_attn_implementation  # its place in older releases
 
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Returns the device map as it is. Raises ValueError for offload to disk where transformers cannot do it."""
+        if not ASKS_FOR_DTYPES and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "with this release of transformers a packed folder cannot be offloaded to disk while it loads: update "
+                "transformers, or make the folder dense first: hf_sparsity.unpack(folder, output)"
+            )
+        return device_map
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:

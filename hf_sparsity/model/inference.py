@@ -63,13 +63,23 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+def experts_implementation(model: PreTrainedModel) -> dict[str, str | None] | None:
+    """Returns how a model computes its experts, in the form that `set_experts_implementation` takes; None if it has no say."""
+    if hasattr(model, "get_experts_implementation"):
+        return model.get_experts_implementation()
+    if not hasattr(model, "set_experts_implementation"):
+        return None
+    parts = {"": model.config, **{key: getattr(model.config, key, None) for key in model.config.sub_configs}}
+    return {key: part._experts_implementation for key, part in parts.items() if part is not None}
+
+
 @contextmanager
 def prepared(model: PreTrainedModel) -> Iterator[None]:
     """Puts the model in evaluation mode with experts computed one by one, so that the inputs of each can be seen.
 
     After, both are as they were before.
     """
-    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    experts = experts_implementation(model)
     with evaluating(model):
         try:
             if experts:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.overrides import TorchFunctionMode
 
+from hf_sparsity.model.inference import experts_implementation
+
 
 class Oracle(TorchFunctionMode):
     """Second moments of the inputs of every product with a 2-D or 3-D parameter, in one plain forward.
@@ -49,7 +51,7 @@ class Oracle(TorchFunctionMode):
 
 
 def plain_moments(model, batches):
-    experts = model.get_experts_implementation()
+    experts = experts_implementation(model)
     model.set_experts_implementation("eager")
     oracle = Oracle(model)
     with torch.no_grad():
