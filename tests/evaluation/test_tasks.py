@@ -156,8 +156,8 @@ def test_tasks_that_run_what_the_model_writes_are_refused(tmp_path):
     ("options", "message"),
     [
         ({"limit": 0}, "limit=0 must be .*documents"),
-        ({"shots": -1}, "shots is -1"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"shots": -1}, "shots=-1 must be"),
+        ({"batch_size": 0}, "batch_size=0 must be"),
     ],
 )
 def test_impossible_numbers_are_errors(options, message):

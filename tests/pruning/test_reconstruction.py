@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,12 +139,13 @@ def test_dense_layers_and_ignored_experts_stay_as_they_are():
 def test_a_real_model_becomes_better():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
+    whole = Path(demo.__file__).parent  # the embedded model with all its blocks
+    tokenizer = AutoTokenizer.from_pretrained(whole)
     ids = calibration_batches([text for _, text in demo.texts("calibration")], tokenizer, sequences=8, length=128)
     heldout = text_windows("".join(text for _, text in demo.texts("heldout")), tokenizer, 128)[::100]
     found = []
     for options in (None, BlockReconstruction(epochs=3, lr=0.05)):  # few steps: larger ones
-        model = AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
         prune(model, make_plan(model, SparsityConfig(0.7, pruner="wanda")), ids, reconstruct=options)
         found.append(evaluate_text(model, heldout).perplexity)
     assert found[1] < 0.8 * found[0]
