@@ -253,7 +253,7 @@ def test_the_teacher_helps_and_stays(tmp_path):
 
 def test_texts_and_folders_with_a_tokenizer(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
-    model = AutoModelForCausalLM.from_pretrained(demo.PATH)
+    model = AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.bfloat16)  # which the result keeps
     texts = [text for _, text in demo.texts("calibration")][:12]
     batches = calibration_batches(texts, tokenizer, sequences=4, length=64)
     prune(model, make_plan(model, {"sparsity": 0.7, "pruner": "wanda"}, batches), batches)
