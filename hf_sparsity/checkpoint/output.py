@@ -135,6 +135,11 @@ class Output:
             if arguments is not None
         }
 
+    @property
+    def goes_on(self) -> bool:
+        """True if a pruning pass into this folder was begun before: it will be continued, or is complete."""
+        return not self._wipe and (self._record is not None or self.journal.order is not None)
+
     def _new_journal(self) -> Journal:
         return Journal(self.path / MARKER, self.processes, after_record=self._after_record)
 

@@ -126,7 +126,8 @@ def prepare_pruning(
         copies=STREAMS if recovery else 1,
     )
     run.processes.agree("the plan", plan.to_dict()["layers"])
-    check_unseen(model, model_layers, data if needs else [], config.allow_unseen)
+    if output is None or not output.goes_on:  # else it was checked before
+        check_unseen(model, model_layers, data if needs else [], config.allow_unseen)
     if output is not None:
         check_writable(model)
         if output.layout == "bitmask":
