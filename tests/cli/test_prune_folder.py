@@ -38,15 +38,19 @@ def test_complete_or_foreign_folders_are_refused(tmp_path, capsys):
 def test_ctrl_c_says_how_to_go_on(number, tmp_path, capsys, monkeypatch):
     """Pressed while the first block is written, it counts once that is done."""
     out, replace = tmp_path / "out", os.replace
+    before = signal.signal(number, signal.default_int_handler)  # a job in the background is deaf to Ctrl-C
 
     def pressed(source, target):
         if Path(target).suffix == ".safetensors":
             signal.raise_signal(number)
         replace(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", pressed)
-        assert main([*GIVEN, "--output", str(out)]) == 130
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", pressed)
+            assert main([*GIVEN, "--output", str(out)]) == 130
+    finally:
+        signal.signal(number, before)
     said = capsys.readouterr().err
     assert "Start the same command again" in said and "Traceback" not in said
     assert (out / MARKER).is_dir() and len(list(out.glob("*.safetensors"))) == 1 and not list(out.rglob("*.partial"))
