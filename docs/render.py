@@ -192,6 +192,19 @@ def recovery() -> str:
     return table(["", "70 % Wanda", "gap closed", "80 % SparseGPT", "gap closed", "CPU s"], lines)
 
 
+def train_to_sparsity() -> str:
+    """Held-out perplexity of each way to 80 and 90 %, and its CPU seconds."""
+    rows = []
+    for r in results("train_to_sparsity")["rows"]:
+        cells = [r["80"], r["90"]]
+        rows.append([r["way"], *(text for c in cells for text in _way(c))])
+    return table(["", "80 %", "CPU s", "90 %", "CPU s"], rows)
+
+
+def _way(cell: dict[str, float] | None) -> list[str]:
+    return ["", ""] if cell is None else [f"{cell['perplexity']:.2f}", f"{cell['cpu_seconds']:.0f}"]
+
+
 def speed() -> str:
     """Both sides of each benchmark of speed, and the command that runs it."""
     lines = [[r["what"], r["against"], r["result"], f"`{r['command']}`"] for r in results("speed")["rows"]]
@@ -223,6 +236,7 @@ RENDERERS: dict[str, Callable[[], str]] = {
         perplexities,
         divergences,
         recovery,
+        train_to_sparsity,
         speed,
         streaming,
         packed_layout,

@@ -41,11 +41,20 @@ _HOME = {
     "SparsityCallback": "recovery.callback",
     "BlockReconstruction": "pruning.reconstruction",
     "DistillationTrainer": "recovery.distillation",
+    "Teacher": "recovery.teacher",
+    "store_logits": "recovery.stored_logits",
+    "Gradual": "recovery.schedules",
+    "Elsa": "recovery.schedules",
+    "Reallocation": "recovery.schedules",
     "hold_zeros": "recovery.hold",
     "recover": "recovery.recover",
     "MaskedLora": "recovery.methods",
     "FullFineTuning": "recovery.methods",
     "Reconstruction": "recovery.methods",
+    "Distillation": "recovery.methods",
+    "TrainToSparsity": "recovery.methods",
+    "TrainByElsa": "recovery.methods",
+    "recipe": "recovery.recipes",
     "sparse_lora": "recovery.lora",
     "load_sparse_lora": "recovery.lora",
     "merge_lora": "recovery.lora",
@@ -58,14 +67,18 @@ _HOME = {
 __all__ = [
     "Allocator",
     "BlockReconstruction",
+    "Distillation",
     "DistillationTrainer",
+    "Elsa",
     "FullFineTuning",
+    "Gradual",
     "Layer",
     "MaskedLora",
     "Output",
     "Plan",
     "PlanFile",
     "Pruner",
+    "Reallocation",
     "Reconstruction",
     "Report",
     "RowAllocator",
@@ -73,7 +86,10 @@ __all__ = [
     "SparseModel",
     "SparsityCallback",
     "SparsityConfig",
+    "Teacher",
     "Text",
+    "TrainByElsa",
+    "TrainToSparsity",
     "__version__",
     "calibration_batches",
     "certify",
@@ -89,9 +105,11 @@ __all__ = [
     "pack",
     "prune",
     "push_sparse",
+    "recipe",
     "recover",
     "save_sparse",
     "sparse_lora",
+    "store_logits",
     "text_windows",
     "unpack",
     "verify",
@@ -123,8 +141,19 @@ if TYPE_CHECKING:
     from .recovery.distillation import DistillationTrainer
     from .recovery.hold import hold_zeros
     from .recovery.lora import load_sparse_lora, merge_lora, sparse_lora
-    from .recovery.methods import FullFineTuning, MaskedLora, Reconstruction
+    from .recovery.methods import (
+        Distillation,
+        FullFineTuning,
+        MaskedLora,
+        Reconstruction,
+        TrainByElsa,
+        TrainToSparsity,
+    )
+    from .recovery.recipes import recipe
     from .recovery.recover import recover
+    from .recovery.schedules import Elsa, Gradual, Reallocation
+    from .recovery.stored_logits import store_logits
+    from .recovery.teacher import Teacher
     from .sparse_model import SparseModel
 
 

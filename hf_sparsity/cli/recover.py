@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import fields
 from typing import Any
 
 from ..demo import NAME as DEMO
-from ..recovery.methods import METHODS, MaskedLora
-from .arguments import add_output, parse_source
+from ..recovery.methods import METHODS, MaskedLora, RecoveryMethod
+from ..recovery.recipes import RECIPES, in_words, recipe
+from .arguments import add_output, parse_algorithm, parse_source
 
 HELP = "train what pruning left, every zero kept, into a new folder"
 DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
@@ -17,14 +19,15 @@ DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a defa
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the command's arguments to its parser."""
-    command.add_argument("model", help="a sparse model's folder")
+    command.add_argument("model", help="a sparse model's folder; for gradual and elsa a dense model's, or 'demo'")
     command.add_argument(
         "--method",
         choices=tuple(METHODS),
-        default=MaskedLora.name,
         help="lora: masked adapters, merged at the end; full: all weights, the zeros held; reconstruct: the teacher is "
-        "pruned again, each part trained towards the dense one (default: %(default)s)",
+        "pruned again, each part trained towards the dense one; distill: all weights, or adapters with --rank, towards the "
+        "teacher; gradual, elsa: a dense model becomes sparse while it trains (default: lora)",
     )
+    _add_growth(command)
     command.add_argument(
         "--data",
         nargs="+",
@@ -55,11 +58,32 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="parts that a batch is cut into to save memory (default: %(default)s)",
     )
     command.add_argument("--lr", type=float, help="largest learning rate (default: goes with 1 / width)")
+    command.add_argument("--rank", type=int, help=f"rank of the adapters (default: {MaskedLora.rank} for lora)")
+    command.add_argument("--top-k", type=int, help="compare this many of the teacher's likeliest tokens only")
     command.add_argument(
-        "--rank", type=int, default=MaskedLora.rank, help="rank of the adapters (default: %(default)s)"
+        "--store", action="store_true", help="ask the teacher once and train from its stored answers; needs --top-k"
     )
     command.add_argument(
         "--seed", type=int, default=0, help="decides the order of the data and the adapters' first values"
+    )
+
+
+def _add_growth(command: argparse.ArgumentParser) -> None:
+    """Adds the recipes, and what a model is to become while it trains."""
+    command.add_argument(
+        "--recipe",
+        type=int,
+        choices=tuple(RECIPES),
+        help="a method with all choices made, printed before it starts: 60 and 70 for a model pruned to these per cent, with "
+        "--teacher; 80 and 90 for a dense one, which becomes sparse. Other options change it",
+    )
+    command.add_argument("--plan", metavar="FILE", help="of gradual and elsa: the plan to train to")
+    command.add_argument("--sparsity", type=float, help="of gradual and elsa without --plan: the sparsity to train to")
+    command.add_argument(
+        "--allocator",
+        default="uniform",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="of gradual and elsa without --plan: how sparse each layer is (default: %(default)s)",
     )
 
 
@@ -82,12 +106,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         data = sources if len(sources) > 1 else sources[0].data
     else:
         data, length = [text for _, text in demo.texts("calibration")], length or DEMO_LENGTH
-    method = METHODS[options.method]
-    chosen = {field.name: getattr(options, field.name) for field in fields(method) if hasattr(options, field.name)}
+    method = _method(options)
+    if options.recipe is not None:
+        print(in_words(options.recipe, method), file=sys.stderr if options.json else sys.stdout, flush=True)
+        if RECIPES[options.recipe].starts_dense:
+            teacher = teacher or options.model
     model = recover(
-        options.model,
+        demo.PATH if options.model == DEMO else options.model,
         data,
-        method(**chosen),
+        method,
         output_dir=options.output,
         teacher=demo.PATH if teacher == DEMO else teacher,
         length=length,
@@ -101,12 +128,38 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"output": options.output, **record}
 
 
+def _method(options: argparse.Namespace) -> RecoveryMethod:
+    """Returns the method that the options describe, or the recipe as they change it."""
+    if options.recipe is not None and options.method is not None:
+        raise ValueError(f"--recipe {options.recipe} has a method of its own; leave --method out")
+    kind = (
+        METHODS[options.method or MaskedLora.name] if options.recipe is None else type(RECIPES[options.recipe].method)
+    )
+    chosen = {field.name: getattr(options, field.name) for field in fields(kind) if hasattr(options, field.name)}
+    if chosen.get("rank", 0) is None:
+        del chosen["rank"]
+    grows = "plan" in chosen
+    if (options.plan is not None or options.sparsity is not None) and not grows:
+        raise ValueError(
+            "--plan and --sparsity belong to the methods gradual and elsa, which make a dense model sparse"
+        )
+    if options.recipe is not None:
+        defaults = {"batch": MaskedLora.batch, "accumulation": MaskedLora.accumulation, "store": False}
+        changes = {name: value for name, value in chosen.items() if value is not None and value != defaults.get(name)}
+        return recipe(options.recipe, **changes)
+    if grows and options.plan is None and options.sparsity is not None:
+        allocator = parse_algorithm(options.allocator)
+        chosen["config"] = {"sparsity": options.sparsity, "allocator": allocator, "pruner": "magnitude"}
+    return kind(**chosen)
+
+
 def summary(record: dict[str, Any]) -> str:
     """Returns two lines about what was done; `record` as in the result of `run`."""
     steps = f"{record['steps']} steps, " if record["steps"] else ""
     before, after = record["perplexity"]["before"], record["perplexity"]["after"]
     sequences = record["data"]["heldout"]
+    done = "sparse at the end" if record["method"] in ("gradual", "elsa") else "every zero kept"
     return (
-        f"{record['method']}: {steps}{record['tokens']} tokens; every zero kept\n"
+        f"{record['method']}: {steps}{record['tokens']} tokens; {done}\n"
         f"perplexity on {sequences} held-out sequences of the data: {before:.2f} before, {after:.2f} after"
     )

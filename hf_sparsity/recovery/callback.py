@@ -1,7 +1,10 @@
 """SparsityCallback: train a sparse model in the `Trainer` with every zero held, or make it sparse while it trains.
 
+What is here are the events of a Trainer and the record; the masks are `zero_masks.py`, the ways to a plan's sparsity
+`gradual.py` and `elsa.py`, the teacher `teacher.py`.
+
 The order of an optimizer step in transformers 5: gradients are accumulated (and masked by hooks on the parameters,
-before anything clips them), `on_pre_optimizer_step`, the optimizer, `on_optimizer_step` (weights masked), the learning
+before anything clips them), `on_pre_optimizer_step` (ELSA's pull), the optimizer, `on_optimizer_step` (weights masked), the learning
 rate, `on_step_end` (masks grow if due, weights masked), then logging, evaluation and saving.
 
 Other callbacks may stand before or after this one and change weights too. So that evaluations and checkpoints have the
@@ -28,11 +31,13 @@ from ..model.identity import renew_identity
 from ..model.sparsity import fit_names, model_plan
 from ..plan import Plan
 from ..planning.make_plan import make_plan
-from ..validation import check_number
 from .checks import as_plan, check_has_zeros, check_supported, fitting_layers, sparsities, unwrapped
-from .gradual import SCHEDULES, GradualPruning, Schedule, gradual_pruner
-from .record import TrainingRecord
+from .elsa import ElsaPruning
+from .gradual import GradualPruning, Schedule, gradual_pruner
+from .record import TrainingRecord, describe
 from .resume import load_weights, resumed_folder, saved_in, saved_state
+from .schedules import Elsa, Gradual, as_schedule, steps_of
+from .teacher import Teacher, teach
 from .zero_masks import ZeroMasks
 
 logger = logging.getLogger(__name__)
@@ -43,11 +48,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
         Trainer(model, args, train_dataset=data, callbacks=[SparsityCallback()])
         Trainer(dense, args, train_dataset=data, callbacks=[SparsityCallback(config, schedule="cubic", end=0.7)])
+        SparsityCallback(plan=plan, schedule=Elsa(penalty=0.02), teacher=dense).add_to(trainer)
 
     The masks are the zeros of the planned layers when training begins. They are exactly 0 after every optimizer step,
     in evaluation, in every checkpoint and at the end, whatever other callbacks do and wherever in their list they stand;
     resuming a checkpoint finds the same masks. Works with gradient accumulation and clipping, fp16/bf16 mixed precision,
     activation checkpointing, `torch.compile`, DDP, FSDP2 and DeepSpeed's ZeRO-1 and ZeRO-2; not with ZeRO-3 or FSDP1.
+    `Elsa`, regrowth, second moments and new budgets on the way need whole weights, so one process or DDP.
 
     The reached sparsity is added to the training logs as `"sparsity"`. `state.log_history` always has it; trackers have
     it if they stand after this callback in the list, and those that `report_to` adds stand before: for these, use
@@ -58,14 +65,17 @@ class SparsityCallback(TrainerCallback, ExportableState):
             pruner be `"magnitude"` or `"wanda"`. Needs a `schedule`.
         plan: a plan, its file or its dict. With a `schedule`: what to prune to. Without: the plan whose zeros the
             model already has, if it is not in the model's config.
-        schedule: `"cubic"` (fast first, as in Zhu & Gupta) or `"linear"`; None holds the zeros there are.
+        schedule: `"cubic"` (fast first, as in Zhu & Gupta) or `"linear"`; a `Gradual` with more choices (scores,
+            regrowth, budgets decided anew); an `Elsa`; None holds the zeros there are.
         start, end: when masks begin to grow and when they are complete: floats are shares of the run in [0, 1],
-            ints are optimizer steps.
-        interval: optimizer steps between two updates of the masks.
+            ints are optimizer steps. Of a schedule given by name only.
+        interval: optimizer steps between two updates of the masks; of a schedule given by name only.
+        teacher: the dense model to learn from, or a `Teacher` with options; needs `add_to(trainer)`.
 
     Raises:
         ValueError: arguments that contradict each other; at the beginning of training also a model without zeros, a
-            plan that does not fit it, a quantized or float16 model, or an unsupported way to shard it.
+            plan that does not fit it, a quantized or float16 model, an unsupported way to shard it, or a teacher that was
+            not put into the trainer.
     """
 
     def __init__(
@@ -73,10 +83,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         config: SparsityConfig | Mapping[str, Any] | None = None,
         *,
         plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
-        schedule: str | None = None,
+        schedule: str | Gradual | Elsa | Mapping[str, Any] | None = None,
         start: float = 0.0,
         end: float = 0.75,
         interval: int = 10,
+        teacher: Any = None,
     ):
         if config is not None and plan is not None:
             raise ValueError("give config or plan, not both: a plan carries the config it was made with")
@@ -84,19 +95,22 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise ValueError("a config is reached over a schedule: pass schedule='cubic' (or prune first, then train)")
         if schedule is not None and config is None and plan is None:
             raise ValueError(f"schedule={schedule!r} needs a config or a plan that says what to prune to")
-        if schedule is not None and schedule not in SCHEDULES:
-            raise ValueError(f"schedule={schedule!r}: {' or '.join(map(repr, SCHEDULES))} is expected")
-        check_number("interval", interval, "[1, inf)", whole=True, hint=": optimizer steps")
-        _steps("start", start, 1000), _steps("end", end, 1000)
+        if not isinstance(schedule, (str, type(None))) and (start, end, interval) != (0.0, 0.75, 10):
+            raise ValueError(
+                "start, end and interval belong to a schedule given by name; write them into the Gradual or Elsa"
+            )
+        self.options = as_schedule("cubic" if schedule is None else schedule, start, end, interval)
         self.config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
         self.plan = as_plan(plan)
         self.schedule, self.start, self.end, self.interval = schedule, start, end, interval
+        self.teacher = None if teacher is None else Teacher.of(teacher)
         self.masks: ZeroMasks | None = None
-        self.gradual: GradualPruning | None = None
+        self.gradual: GradualPruning | ElsaPruning | None = None
         self.record: TrainingRecord | None = None
         self.saved: dict[str, Any] = {}  # what the checkpoint being resumed says, see `state`
         self._model: PreTrainedModel | None = None
         self._watch: Any = None  # handle of the hook that remembers inputs
+        self._teaches = False  # whether the teacher is in a trainer's loss
 
     @property
     def sparsity(self) -> float:
@@ -104,7 +118,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return self.masks.sparsity if self.masks is not None else 0.0
 
     def add_to(self, trainer: Any) -> None:
-        """Adds the callback to a Trainer in front of its trackers, so that they log the sparsity too."""
+        """Adds the callback to a Trainer in front of its trackers, so that they log the sparsity too.
+
+        With a teacher, the `compute_loss` of this trainer is wrapped, so that it learns from the teacher as well (`teach`).
+        """
+        if self.teacher is not None and not self._teaches:
+            teach(trainer, self.teacher)
+            self._teaches = True
         callbacks = trainer.callback_handler.callbacks
         if any(callback is self for callback in callbacks):
             callbacks.remove(self)
@@ -133,6 +153,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Finds or restores the masks."""
         model, optimizer = unwrapped(model), kwargs.get("optimizer")
         check_supported(model, args, optimizer)
+        if self.teacher is not None and not self._teaches:
+            raise ValueError(
+                "a callback cannot change a loss by itself: put it in by callback.add_to(trainer), not in callbacks=[...]"
+            )
         self._stop()
         name = type(self).__name__
         saved = saved_state(state, name) if state.global_step > 0 else {}
@@ -143,14 +167,30 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self.schedule is None:
             self._begin_holding(model, saved)
         else:
-            self._begin_schedule(model, state, saved)
+            self._begin_schedule(model, args, state, saved)
         assert self.masks is not None
         self._model = model
-        options = {"schedule": self.schedule, **vars(self.gradual.schedule)} if self.gradual else {}
-        self.record = TrainingRecord(model, "gradual" if self.gradual else "trainer", options, saved.get("record"))
+        method = "trainer" if self.gradual is None else "elsa" if isinstance(self.options, Elsa) else "gradual"
+        self.record = TrainingRecord(model, method, self._recorded(), saved.get("record"))
+        if self.teacher is not None:
+            self.record.entry["teacher"] = describe(self.teacher.model)
         self.masks.apply()
         self.masks.hold(model, optimizer)
         self.masks.clean(optimizer)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Has the gradients of pruned weights kept, if some may regrow after this step."""
+        if self.gradual is not None:
+            self.gradual.before(state.global_step + 1)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pulls the weights towards their sparse copies, with ELSA."""
+        if isinstance(self.gradual, ElsaPruning):
+            self.gradual.penalise()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,13 +203,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Grows the masks when due; masks the weights once more, since other callbacks may have changed them."""
         if self.masks is None or self._model is None or self.record is None:
             return
-        if self.gradual is not None and self.gradual.schedule.is_due(state.global_step):
-            self.gradual.update(state.global_step, self._model)
+        if self.gradual is not None and self.gradual.is_due(state.global_step):
+            self.gradual.update(state.global_step, self._model, kwargs.get("optimizer"))
             self.masks.clean(kwargs.get("optimizer"))
             if state.global_step == self.gradual.schedule.end:
                 # Checkpoints from before were less sparse, so no later one could beat them fairly.
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-            self._store_plan(state.global_step)
+            if isinstance(self.gradual, GradualPruning) or state.global_step == self.gradual.schedule.end:
+                self._store_plan(state.global_step)
         if self.gradual is not None and self.gradual.norms is not None:
             self.gradual.norms.forget()
         self.record.steps(state.global_step)
@@ -198,6 +239,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self.masks is not None and logs is not None and "loss" in logs:
             logs["sparsity"] = self.sparsity
             state.log_history[-1]["sparsity"] = self.sparsity
+            if isinstance(self.gradual, ElsaPruning):
+                state.log_history[-1]["residual"] = logs["residual"] = self.gradual.residual()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes beside a checkpoint's weights what ELSA needs to go on from it."""
+        if isinstance(self.gradual, ElsaPruning) and state.is_world_process_zero:
+            self.gradual.save(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,7 +273,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         args = {
             "config": self.config.to_dict() if self.config is not None else None,
             "plan": self.plan.to_dict() if self.plan is not None else None,
-            **{key: getattr(self, key) for key in ("schedule", "start", "end", "interval")},
+            **{key: getattr(self, key) for key in ("start", "end", "interval")},
+            "schedule": self.schedule.to_dict() if isinstance(self.schedule, (Gradual, Elsa)) else self.schedule,
         }
         if self.masks is None or self._model is None or self.record is None:
             return {"args": args, "attributes": {"saved": self.saved}}
@@ -248,21 +297,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
         else:
             check_has_zeros(self.masks, plan)
 
-    def _begin_schedule(self, model: PreTrainedModel, state: TrainerState, saved: Mapping[str, Any]) -> None:
-        schedule = Schedule(
-            str(self.schedule),
-            _steps("start", self.start, state.max_steps),
-            _steps("end", self.end, state.max_steps),
-            self.interval,
-        )
-        if not schedule.start < schedule.end <= state.max_steps:
-            raise ValueError(
-                f"the schedule goes from step {schedule.start} to step {schedule.end} of a run of {state.max_steps} steps; "
-                "start < end <= the number of optimizer steps is needed"
-            )
+    def _begin_schedule(
+        self, model: PreTrainedModel, args: TrainingArguments, state: TrainerState, saved: Mapping[str, Any]
+    ) -> None:
+        schedule = self._schedule(args, state.max_steps)
         plan = Plan.from_dict(saved["plan"]) if "plan" in saved else self.plan or self._make_plan(model)
         plan = fit_names(plan, model)
-        gradual_pruner(plan)
+        if isinstance(self.options, Gradual):
+            gradual_pruner(plan, self.options.scores)
         self.masks = ZeroMasks(fitting_layers(model, plan).weights)
         if saved:
             self.masks.restore(saved)
@@ -271,9 +313,44 @@ class SparsityCallback(TrainerCallback, ExportableState):
             if state.global_step > schedule.start:
                 raise ValueError("this checkpoint was not written with gradual pruning; start a new run to prune it")
             first = sparsities(self.masks)
-        self.gradual = GradualPruning(plan, self.masks, schedule, first)
+        if isinstance(self.options, Elsa):
+            self.gradual = ElsaPruning(plan, self.masks, schedule, self.options)
+            if not saved:
+                self.gradual.begin()
+            elif state.global_step < schedule.end:
+                self.gradual.load(resumed_folder(args, state), state.global_step)
+            return
+        self.gradual = GradualPruning(plan, self.masks, schedule, first, self.options, state.max_steps)
         if self.gradual.norms is not None:
             self._watch = self.gradual.norms.watch(model)
+
+    def _schedule(self, args: TrainingArguments, total: int) -> Schedule:
+        """Returns the schedule in optimizer steps of a run of `total`."""
+        options = self.options
+        start, end = steps_of(options.start, total), steps_of(options.end, total)
+        if not start < end <= total:
+            raise ValueError(
+                f"the schedule goes from step {start} to step {end} of a run of {total} steps; "
+                "start < end <= the number of optimizer steps is needed"
+            )
+        if isinstance(options, Elsa) and getattr(args, "fp16", False) and not args.max_grad_norm:
+            raise ValueError(
+                "with fp16 and max_grad_norm=0 gradients stay scaled, so that ELSA's term does not fit them; clip them, or use bf16"
+            )
+        return Schedule(options.curve, start, end, options.interval)
+
+    def _recorded(self) -> dict[str, Any]:
+        """Returns the options of a training for its record, as plain JSON types."""
+        options: dict[str, Any] = {}
+        if self.gradual is not None:
+            options = {"schedule": self.schedule, **vars(self.gradual.schedule)}
+        if self.gradual is not None and not isinstance(self.schedule, str):
+            known = {"name", "curve", "start", "end", "interval"}
+            more = {key: value for key, value in self.options.to_dict().items() if value and key not in known}
+            options |= {"schedule": self.options.name, **more}
+        if self.teacher is not None:
+            options |= self.teacher.to_dict()
+        return options
 
     def _make_plan(self, model: PreTrainedModel) -> Plan:
         assert self.config is not None
@@ -294,7 +371,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self.gradual is not None and saved:  # the masks of later steps were never judged with these weights
             self.masks.read()
             self.masks.restore(saved)
-            self._store_plan(step)
+            if isinstance(self.gradual, GradualPruning) or step >= self.gradual.schedule.end:
+                self._store_plan(step)
         return step
 
     def _store_plan(self, step: int) -> None:
@@ -311,14 +389,3 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self._watch is not None:
             self._watch.remove()
         self._watch = None
-
-
-def _steps(name: str, value: float, total: int) -> int:
-    """Returns optimizer steps for a share of the run (float) or steps (int); raises ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ValueError(f"{name}={value!r}: a share of the run in [0, 1] or an int, optimizer steps, is expected")
-    if isinstance(value, int):
-        return value
-    if not value <= 1:
-        raise ValueError(f"{name}={value!r}: as a float it is a share of the run, in [0, 1]; optimizer steps are ints")
-    return round(value * total)

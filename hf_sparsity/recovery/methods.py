@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..validation import check_number
+from .schedules import Elsa, Gradual
 
 if TYPE_CHECKING:
     from ..pruning.reconstruction import BlockReconstruction
@@ -52,7 +53,7 @@ class RecoveryMethod:
 class Training(RecoveryMethod):
     """The options of the methods that train in transformers' `Trainer`; by default 200 steps.
 
-    `hard`, `soft`, `hidden` and `temperature` weigh the losses when there is a teacher, see `DistillationTrainer`.
+    `hard`, `soft`, `hidden`, `temperature`, `top_k` and `hidden_blocks` weigh the losses when there is a teacher, see `Teacher`.
     """
 
     accumulation: int = 1  # parts that a batch is cut into to save memory
@@ -61,6 +62,9 @@ class Training(RecoveryMethod):
     soft: float = 1.0
     hidden: float = 0.0
     temperature: float = 1.0
+    top_k: int | None = None  # compare the teacher's likeliest tokens only
+    hidden_blocks: Sequence[int] | None = None  # the blocks whose hidden states count; by default all
+    store: bool = False  # ask the teacher once, for all sequences, and train from what it said; needs `top_k`
     training: Mapping[str, Any] = field(default_factory=dict)  # more `TrainingArguments`
 
     default_steps = 200
@@ -73,6 +77,10 @@ class Training(RecoveryMethod):
             raise ValueError(f"batch={self.batch} sequences cannot be cut into accumulation={self.accumulation} parts")
         if self.lr is not None:
             check_number("lr", self.lr, "(0, inf)")
+        if self.store and (self.top_k is None or self.hidden):
+            raise ValueError(
+                "store=True keeps the teacher's likeliest tokens: give top_k, such as 64, and no hidden states"
+            )
         object.__setattr__(self, "training", dict(self.training or {}))
 
     def resolved(self, *, length: int, width: int) -> Any:
@@ -108,6 +116,68 @@ class FullFineTuning(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation(Training):
+    """Trains towards the dense teacher, every zero held: all weights in float32, or masked adapters if `rank` is given."""
+
+    hard: float = 0.5
+    rank: int | None = None  # of masked adapters; None trains all weights
+
+    name = "distill"
+    width_rate = 0.192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank is not None:
+            check_number("rank", self.rank, "[1, inf)", whole=True)
+
+    def resolved(self, *, length: int, width: int) -> Any:
+        """Returns a copy with every default filled in; adapters have the learning rate of `MaskedLora`."""
+        rate = (MaskedLora if self.rank else Distillation).width_rate
+        chosen = self if self.lr is not None else replace(self, lr=rate / width)
+        return super(Distillation, chosen).resolved(length=length, width=width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainToSparsity(Training):
+    """Makes a dense model sparse while it trains, and less sparse ones sparser: masks grow until a plan is met (`Gradual`).
+
+    Give the `plan`, or a `config` by which it is made on up to 128 of the training sequences.
+    """
+
+    plan: Any = None  # a Plan, its file or its dict
+    config: Any = None  # a SparsityConfig or its dict
+    schedule: Gradual | Elsa = field(default_factory=lambda: Gradual(end=0.6, scores="magnitude"))
+
+    name = "gradual"
+    width_rate = 0.192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.plan is None) == (self.config is None):
+            raise ValueError(
+                f"method={self.name!r} trains to the sparsity of a plan: give plan or config, and one of them only"
+            )
+        kind = Elsa if self.name == "elsa" else Gradual
+        if not isinstance(self.schedule, kind):
+            raise ValueError(
+                f"schedule is a {type(self.schedule).__name__}; method={self.name!r} takes {kind.__name__}(...)"
+            )
+        if isinstance(self.schedule, Gradual) and self.schedule.reallocate is not None:
+            raise ValueError(
+                "recover cannot resume budgets that are decided anew; use SparsityCallback in a Trainer for these"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainByElsa(TrainToSparsity):
+    """Makes a dense model sparse while it trains, by ADMM with the training loss itself (`Elsa`)."""
+
+    schedule: Gradual | Elsa = field(default_factory=lambda: Elsa(end=0.8))
+
+    name = "elsa"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reconstruction(RecoveryMethod):
     """Prunes the teacher again by the model's plan, and trains each half-block towards the dense one.
 
@@ -121,9 +191,15 @@ class Reconstruction(RecoveryMethod):
 
 
 METHODS: dict[str, type[RecoveryMethod]] = {
-    method.name: method for method in (MaskedLora, FullFineTuning, Reconstruction)
+    method.name: method
+    for method in (MaskedLora, FullFineTuning, Reconstruction, Distillation, TrainToSparsity, TrainByElsa)
 }
 KEYWORDS = {entry.name for method in METHODS.values() for entry in fields(method)} - {"blocks"} | {"reconstruct"}
+
+
+def uses_adapters(method: RecoveryMethod) -> bool:
+    """Returns whether a method trains masked adapters, which need peft."""
+    return bool(getattr(method, "rank", None))
 
 
 def as_method(method: Any, options: Mapping[str, Any]) -> RecoveryMethod:

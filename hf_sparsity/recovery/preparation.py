@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -20,19 +21,33 @@ from ..calibration.documents import read_documents
 from ..calibration.mixture import SELF, Mixture, sources_in
 from ..calibration.positions import default_length
 from ..calibration.sequences import packed_rows
+from ..checkpoint.journal import digest
+from ..config import SparsityConfig
 from ..model.accepted import check_model
 from ..model.classes import require_next_token, text_config
 from ..model.fingerprint import versions, weights_fingerprint
-from ..model.loading import find_tokenizer, load_model, load_sparse
+from ..model.loading import find_tokenizer, load_model
 from ..model.offload import weight_store
 from ..model.sparsity import check_zeros
+from ..plan import Plan
 from ..pruning.reconstruction import BlockReconstruction
 from ..validation import check_number
-from .distillation import check_teacher, check_weights
-from .methods import MaskedLora, Reconstruction, RecoveryMethod, Training
+from .checks import as_plan
+from .methods import Distillation, Reconstruction, RecoveryMethod, Training, TrainToSparsity, uses_adapters
+from .record import describe
+from .teacher import check_lessons, check_teacher, check_weights
 
 HELD_OUT = 16  # one sequence of this many is never trained on,
 MOST_HELD_OUT = 128  # up to this number of sequences
+LESSONS = (
+    "hard",
+    "soft",
+    "hidden",
+    "temperature",
+    "top_k",
+    "hidden_blocks",
+    "store",
+)  # options that only a teacher needs
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class Preparation:
         method = self.method
         trains = isinstance(method, Training)
         used = versions()
-        if isinstance(method, MaskedLora):
+        if uses_adapters(method):
             used["peft"] = metadata.version("peft")
         return {
             "method": method.name,
@@ -67,7 +82,7 @@ class Preparation:
             "data": data_fingerprint([{"input_ids": torch.cat([self.rows, self.held_out])}])
             | {"heldout": len(self.held_out)},
             "model": weights_fingerprint(self.model),
-            "teacher": _describe(self.teacher) if self.teacher is not None else None,
+            "teacher": describe(self.teacher) if self.teacher is not None else None,
             "versions": used,
         }
 
@@ -75,10 +90,12 @@ class Preparation:
         if isinstance(self.method, Reconstruction):
             assert self.method.blocks is not None
             return {"length": self.length, "seed": self.seed, "reconstruct": self.method.blocks.to_dict()}
-        options = dataclasses.asdict(self.method) | {"length": self.length, "seed": self.seed}
-        without = {"steps", "tokens"} | (
-            set() if self.teacher is not None else {"hard", "soft", "hidden", "temperature"}
-        )
+        options = {f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method)}
+        options |= {"length": self.length, "seed": self.seed, "training": dict(options["training"])}
+        without = {"steps", "tokens"} | (set() if self.teacher is not None else set(LESSONS))
+        without |= {name for name in ("top_k", "hidden_blocks", "store", "rank") if not options.get(name)}
+        if isinstance(self.method, TrainToSparsity):
+            options |= {name: _plain(options[name]) for name in ("plan", "config", "schedule")}
         return {name: value for name, value in options.items() if name not in without}
 
 
@@ -101,7 +118,9 @@ def prepare(
         method = dataclasses.replace(method, blocks=_checked_blocks(method.blocks))
     if tokenizer is None and isinstance(model, (str, os.PathLike)):
         tokenizer = find_tokenizer(model)
-    model, teacher = _load_model(model), _load_teacher(teacher)
+    if isinstance(method, TrainToSparsity):
+        method = _with_plan(method)
+    model, teacher = _load_model(model, grows=isinstance(method, TrainToSparsity)), _load_teacher(teacher)
     length = length or (data.shape[1] if isinstance(data, Tensor) else default_length(model, tokenizer))
     check_number("length", length, "[1, inf)", whole=True)
     method = method.resolved(length=length, width=text_config(model.config).hidden_size)
@@ -118,14 +137,32 @@ def _checked_blocks(blocks: Any) -> BlockReconstruction:
     return blocks or BlockReconstruction()
 
 
-def _load_model(model: Any) -> Any:
-    """Returns the model, loaded if it is a folder; raises ValueError unless it has its planned zeros and is in memory."""
+def _with_plan(method: TrainToSparsity) -> TrainToSparsity:
+    """Returns the method with a `Plan` or a `SparsityConfig` in place of files and dicts."""
+    config = method.config
+    config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
+    return dataclasses.replace(method, plan=as_plan(method.plan), config=config)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a plan as a hash, and anything else that has a dict as that dict."""
+    if isinstance(value, Plan):
+        return digest(value.to_dict())
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+def _load_model(model: Any, *, grows: bool) -> Any:
+    """Returns the model, loaded if it is a folder; raises ValueError unless it has its planned zeros and is in memory.
+
+    `grows`: it becomes sparse in training, so it need not be sparse yet.
+    """
     if isinstance(model, (str, os.PathLike)):
-        return load_sparse(model)
+        model = load_model(model)
     check_model(model, "trained")
     if weight_store(model) is not None or any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("the model is offloaded or streamed; what is trained must be in memory")
-    check_zeros(model)
+    if not grows or getattr(model.config, "sparsity_config", None) is not None:
+        check_zeros(model)
     return model
 
 
@@ -138,7 +175,7 @@ def _load_teacher(teacher: Any) -> Any:
 
 
 def _check(method: RecoveryMethod, model: Any, teacher: Any) -> None:
-    if isinstance(method, MaskedLora) and importlib.util.find_spec("peft") is None:
+    if uses_adapters(method) and importlib.util.find_spec("peft") is None:
         raise ValueError("method='lora' needs peft: pip install 'hf_sparsity[recovery]', or use method='full'")
     require_next_token(
         model, "recover (other models are trained in a Trainer with SparsityCallback)", decoder_only=True
@@ -147,6 +184,9 @@ def _check(method: RecoveryMethod, model: Any, teacher: Any) -> None:
         check_teacher(model, teacher)
         if isinstance(method, Training):
             check_weights(method.hard, method.soft, method.hidden, method.temperature)
+            check_lessons(method.top_k, method.hidden_blocks, method.hidden)
+    elif isinstance(method, Distillation):
+        raise ValueError("method='distill' trains towards the dense model: pass teacher=")
 
 
 def _sequences(
@@ -176,12 +216,3 @@ def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
         )
     count = min(MOST_HELD_OUT, max(1, len(rows) // HELD_OUT))
     return rows[:-count], rows[-count:]
-
-
-def _describe(teacher: Any) -> dict[str, Any]:
-    """Returns a teacher's name, and a hash of its weights if they are in memory."""
-    offloaded = any(p.device.type == "meta" for p in teacher.parameters())
-    return {
-        "name": teacher.config._name_or_path or None,
-        "weights": None if offloaded else weights_fingerprint(teacher),
-    }

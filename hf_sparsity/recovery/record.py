@@ -18,7 +18,7 @@ class TrainingRecord:
 
     Args:
         model: the model that trains; without a sparsity plan in its config there is nothing to record in.
-        method: "trainer", "gradual" or "own loop"; of `recover` there are "lora", "full" and "reconstruct", of merges "adapter".
+        method: "trainer", "gradual", "elsa" or "own loop"; of `recover` there are "lora", "full" and "reconstruct", of merges "adapter".
         options: how, as plain JSON types.
         resumed: the record of the run that is gone on with, as a checkpoint has it.
     """
@@ -62,6 +62,18 @@ def training_entry(model: nn.Module | None, method: str, options: Mapping[str, A
         "evaluation": {"before": None, "after": None},
         "versions": versions(),
         "previous": None,
+    }
+
+
+def describe(teacher: Any) -> dict[str, Any]:
+    """Returns a teacher's name, and a hash of its weights if they are in memory; of stored logits what is known of theirs."""
+    if isinstance(record := getattr(teacher, "record", None), Mapping):
+        weights = record.get("teacher")
+        return {"name": None, "weights": None if weights in (None, "None") else weights}
+    offloaded = any(p.device.type == "meta" for p in teacher.parameters())
+    return {
+        "name": teacher.config._name_or_path or None,
+        "weights": None if offloaded else weights_fingerprint(teacher),
     }
 
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,18 @@ from ..model.fingerprint import weights_fingerprint
 from ..model.identity import renew_identity
 from ..model.loading import load_sparse
 from ..model.offload import weight_store
-from ..model.sparsity import measure_sparsity, model_plan, planned_layers
-from ..plan import Report
+from ..model.sparsity import check_zeros, measure_sparsity, model_plan, planned_layers
+from ..plan import Plan, Report
+from ..planning.make_plan import make_plan
 from ..pruning.prune import prune
 from ..pruning.reconstruction import BlockReconstruction
-from .methods import Reconstruction, RecoveryMethod, as_method
+from .methods import Reconstruction, RecoveryMethod, TrainToSparsity, as_method
 from .preparation import Preparation, prepare
 from .training import retrain
 
 logger = logging.getLogger(__name__)
+
+PLANNING = 128  # training sequences that a plan is made on, at most
 
 
 def recover(
@@ -63,14 +67,16 @@ def recover(
     the folder's `config.json` has both, with the method, its options, the data's fingerprint and the versions.
 
     Args:
-        model: a sparse model or its folder. `MaskedLora` and `FullFineTuning` change a model in memory in place.
+        model: a sparse model or its folder; for `TrainToSparsity` and `TrainByElsa` a dense one. All but `Reconstruction`
+            change a model in memory in place.
         data: as for `calibration_batches`: texts, a dataset, a file, or token ids `[n, t]`; a list of `Source` for a mix,
             in which `"self"` are samples of the teacher, or of the sparse model without one.
-        method: `MaskedLora(...)`, `FullFineTuning(...)` or `Reconstruction(...)` with their options; or one of their names
-            "lora", "full" and "reconstruct", with options as further keywords of this function.
+        method: `MaskedLora(...)`, `FullFineTuning(...)`, `Reconstruction(...)`, `Distillation(...)`, `TrainToSparsity(...)` or
+            `TrainByElsa(...)` with their options, or a recipe, such as `recipe(80)`; or one of their names "lora", "full",
+            "reconstruct", "distill", "gradual" and "elsa", with options as further keywords of this function.
         output_dir: a new or empty folder, or one with an interrupted run of the same arguments, which goes on.
-        teacher: the dense model or its folder: needed for "reconstruct"; the others distil from it, see
-            `DistillationTrainer`.
+        teacher: the dense model or its folder: needed for "reconstruct" and "distill"; the others distil from it if it is
+            given, see `DistillationTrainer`.
         tokenizer: saved with the model; by default the folder's own.
         length: tokens of a sequence; by default 2048 or the model's limit.
         seed: decides the order of the data and the first values of adapters.
@@ -109,10 +115,11 @@ def recover(
         return load_sparse(output_dir).eval()
     before = output.journal.once("loss", "before", lambda: _loss(job.model, job.held_out))
     # A reconstruction starts from the dense model, so earlier recoveries are no part of its result.
-    previous = None if isinstance(chosen, Reconstruction) else job.model.config.sparsity_config.get("recovered")
+    stored = getattr(job.model.config, "sparsity_config", None) or {}
+    previous = None if isinstance(chosen, Reconstruction) else stored.get("recovered")
     result = _train(job, output.journal)
     loss = {"before": before, "after": _loss(result, job.held_out)}
-    if not loss["after"] < loss["before"]:
+    if not loss["after"] < loss["before"] and not isinstance(chosen, TrainToSparsity):
         logger.warning("the held-out loss did not fall: %.4f before, %.4f after", loss["before"], loss["after"])
     _write(result, facts | {"loss": loss, "previous": previous}, output, job.tokenizer)
     return result
@@ -124,12 +131,23 @@ def _train(job: Preparation, journal: Journal) -> Any:
     if isinstance(job.method, Reconstruction):
         result = _reconstruct(job, journal)
     else:
-        result = retrain(job.model, job.teacher, job.rows, job.method, job.seed, journal)
+        method = _planned(job, journal) if isinstance(job.method, TrainToSparsity) else job.method
+        result = retrain(job.model, job.teacher, job.rows, method, job.seed, journal)
         _check_kept(zeros, _zeros(result))
+        check_zeros(result)
     if weights_fingerprint(result) == weights:
         rate = "" if isinstance(job.method, Reconstruction) else f" with lr={job.method.lr:g}; give a larger lr"
         raise RuntimeError(f"no weight changed in {job.method.steps} steps{rate}")
     return result
+
+
+def _planned(job: Preparation, journal: Journal) -> Any:
+    """Returns the method with its plan, which is made on training sequences if only a config was given, and remembered."""
+    method = job.method
+    if method.plan is not None:
+        return method
+    plan = journal.once("plan", "", lambda: make_plan(job.model, method.config, job.rows[:PLANNING]).to_dict())
+    return replace(method, plan=Plan.from_dict(plan), config=None)
 
 
 def _reconstruct(job: Preparation, journal: Journal) -> Any:
@@ -163,6 +181,7 @@ def _zeros(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def _check_kept(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> None:
+    before = {n: bits for n, bits in before.items() if n in after}  # a plan made on the way may leave layers dense
     lost = {n: int(np.unpackbits(bits & ~after[n]).sum()) for n, bits in before.items() if (bits & ~after[n]).any()}
     if lost:
         name = next(iter(lost))
@@ -173,7 +192,10 @@ def _check_kept(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray
 
 def _write(model: Any, record: Mapping[str, Any], output: Output, tokenizer: Any) -> None:
     """Writes the folder, with `record` in the config as what was done."""
-    model.config.sparsity_config = dict(model.config.sparsity_config) | {"recovered": dict(record)}
+    stored = dict(model.config.sparsity_config) | {"recovered": dict(record)}
+    if stored.get("pruned", {}).get("gradual"):
+        stored["pruned"] = {"arguments": {}} | stored["pruned"]  # no run of `prune`: the record has all its arguments
+    model.config.sparsity_config = stored
     renew_identity(model, output.path)
     reconstructed = output.journal.folder / "model" / REPORT_FILE
     report = Report.load(reconstructed) if reconstructed.exists() else measure_sparsity(model, masks=True)

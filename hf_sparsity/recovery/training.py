@@ -17,7 +17,9 @@ from ..checkpoint.journal import Journal
 from ..model.sparsity import planned_layers
 from .callback import SparsityCallback
 from .distillation import DistillationTrainer
-from .methods import MaskedLora
+from .methods import TrainToSparsity, uses_adapters
+from .stored_logits import store_logits
+from .teacher import Teacher
 
 
 def retrain(model: Any, teacher: Any, rows: Tensor, method: Any, seed: int, journal: Journal) -> Any:
@@ -27,7 +29,7 @@ def retrain(model: Any, teacher: Any, rows: Tensor, method: Any, seed: int, jour
         model: the sparse model, changed in place.
         teacher: the dense model to distil from, or None.
         rows: token ids `[n, length]` to train on.
-        method: `MaskedLora` or `FullFineTuning` with its defaults filled in.
+        method: one that trains, with its defaults filled in; of `TrainToSparsity` also the plan.
         seed: decides the order of the rows and the adapters' first values.
         journal: the record of the run; checkpoints lie beside it.
 
@@ -37,7 +39,7 @@ def retrain(model: Any, teacher: Any, rows: Tensor, method: Any, seed: int, jour
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     arguments = training_arguments(method, seed, journal.folder / "trainer")
-    lora = isinstance(method, MaskedLora)
+    lora = uses_adapters(method)
     if not lora or arguments.device.type == "cpu":
         # In 16 bits most updates are smaller than a weight's rounding; and CPUs are slow at it.
         _cast(model, dict.fromkeys(dtypes, torch.float32))
@@ -45,7 +47,13 @@ def retrain(model: Any, teacher: Any, rows: Tensor, method: Any, seed: int, jour
     if lora:
         trained = _with_adapters(model, method.rank, seed)
     else:
-        trained, callbacks = model, [SparsityCallback(), *callbacks]
+        grows = isinstance(method, TrainToSparsity)
+        callback = SparsityCallback(plan=method.plan, schedule=method.schedule) if grows else SparsityCallback()
+        trained, callbacks = model, [callback, *callbacks]
+    if teacher is not None and method.store:
+        teacher = store_logits(
+            teacher, rows, journal.folder / "teacher", top_k=method.top_k, temperature=method.temperature
+        )
     trainer = make_trainer(trained, teacher, rows, method, arguments, callbacks)
     trainer.train(resume_from_checkpoint=_last_checkpoint(journal))
     result = trained.merge_and_unload() if lora else trained
@@ -115,8 +123,9 @@ def make_trainer(
     if teacher is None:
         trainer = Trainer(model, **options)
     else:
-        losses = {name: getattr(method, name) for name in ("hard", "soft", "hidden", "temperature")}
-        trainer = DistillationTrainer(model, teacher=teacher, **options, **losses)
+        lessons = {name: getattr(method, name) for name in ("hard", "soft", "hidden", "temperature", "top_k")}
+        taught = Teacher(teacher, blocks=method.hidden_blocks, **lessons)
+        trainer = DistillationTrainer(model, teacher=taught, **options)
     trainer.remove_callback(PrinterCallback)  # standard output is the command's
     return trainer
 

@@ -33,6 +33,7 @@ class ParameterMask:
     weights: list[Weight] = field(repr=False)
     pruned: Tensor = field(repr=False)
     zeros: int = 0  # held zeros over all shards
+    collected: Tensor | None = field(default=None, repr=False)  # gradients of pruned weights, while they are asked for
 
     @classmethod
     def of(cls, name: str, weights: list[Weight]) -> ParameterMask:
@@ -101,9 +102,15 @@ class ParameterMask:
             if plain and local(value).shape == self.pruned.shape:
                 zero_(local(value), self._on(local(value)))
 
+    def collect(self, wanted: bool) -> None:
+        """Begins to sum the gradients that pruned weights would have had, or forgets them; only whole parameters can."""
+        self.collected = torch.zeros_like(self.parameter, dtype=torch.float32) if wanted else None
+
     def mask_gradient(self, _: Any = None) -> None:
         """Zeroes the accumulated gradient at pruned weights."""
         if self.parameter.grad is not None:
+            if self.collected is not None:  # they were 0 before this part of a batch, so what is there now is its own
+                self.collected += self.parameter.grad.masked_fill(~self._on(self.parameter.grad), 0)
             zero_(local(self.parameter.grad), self.pruned)
 
     def masked(self, gradient: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import (
 from hf_sparsity import SparsityCallback, measure_sparsity
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.model.sparsity import check_zeros
-from hf_sparsity.recovery.gradual import RunningNorms
+from hf_sparsity.recovery.running_norms import RunningNorms
 from tests.conftest import tiny
 from tests.recovery.trainers import DATA, IDS, PRUNE, sparse, trainer, zeros
 

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_sparsity import make_plan, prune
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.recovery.callback import SparsityCallback
-from hf_sparsity.recovery.distillation import DistillationTrainer, kl_loss, square_head
+from hf_sparsity.recovery.distillation import DistillationTrainer
+from hf_sparsity.recovery.losses import kl_loss, square_head
 from tests.conftest import tiny
 
 IDS = torch.randint(3, 120, (8, 16), generator=torch.Generator().manual_seed(3))

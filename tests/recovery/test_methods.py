@@ -22,7 +22,7 @@ def test_a_name_with_keywords_is_the_dataclass_with_them():
 
 
 def test_defaults_depend_on_the_method_and_the_model():
-    lora, full, again = (kind().resolved(length=128, width=192) for kind in METHODS.values())
+    lora, full, again = (METHODS[name]().resolved(length=128, width=192) for name in ("lora", "full", "reconstruct"))
     assert (lora.steps, full.steps, again.steps) == (200, 200, 16)
     assert lora.lr == pytest.approx(6e-3) and full.lr == pytest.approx(1e-3)
     assert MaskedLora(tokens=2000, batch=4).resolved(length=64, width=192).steps == 8

@@ -18,7 +18,7 @@ from .model_facts import Facts, field
 TABLES: dict[str, Mapping[str, Any]] = {"allocator": ALLOCATORS, "row_allocator": ROW_ALLOCATORS, "pruner": PRUNERS}
 BASE, TEXT = "BASE_MODEL", "CALIBRATION_TEXT"  # stand for what is not recorded or not public
 SHARE = 16 / 15  # sequences of a recovery for each one that it trains on: one in 16 is held out
-RECOVER = ("lora", "full", "reconstruct")  # methods of `hf-sparsity recover`
+RECOVER = ("lora", "full", "reconstruct", "distill")  # methods of `hf-sparsity recover`
 OPTIONS = ("length", "batch", "accumulation", "lr", "rank", "seed")  # its options that a record has
 
 

@@ -132,7 +132,7 @@ class Facts:
     @property
     def gradual(self) -> bool:
         """True if zeros came in step by step while the model was trained."""
-        return any(record.get("method") == "gradual" for record in self.recoveries)
+        return any(record.get("method") in ("gradual", "elsa") for record in self.recoveries)
 
     @property
     def architecture(self) -> str:
