@@ -8,9 +8,10 @@ import math
 import pytest
 
 from hf_sparsity import make_plan
-from hf_sparsity.evaluation.divergence import DenseReference
-from tests.conftest import tiny
+from hf_sparsity.checkpoint.output import Output
+from tests.conftest import Stopped, stop_after, tiny
 from tests.planning.race.searches import config, texts
+from tests.tools import count_calls
 
 
 @pytest.fixture(scope="module")
@@ -50,36 +51,28 @@ def test_an_ordinary_plan_has_none():
     assert make_plan(tiny("llama"), config().from_dict({"sparsity": 0.5, "allocator": "uniform"})).story is None
 
 
-def test_a_resumed_run_has_the_same_story(tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_story(tmp_path):
     made = make_plan(tiny("llama"), config(), texts(), output_dir=tmp_path / "out")
-    monkeypatch.setattr(DenseReference, "rows", lambda *given: pytest.fail("it was done"))
-    again = make_plan(tiny("llama"), config(), texts(), output_dir=tmp_path / "out")
+    model = tiny("llama")
+    judged = count_calls(model.lm_head)
+    again = make_plan(model, config(), texts(), output_dir=tmp_path / "out")
+    assert not judged, "it was done"
     assert again == made and again.story == made.story and again.story.curve
 
 
-def test_time_before_an_interruption_counts(tmp_path, monkeypatch):
-    rows, calls = DenseReference.rows, []
-
-    def dying(self, masks=None):
-        calls.append(1)
-        if len(calls) == 40:
-            raise RuntimeError("killed")
-        return rows(self, masks)
-
-    monkeypatch.setattr(DenseReference, "rows", dying)
-    with pytest.raises(RuntimeError, match="killed"):
-        make_plan(tiny("llama"), config(), texts(), output_dir=tmp_path / "out")
-    record = next((tmp_path / "out").rglob("journal.jsonl"))
-    lines = record.read_text("utf-8").splitlines()
-    known = {one["name"]: one["value"] for one in map(json.loads, lines) if one["what"] == "elapsed"}
-    assert known, "the search had begun"
-    late = {name: value + 1000 for name, value in known.items()}  # as if it had been a slow machine
-    changed = [json.loads(line) for line in lines]
-    for one in changed:
-        if one["what"] == "elapsed":
-            one["value"] = late[one["name"]]
-    record.write_text("".join(json.dumps(one) + "\n" for one in changed), encoding="utf-8")
-    monkeypatch.setattr(DenseReference, "rows", rows)
+def test_time_before_an_interruption_counts(tmp_path):
+    with pytest.raises(Stopped):
+        output = Output(tmp_path / "out", after_record=stop_after(39, "score"))
+        make_plan(tiny("llama"), config(), texts(), output_dir=output)
+    journal = next((tmp_path / "out").rglob("journal.jsonl"))
+    records = [json.loads(line) for line in journal.read_text("utf-8").splitlines()]
+    late = {}  # as if it had been a slow machine
+    for record in records:
+        if record["what"] == "elapsed":
+            record["value"] += 1000
+            late[record["name"]] = record["value"]
+    assert late, "the search had begun"
+    journal.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     resumed = make_plan(tiny("llama"), config(), texts(), output_dir=tmp_path / "out")
     assert resumed.story.curve[0][2] == late["generation 0"] and resumed.story.curve[-1][2] > max(late.values())
     assert resumed.to_dict() == make_plan(tiny("llama"), config(), texts()).to_dict()

@@ -103,7 +103,7 @@ def write(folder, file, state):
     checks = {name: checksum(value) for name, value in state.items() if value.dtype != torch.uint8}
     save_file(state, file, metadata={"format": "pt", packs.CHECKS: json.dumps(checks)})
     files = json.loads((folder / "config.json").read_text())["quantization_config"]["files"]
-    describe(folder, files=files | {file.name: packs._header_digest(file)})
+    describe(folder, files=files | {file.name: packs.header_digest(file)})
 
 
 # ---- packed weights that contradict themselves
@@ -228,7 +228,7 @@ DESCRIBED = {
 )
 def test_weight_files_have_plain_names(name):
     with pytest.raises(ValueError, match="is not the name of a weight file"):
-        packs._check_name(name, "sparse")
+        packs.check_name(name, "sparse")
 
 
 @pytest.mark.parametrize("kind", DESCRIBED)

@@ -1,4 +1,4 @@
-"""What tests of several folders use: other processes, and what is in a folder."""
+"""What tests of several folders use: other processes, models that count or fail, and what is in a folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_sparsity.distributed import Processes
 
@@ -88,6 +89,36 @@ def in_another_process(function: Callable[..., None], *args: Any) -> int:
 def _alone(function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     function(*args)
+
+
+def count_calls(module: nn.Module) -> list[None]:
+    """A list that gets an entry at each forward pass of the module from now on."""
+    calls: list[None] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
+
+
+def fail_at(module: nn.Module, call: int, error: type[BaseException]) -> None:
+    """Makes the forward of a module raise `error` at this call, counted from 1, and at no other."""
+    calls = count_calls(module)
+
+    def fail(*_: Any) -> None:
+        if len(calls) == call:
+            raise error
+
+    module.register_forward_pre_hook(fail)
+
+
+def waiting_on_disk(model: nn.Module, folder: Path) -> set[str]:
+    """The names of the hidden states' files that are in `folder` while any module of the model computes; it grows."""
+    names: set[str] = set()
+
+    def look(*_: Any) -> None:
+        names.update(file.name for file in folder.glob("hidden_*/*"))
+
+    for module in model.modules():
+        module.register_forward_hook(look)
+    return names
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,9 +36,6 @@ from torch import Tensor
 from ..plan import LARGEST_FILE, Plan, read_json, write_json
 from .bitmask import codec
 from .bitmask.bits import GROUPS
-
-if TYPE_CHECKING:  # importing transformers imports `bitmask.py`, which needs this file whole
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +74,7 @@ def check_description(described: Any) -> dict[str, Any]:
     if not single and described.get("weights_file") != "sparse.safetensors.index.json":
         raise ValueError(f"packed folder: {described.get('weights_file')!r} is not the name of packed weights")
     for name, digest in files.items():
-        _check_name(name, "sparse")
+        check_name(name, "sparse")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"packed folder: quantization_config has no checksum for {name}")
     return {key: described[key] for key in ("quant_method", "layout", "version", "weights_file", "files")}
@@ -107,7 +104,7 @@ def check_headers(files: list[Path], described: Mapping[str, Any]) -> None:
             f"packed folder: the index names {sorted(str(f) for f in files)[:3]}, config.json {sorted(described['files'])[:3]}"
         )
     for file in files:
-        if _header_digest(file) != described["files"][file.name]:
+        if header_digest(file) != described["files"][file.name]:
             raise ValueError(f"{file}: the header is not the one that config.json was written for; it is damaged")
 
 
@@ -133,7 +130,7 @@ def check_tensors(files: list[Path]) -> dict[str, bool]:
     return packed
 
 
-def _header_digest(file: Path) -> str:
+def header_digest(file: Path) -> str:
     """Returns the SHA-256 of a safetensors file's header. Raises ValueError when it is longer than the file or 64 MiB."""
     with file.open("rb") as stream:
         size = stream.read(8)
@@ -163,7 +160,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def _check_name(name: Any, stem: str) -> None:
+def check_name(name: Any, stem: str) -> None:
     """Raises ValueError unless this is a plain name of a weight file, so that no index can point outside its folder."""
     match = _SHARD.fullmatch(name) if isinstance(name, str) else None
     if match is None or match[1] != stem:
@@ -216,7 +213,7 @@ def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
         "layout": LAYOUT,
         "version": VERSION,
         "weights_file": "sparse.safetensors" + (".index.json" if len(files) > 1 else ""),
-        "files": {file.name: _header_digest(file) for file in files},
+        "files": {file.name: header_digest(file) for file in files},
     }
     write_json(output / "config.json", config)
 
@@ -234,7 +231,7 @@ def _shards(folder: Path) -> list[Path]:
         raise ValueError(f"{index} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        _check_name(name, "model")
+        check_name(name, "model")
     return [folder / name for name in names]
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,20 @@ logger = logging.getLogger(__name__)
 class PlanFile:
     """The JSON file `path` that `make_plan` writes a plan to; until then a record is in the folder `<path>.UNFINISHED`.
 
+    `after_record`: see `Journal`.
+
     Raises:
         ValueError: `path` is a folder or, while `overwrite` is False, a file that is no plan or one from a race.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, processes: Processes | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        processes: Processes | None = None,
+        after_record: Callable[[Mapping[str, Any]], None] | None = None,
+    ):
         self.path = Path(path)
         self.processes = processes or Processes.current()
         self._record = self.path.with_name(f"{self.path.name}.{MARKER}")
@@ -35,8 +44,12 @@ class PlanFile:
         self.is_complete = False  # by a run of the same arguments; known after `begin`
         self._plan = self._finished_plan() if self.path.exists() and not overwrite else None
         self._wipe = overwrite
+        self._after_record = after_record
         if not overwrite:
-            self.journal = Journal(self._record, self.processes)
+            self.journal = self._new_journal()
+
+    def _new_journal(self) -> Journal:
+        return Journal(self._record, self.processes, after_record=self._after_record)
 
     def _finished_plan(self) -> Plan:
         """Returns the plan that is there. Raises ValueError for a file that is none, or one from a race.
@@ -83,7 +96,7 @@ class PlanFile:
                 self._record.mkdir(parents=True, exist_ok=True)
         self.processes.wait()
         if self._wipe:
-            self._wipe, self.journal = False, Journal(self._record, self.processes)
+            self._wipe, self.journal = False, self._new_journal()
         self.journal.begin(phase, arguments)
 
     def save(self, plan: Plan) -> None:

@@ -38,6 +38,7 @@ class StreamedWeights(WeightStore):
     """Full parameter name -> tensor on the execution device, read block by block; one block is held at a time.
 
     Made by `open_streamed`. `stored` is what the checkpoint has, `present` the names in the model that it provides.
+    `held_block` is the name of the block that is in memory, None if there is none.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class StreamedWeights(WeightStore):
         self.used = frozenset(self._keys.targets)  # names in the checkpoint that the model has a use for
         self._resident: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
-        self._held_block: str | None = None
+        self.held_block: str | None = None
         self._written: set[str] = set()  # blocks redirected since they were last read
         self.fingerprints: dict[tuple[str, ...], str | None] = {}
         self.first_passes: dict[frozenset[str], Any] = {}
@@ -74,7 +75,7 @@ class StreamedWeights(WeightStore):
 
     def release(self) -> None:
         """Drops the block that is held, so that the next use reads it again."""
-        self._held, self._held_block = {}, None
+        self._held, self.held_block = {}, None
 
     def block_keys(self, block: str) -> list[str]:
         """Returns the names in the checkpoint of a block's tensors, buffers included, in the order of their storage."""
@@ -107,7 +108,7 @@ class StreamedWeights(WeightStore):
         self._check(block)
         self._keys.replace(block, folder, weight_map)
         self._written.add(block)
-        if self._held_block == block:
+        if self.held_block == block:
             self.release()
 
     def is_written(self, name: str) -> bool:
@@ -152,7 +153,7 @@ class StreamedWeights(WeightStore):
         origins = {name: self._map.origin[name] for name in self._map.names[block]}
         if lost := [name for name, origin in origins.items() if origin not in values]:
             raise ValueError(f"{len(lost)} parameters of {block} could not be read: {some(lost)}")
-        self._held, self._held_block = {name: values[origin] for name, origin in origins.items()}, block
+        self._held, self.held_block = {name: values[origin] for name, origin in origins.items()}, block
         self._written.discard(block)
 
     def _check(self, block: str) -> None:

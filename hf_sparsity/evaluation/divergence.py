@@ -63,7 +63,10 @@ class PlanScores:
 
 
 class DenseReference:
-    """What the dense model predicts on some batches, against which any change of its blocks is judged."""
+    """What the dense model predicts on some batches, against which any change of its blocks is judged.
+
+    `replays`: True if its logits follow from the stored output of its last block; else the dense model runs along.
+    """
 
     def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch]):
         """Runs the dense model once and keeps the hidden states of all tokens, `[tokens, width]`.
@@ -72,7 +75,7 @@ class DenseReference:
         """
         self.model, self.model_layers, self.batches = model, model_layers, joined(model, batches)
         self._last: list[dict[str, Any]] = [{} for _ in self.batches]  # batch -> stack of blocks -> its last output
-        self._replays = True
+        self.replays = True
         logits: list[Tensor] = []
 
         def check(batch: Batch, output: Any) -> None:
@@ -88,10 +91,10 @@ class DenseReference:
                         self._last[number][self._stack(arrival)] = output
                         arrival.finish(number, output)
         try:  # twice, in case the model changes in place what a block gave it
-            self._replays = all(torch.equal(self.dense_logits(-1), logits[-1]) for _ in range(2))
+            self.replays = all(torch.equal(self.dense_logits(-1), logits[-1]) for _ in range(2))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):  # raised by the model
-            self._replays = False
-        if not self._replays:
+            self.replays = False
+        if not self.replays:
             logger.info("the dense model runs along: its head looks at more than the output of its last block")
 
     @contextmanager
@@ -112,7 +115,7 @@ class DenseReference:
             self._arrivals(lambda _, o: found.append(o.logits), [self.batches[number]]) as arrivals,
         ):
             for arrival in arrivals:
-                if self._replays:
+                if self.replays:
                     arrival.finish(0, self._last[number][self._stack(arrival)])
                     continue
                 with onload(self.model_layers.blocks[arrival.index].module):
@@ -139,7 +142,7 @@ class DenseReference:
                 block = self.model_layers.blocks[arrival.index]
                 with onload(block.module):
                     waiting = [number // 2 for number in arrival.waiting if number % 2 == 0]
-                    if self._replays:
+                    if self.replays:
                         dense = {n: self._last[n][self._stack(arrival)] for n in waiting}
                     else:
                         dense = {n: arrival.run(2 * n, stay=False) for n in waiting}

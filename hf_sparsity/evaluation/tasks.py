@@ -14,7 +14,6 @@ import difflib
 import importlib.util
 import io
 import logging
-import math
 import os
 import re
 import sys
@@ -23,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from ..model.fingerprint import versions, weights_fingerprint
 from ..model.inference import evaluating
-from .metrics import Interval, Score, TaskAgainst, TaskRecord
-from .resampling import CONFIDENCE, RESAMPLES, Resampling
+from .metrics import TaskAgainst, TaskRecord
+from .resampling import CONFIDENCE, RESAMPLES
+from .task_results import differences, documents, prompt_examples, shown, task_scores
 
 BATCH = 8  # requests that run at a time
 _CODE = re.compile(r"!function|^\s*class\s*:", re.MULTILINE)
@@ -122,19 +121,19 @@ def score_tasks(
     weights = weights_fingerprint(model)
     against = (reference[0], weights_fingerprint(reference[1])) if reference is not None else None
     records = []
-    for name in _shown(sparse):
+    for name in shown(sparse):
         other = None
         if dense is not None and against is not None:
-            other = TaskAgainst(*against, _metrics(dense, name), _differences(sparse, dense, name, resamples, seed))
+            other = TaskAgainst(*against, task_scores(dense, name), differences(sparse, dense, name, resamples, seed))
         records.append(
             TaskRecord(
                 name=name,
                 version=sparse["versions"].get(name),
-                shots=_shots(sparse, name),
+                shots=prompt_examples(sparse, name),
                 limit=limit,
-                samples=int(sparse["results"][name].get("sample_len") or len(_documents(sparse, name))),
+                samples=int(sparse["results"][name].get("sample_len") or len(documents(sparse, name))),
                 weights=weights,
-                metrics=_metrics(sparse, name),
+                metrics=task_scores(sparse, name),
                 against=other,
                 confidence=CONFIDENCE,
                 resamples=resamples,
@@ -229,77 +228,6 @@ def _quiet() -> Iterator[None]:
                 del os.environ["DISABLE_MULTIPROC"]
             else:
                 os.environ["DISABLE_MULTIPROC"] = before
-
-
-def _shown(results: Mapping[str, Any]) -> list[str]:
-    """Returns the names that get a record: tasks, and a group in place of its tasks where it has a score of its own."""
-    children = results["group_subtasks"]
-    inner = {child for members in children.values() for child in members}
-
-    def expand(name: str) -> list[str]:
-        if name in results["results"] and _metrics(results, name):
-            return [name]
-        return [leaf for child in children.get(name, ()) for leaf in expand(child)]
-
-    top = [name for name in (*results["results"], *children) if name not in inner]
-    return list(dict.fromkeys(leaf for name in top for leaf in expand(name)))
-
-
-def _metrics(results: Mapping[str, Any], name: str) -> dict[str, Score]:
-    """Returns `{metric: score}`; the filter is part of the name unless it is "none"."""
-    values = results["results"][name]
-    found = {}
-    for key, value in values.items():
-        metric, _, chosen = key.partition(",")
-        if chosen and not metric.endswith("_stderr") and _is_number(value):
-            stderr = values.get(f"{metric}_stderr,{chosen}")
-            found[_label(metric, chosen)] = Score(float(value), float(stderr) if _is_number(stderr) else None)
-    return found
-
-
-def _documents(results: Mapping[str, Any], name: str) -> dict[Any, dict[str, float]]:
-    """Returns `{document: {metric: value}}` of a task, or of all tasks of a group."""
-    if name not in results["samples"]:
-        members = results["group_subtasks"].get(name, ())
-        return {key: values for member in members for key, values in _documents(results, member).items()}
-    found: dict[Any, dict[str, float]] = {}
-    for sample in results["samples"][name]:
-        values = found.setdefault((name, sample["doc_id"], sample["doc_hash"]), {})
-        values.update(
-            {_label(m, sample["filter"]): float(sample[m]) for m in sample["metrics"] if _is_number(sample[m])}
-        )
-    return found
-
-
-def _differences(
-    sparse: Mapping[str, Any], dense: Mapping[str, Any], name: str, resamples: int, seed: int
-) -> dict[str, Interval]:
-    """Returns sparse minus dense for each metric that is a mean over documents (F1, perplexity and the like are not)."""
-    ours, theirs = _documents(sparse, name), _documents(dense, name)
-    scores, others = _metrics(sparse, name), _metrics(dense, name)
-    found = {}
-    for metric in scores.keys() & others.keys():
-        both = [d for d in ours if metric in ours[d] and metric in theirs.get(d, {})]
-        pairs = np.array([[ours[d][metric], theirs[d][metric], 1.0] for d in both]).reshape(-1, 3)
-        means = pairs.mean(axis=0) if both else ()
-        if both and np.allclose(means[:2], [scores[metric].value, others[metric].value], rtol=1e-9, atol=1e-12):
-            found[metric] = Resampling(pairs, resamples, seed).interval(lambda s: (s[..., 0] - s[..., 1]) / s[..., 2])
-    return dict(sorted(found.items()))
-
-
-def _label(metric: str, chosen: str) -> str:
-    return metric if chosen == "none" else f"{metric},{chosen}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number, np.bool_)) and math.isfinite(value)
-
-
-def _shots(results: Mapping[str, Any], name: str) -> int:
-    """Returns the number of examples in the prompt; for a group the largest of its tasks."""
-    found = results["n-shot"].get(name)
-    members = results["group_subtasks"].get(name, ())
-    return int(found) if found is not None else max((_shots(results, member) for member in members), default=0)
 
 
 def _version() -> str:

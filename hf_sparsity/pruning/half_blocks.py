@@ -113,7 +113,7 @@ def _separate(twins: TwinWalk, block: Block) -> DenseOutputs:
             output = _first(twins.pruned(0))
         if all(len(seen.get(half.name, ())) == 1 and _replays(half, seen[half.name][0]) for half in halves):
             halves = sorted(halves, key=lambda half: list(seen).index(half.name))  # as they run
-            return DenseOutputs(halves, _adds(_stream(arguments), [seen[half.name][0][1] for half in halves], output))
+            return DenseOutputs(halves, adds(_stream(arguments), [seen[half.name][0][1] for half in halves], output))
     whole = HalfBlock("block", block.module, _inside(block.module, block.weights.values()), whole=True)
     return DenseOutputs([whole], adds=False)
 
@@ -150,7 +150,7 @@ def _replays(half: HalfBlock, seen: tuple[Call, Tensor | None]) -> bool:
     return again is not None and _close(again, output)
 
 
-def _adds(stream: Tensor | None, outputs: Sequence[Tensor | None], output: Tensor | None) -> bool:
+def adds(stream: Tensor | None, outputs: Sequence[Tensor | None], output: Tensor | None) -> bool:
     """Returns whether a block adds its halves' outputs to the residual stream."""
     if stream is None or output is None or any(part is None or part.shape != stream.shape for part in outputs):
         return False

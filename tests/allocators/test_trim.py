@@ -113,23 +113,22 @@ def test_the_search_never_loses_and_keeps_the_mean(quality):
     assert torch.equal(rows, trim.rows(layer))
 
 
-def test_rates_are_tried_until_one_is_no_better(monkeypatch):
+def test_rates_are_tried_until_one_is_no_better():
     """The order of rates, when each side stops, and that negative ones wait for the positive to fail."""
     tried = []
     gains = {}
 
-    def climb(self, outputs, start, *, rate, target):
-        tried.append(rate)
-        return gains.get(rate, 0.0), start + rate
+    class Scripted(TRIM):
+        def climb(self, outputs, start, *, rate, target):
+            tried.append(rate)
+            return outputs.quality(self.quality) + gains.get(rate, 0.0), start + rate
 
-    monkeypatch.setattr(TRIM, "climb", climb)
-    monkeypatch.setattr(Outputs, "quality", lambda self, name: 0.0)
     weight, inputs = uneven()
     order = weight.abs().argsort(dim=1)
 
     def run(**changes):
         tried.clear()
-        found = float((TRIM(**changes).search(weight, inputs.T, order, 0.5) - 0.5).mean())
+        found = float((Scripted(**changes).search(weight, inputs.T, order, 0.5) - 0.5).mean())
         return list(tried), round(found, 3)
 
     assert run() == ([0.01, 0.02, -0.01, -0.02], 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.files import MARKER
 from hf_sparsity.model.layers import find_layers
+from hf_sparsity.streaming import spill
 from tests.conftest import Stopped, auto, stop_after, tiny, tiny_batch
-from tests.tools import contents
+from tests.tools import contents, waiting_on_disk
 
 KINDS = ["llama", "gemma3", "qwen2_window", "bloom", "mixtral", "gpt_oss", "gpt2", "deepseek_v3", "mamba", "t5"]
 PAIRS = [(name, pruner) for name in KINDS for pruner in ("wanda", "sparsegpt")]
@@ -262,33 +264,22 @@ def test_a_run_killed_while_it_takes_the_marker_away(source, tmp_path):
 
 
 def test_hidden_states_beyond_the_limit_wait_on_disk(source, tmp_path, monkeypatch):
-    from hf_sparsity.streaming import spill
-
-    written = []
+    (place := tmp_path / "temporary").mkdir()
     monkeypatch.setattr(spill, "SMALLEST", 1)
-    monkeypatch.setattr(spill.Spill, "_file", _noting(spill.Spill._file, written))
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
     for name in ("llama", "mixtral", "t5"):
         config = SparsityConfig(0.5, allocator="owl")
         found = {}
         for limit in (None, 0, 20_000):
-            written.clear()
             model = auto(name).from_pretrained(source(name))
+            waiting = waiting_on_disk(model, place)
             plan = make_plan(model, config, batches(name), hidden_limit=limit)
             prune(model, plan, batches(name), hidden_limit=limit)
             found[limit] = model.state_dict()
-            assert bool(written) == (limit is not None)
-            assert not any(path.exists() for path in written)
+            assert bool(waiting) == (limit is not None)
+            assert not any(place.iterdir())
         for limit in (0, 20_000):
             assert all(torch.equal(found[limit][key], found[None][key]) for key in found[None]), (name, limit)
-
-
-def _noting(function, seen):
-    def noting(self, *given):
-        path = function(self, *given)
-        seen.append(path)
-        return path
-
-    return noting
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing(source, tmp_path, monkeypatch):

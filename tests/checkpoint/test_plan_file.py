@@ -11,9 +11,8 @@ import torch
 from hf_sparsity import Plan, SparsityConfig, demo, make_plan
 from hf_sparsity.checkpoint.plan_file import PlanFile
 from hf_sparsity.cli.main import main
-from hf_sparsity.planning.race.evaluator import Evaluator
-from tests.conftest import tiny
-from tests.tools import in_another_process
+from tests.conftest import stop_after, tiny
+from tests.tools import count_calls, in_another_process
 
 IDS = torch.randint(3, 120, (16, 32), generator=torch.Generator().manual_seed(4))
 SEARCH = SparsityConfig(
@@ -25,45 +24,48 @@ class Killed(BaseException):
     pass
 
 
+def search(output=None):
+    """(the plan, None if the run was stopped; how often the model's head was asked for predictions)."""
+    model = tiny("llama")
+    calls = count_calls(model.lm_head)
+    try:
+        plan = make_plan(model, SEARCH, IDS, output_dir=output)
+    except Killed:
+        plan = None
+    return plan, len(calls)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """(the plan, the calls of the head for it, those of them that come before the first plan is judged)."""
+    plan, calls = search()
+    file = tmp_path_factory.mktemp("first") / "plan.json"
+    _, first = search(PlanFile(file, after_record=stop_after(1, "score", Killed)))
+    return plan, calls, first - 2  # a plan is judged by one pass, beside one of the dense model
+
+
 @pytest.mark.parametrize("after", [3, 9, 30, 55])
-def test_an_interrupted_search_ends_with_the_same_plan_and_judges_nothing_twice(after, tmp_path, monkeypatch):
-    whole = make_plan(tiny("llama"), SEARCH, IDS)
-    judged: list[tuple] = []
-    rows = Evaluator.rows
-
-    def counted(self, *given):
-        if len(judged) == after:
-            raise Killed
-        judged.append(given)
-        return rows(self, *given)
-
+def test_an_interrupted_search_ends_with_the_same_plan_and_judges_nothing_twice(after, tmp_path, uninterrupted):
+    whole, calls, prepared = uninterrupted
     file = tmp_path / "plan.json"
-    with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "rows", counted)
-        with pytest.raises(Killed):
-            make_plan(tiny("llama"), SEARCH, IDS, output_dir=PlanFile(file))
+    stopped, before = search(PlanFile(file, after_record=stop_after(after, "score", Killed)))
+    assert stopped is None
     assert (tmp_path / "plan.json.UNFINISHED" / "journal.jsonl").exists() and not file.exists()
 
-    counts = []
-    for output in (PlanFile(file), None):
-        made: list[tuple] = []
-        monkeypatch.setattr(Evaluator, "rows", lambda self, *given, made=made: made.append(given) or rows(self, *given))
-        plan = make_plan(tiny("llama"), SEARCH, IDS, output_dir=output)
-        assert plan.to_dict() == whole.to_dict()
-        if output:
-            output.save(plan)
-        counts.append(len(made))
-    assert counts[0] == counts[1] - after  # what was judged before the interruption was not judged again
+    output = PlanFile(file)
+    plan, then = search(output)
+    assert plan.to_dict() == whole.to_dict()
+    assert before + then == calls + prepared, "what was judged before the interruption was judged again"
+    output.save(plan)
     assert Plan.load(file).to_dict() == whole.to_dict()
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_other_arguments_are_an_error_until_it_may_be_overwritten(tmp_path, monkeypatch):
+def test_other_arguments_are_an_error_until_it_may_be_overwritten(tmp_path):
     file = tmp_path / "plan.json"
-    with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "rows", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            make_plan(tiny("llama"), SEARCH, IDS, output_dir=PlanFile(file))
+    with pytest.raises(Killed):
+        output = PlanFile(file, after_record=stop_after(1, "begin", Killed))
+        make_plan(tiny("llama"), SEARCH, IDS, output_dir=output)
     other = SparsityConfig(0.5)
     with pytest.raises(ValueError, match="other arguments: config was"):
         make_plan(tiny("llama"), other, output_dir=PlanFile(file))

@@ -21,7 +21,7 @@ from hf_sparsity.checkpoint.bitmask import codec
 from hf_sparsity.checkpoint.packed_folder import METHOD
 from hf_sparsity.checkpoint.quantizer import BitmaskConfig, BitmaskQuantizer, register
 from hf_sparsity.checkpoint.save import save_sparse
-from hf_sparsity.checkpoint.transformers_internals import ASKS_FOR_DTYPES
+from hf_sparsity.checkpoint.transformers_internals import ASKS_FOR_DTYPES, AUTO_QUANTIZER_MAPPING
 from hf_sparsity.publish.layouts import pack, unpack
 from tests.conftest import _CAUSAL, ZOO, _text, tiny
 
@@ -336,9 +336,16 @@ def test_tensors_are_taken_one_by_one(llama, tmp_path, monkeypatch, before):
     assert os.environ.get(switch) == before
 
 
+class Forgetful(BitmaskQuantizer):
+    """Leaves matrices packed that the model has no conversion for."""
+
+    def update_weight_conversions(self, weight_conversions, model=None):
+        return weight_conversions
+
+
 def test_a_matrix_left_packed_is_an_error(llama, monkeypatch):
     """Even where the user allows other shapes, which transformers fills with random numbers."""
-    monkeypatch.setattr(BitmaskQuantizer, "_unconverted", lambda *_: [])
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, METHOD, Forgetful)
     with pytest.raises(ValueError, match="are not in its files"):
         hf.AutoModelForCausalLM.from_pretrained(llama / "packed", ignore_mismatched_sizes=True)
 
@@ -519,7 +526,7 @@ def hostile(folder, kind):
         state[name] = codec.pack(torch.eye(3))
         checks = {k: codec.checksum(v) for k, v in state.items() if v.dtype != torch.uint8}
         save_file(state, folder / first, metadata={"format": "pt", packs.CHECKS: json.dumps(checks)})
-        described["files"][first] = packs._header_digest(folder / first)
+        described["files"][first] = packs.header_digest(folder / first)
     (folder / "config.json").write_text(json.dumps(config))
 
 

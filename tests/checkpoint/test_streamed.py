@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import threading
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ def assert_at_rest(model):
     for name, parameter in model.named_parameters():
         assert (parameter.device.type == "meta") == name.startswith(blocks), name
     assert not any(buffer.device.type == "meta" for buffer in model.buffers())
-    assert not weight_store(model)._held
+    assert weight_store(model).held_block is None
 
 
 @pytest.mark.parametrize("shard", ["50GB", "100KB"])
@@ -376,45 +378,58 @@ def test_one_block_is_held_at_a_time(tmp_path, capsys):
     weights = weight_store(model)
     assert len(weights) == 27 and "model.embed_tokens.weight" not in weights and "model.layers.0.x" not in weights
     first = weights["model.layers.0.mlp.up_proj.weight"]
-    assert weights["model.layers.0.mlp.up_proj.weight"] is first and len(weights._held) == 9
+    assert weights["model.layers.0.mlp.up_proj.weight"] is first and weights.held_block == "model.layers.0"
     assert all(parameter.device.type == "meta" for parameter in model.model.layers.parameters())
-    _ = weights["model.layers.2.mlp.up_proj.weight"]
-    assert {key[:14] for key in weights._held} == {"model.layers.2"}
+    first = weakref.ref(first)
+    last = weakref.ref(weights["model.layers.2.mlp.up_proj.weight"])
+    assert weights.held_block == "model.layers.2" and first() is None and last() is not None
     assert capsys.readouterr().err == ""  # no progress bar for each block
     weights.release()
-    assert not weights._held and not weights.is_written("model.layers.0.mlp.up_proj.weight")
+    assert weights.held_block is None and last() is None
+    assert not weights.is_written("model.layers.0.mlp.up_proj.weight")
     with pytest.raises(KeyError):
         weights["lm_head.weight"]
+
+
+@contextmanager
+def read_ahead(monkeypatch, folder):
+    """{file: the bytes that the system is asked to read ahead inside, in pieces}; at the end all of them are there."""
+    pieces: dict[str, list[bytes]] = {}
+    names = {file.stat().st_ino: file.name for file in folder.glob("*.safetensors")}
+
+    def send(out, descriptor, offset, length):
+        """As the system may: less than what was asked for."""
+        assert os.path.samestat(os.fstat(out), os.stat(os.devnull))
+        content = os.pread(descriptor, min(length, 512), offset)
+        pieces.setdefault(names[os.fstat(descriptor).st_ino], []).append(content)
+        return len(content)
+
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sendfile", send)
+        yield pieces
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+
+
+def bytes_of(weights, folder, *blocks):
+    """{file: the bytes of the tensors of these blocks in it, in the order in which they are stored}."""
+    content = {}
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        keys = [key for block in blocks for key in weights.block_keys(f"model.layers.{block}") if key in tensors]
+        content |= {file.name: b"".join(tensors[key].numpy().tobytes() for key in keys)} if keys else {}
+    return content
 
 
 @pytest.mark.parametrize("shard", ["50GB", "100KB"])
 def test_prefetch_reads_exactly_the_bytes_of_the_blocks(shard, tmp_path, monkeypatch):
     saved("llama", tmp_path, shard)
     weights = weight_store(open_streamed(tmp_path))
-    calls, done = [], threading.Event()
-
-    def send(out, descriptor, offset, length):
-        """As the system may: less than what was asked for."""
-        assert os.readlink(f"/proc/self/fd/{out}") == os.devnull
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        calls.append((name, os.pread(descriptor, min(length, 512), offset)))
-        if sum(len(content) for _, content in calls) >= size:
-            done.set()
-        return len(calls[-1][1])
-
-    tensors, files = {}, {}
-    for file in tmp_path.glob("*.safetensors"):
-        tensors |= load_file(file)
-        files |= dict.fromkeys(load_file(file), file.name)
-    keys = [key for block in (0, 2) for key in weights.block_keys(f"model.layers.{block}")]
-    size = sum(tensors[key].nbytes for key in keys)
-    monkeypatch.setattr(os, "sendfile", send)
-    weights.prefetch("model.layers.0", "model.layers.2")
-    assert done.wait(10)
-    assert not weights._held and len(calls) > 100
-    for file in {name for name, _ in calls}:
-        content = b"".join(piece for name, piece in calls if name == file)
-        assert content == b"".join(tensors[key].numpy().tobytes() for key in keys if files[key] == file)
+    with read_ahead(monkeypatch, tmp_path) as pieces:
+        weights.prefetch("model.layers.0", "model.layers.2")
+    assert weights.held_block is None and sum(map(len, pieces.values())) > 100
+    assert {file: b"".join(parts) for file, parts in pieces.items()} == bytes_of(weights, tmp_path, 0, 2)
     monkeypatch.delattr(os, "sendfile")
     weights.prefetch("model.layers.1")  # silently nothing
     with pytest.raises(ValueError, match="no block is named"):
@@ -449,11 +464,10 @@ def test_prefetched_bytes_are_in_memory(tmp_path):
 def test_reading_a_block_asks_for_the_next(tmp_path, monkeypatch):
     saved("llama", tmp_path)
     weights = weight_store(open_streamed(tmp_path))
-    asked = []
-    monkeypatch.setattr(weights, "prefetch", lambda *blocks: asked.append((blocks, len(weights._held))))
-    for index in (0, 2):
-        _ = weights[f"model.layers.{index}.mlp.up_proj.weight"]
-    assert asked == [(("model.layers.0", "model.layers.1"), 0), (("model.layers.2",), 0)]  # the old one is gone by then
+    for index, blocks in ((0, (0, 1)), (2, (2,))):
+        with read_ahead(monkeypatch, tmp_path) as pieces:
+            _ = weights[f"model.layers.{index}.mlp.up_proj.weight"]
+        assert {file: b"".join(parts) for file, parts in pieces.items()} == bytes_of(weights, tmp_path, *blocks)
 
 
 def hub_cache(source, cache):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from hf_sparsity import Plan, Report
+from hf_sparsity import Plan, Report, demo
+from hf_sparsity.allocators import ALLOCATORS
+from hf_sparsity.cli import demo as command
+from hf_sparsity.cli import loading
 from hf_sparsity.cli.arguments import parse_algorithm
 from hf_sparsity.cli.main import main
 from tests.conftest import tiny
@@ -168,12 +172,14 @@ def test_as_a_module():
 
 def test_the_demo(capsys, tmp_path, monkeypatch):
     """The demo on a tenth of its data: the table has every allocator, uniform first; the winner is saved and drawn."""
-    from hf_sparsity.allocators import ALLOCATORS
-    from hf_sparsity.cli import demo, loading
-
     monkeypatch.setattr(loading, "DEMO_LENGTH", 64)
-    monkeypatch.setattr(demo, "SEQUENCES", 4)
-    monkeypatch.setattr(loading, "heldout_text", lambda: "def f(x):\n    return x\n" * 40)
+    monkeypatch.setattr(command, "SEQUENCES", 4)
+    library = tmp_path / "library"  # a Python whose standard library is a few short files
+    for path, text in demo.texts("heldout")[:1] + demo.texts("calibration")[:30]:
+        (library / path).parent.mkdir(parents=True, exist_ok=True)
+        (library / path).write_text(text[:1000])
+    paths = sysconfig.get_paths() | {"stdlib": str(library)}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: paths)
     result = run_json(capsys, "demo", "--output", str(tmp_path / "out"))
     assert [row["allocator"] for row in result["rows"]][: len(ALLOCATORS)] == list(ALLOCATORS)
     assert all(row["sparsity"] == pytest.approx(0.6, abs=0.01) for row in result["rows"])

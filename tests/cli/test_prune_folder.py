@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from hf_sparsity.cli.main import main
@@ -58,13 +61,11 @@ def test_ctrl_c_says_how_to_go_on(number, tmp_path, capsys, monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_with_advice(tmp_path, capsys, monkeypatch):
-    from hf_sparsity.streaming import memory
-
-    monkeypatch.setattr(memory, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     assert main([*GIVEN, "--output", str(tmp_path / "out")]) == 2
     assert "GiB are free" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     assert main([*GIVEN, "--output", str(tmp_path / "out")]) == 2
     assert "make room" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

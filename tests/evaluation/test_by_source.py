@@ -27,7 +27,7 @@ from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.evaluation.by_source import compare_by_source
 from hf_sparsity.evaluation.certificate import certify
 from hf_sparsity.evaluation.divergence import PlanScores
-from tests.conftest import tiny
+from tests.conftest import Stopped, stop_after, tiny
 
 CONFIG = SparsityConfig(0.6)
 
@@ -195,22 +195,11 @@ def test_a_streamed_model(folder, pruned, tmp_path):
     assert Report.load(tmp_path / "sparse" / REPORT_FILE).sources == found.sources
 
 
-class Stop(Exception):
-    """Instead of a power cut."""
-
-
-def test_a_run_that_was_interrupted_compares_with_the_dense_model(folder, pruned, tmp_path, monkeypatch):
+def test_a_run_that_was_interrupted_compares_with_the_dense_model(folder, pruned, tmp_path):
     mix, *_, report = pruned
-    plan, write = make_plan(tiny("llama"), CONFIG, mix), Output.write_block
-
-    def fails(self, model, layout, block, layers):
-        if block.name.endswith(".2"):
-            raise Stop
-        return write(self, model, layout, block, layers)
-
-    with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr(Output, "write_block", fails)
-        prune(tiny("llama"), plan, mix, output_dir=tmp_path / "sparse")
+    plan = make_plan(tiny("llama"), CONFIG, mix)
+    with pytest.raises(Stopped):
+        prune(tiny("llama"), plan, mix, output_dir=Output(tmp_path / "sparse", after_record=stop_after(2)))
     found = prune(tiny("llama"), plan, mix, output_dir=tmp_path / "sparse")
     assert near(found.sources, report.sources)
 

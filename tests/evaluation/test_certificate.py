@@ -11,7 +11,6 @@ from hf_sparsity import Plan, Report, SparseModel, SparsityConfig, make_plan, pr
 from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.evaluation.certificate import certify, check, compare
 from hf_sparsity.evaluation.divergence import PlanScores
-from hf_sparsity.planning.race import choose as choosing
 from hf_sparsity.records import Interval, PlanPair
 from tests.conftest import tiny
 
@@ -53,20 +52,20 @@ def test_it_compares_pairs_weighted_by_tokens():
     assert nothing.kl.uniform_minus_chosen == Interval(0.0, 0.0, 0.0) and nothing.pays is None
 
 
-def test_its_text_is_touched_by_nothing_before(monkeypatch):
-    model, seen, winner = tiny("llama"), [], choosing.winner
+def test_its_text_is_touched_by_nothing_before():
+    model, seen = tiny("llama"), []
     model.get_input_embeddings().register_forward_pre_hook(
         lambda _, args: seen.append(bool((args[0] == CERTAIN).any()))
     )
-
-    def choose(*given):
-        assert seen and not any(seen)
-        seen.clear()
-        return winner(*given)
-
-    monkeypatch.setattr(choosing, "winner", choose)
     plan = make_plan(model, CONFIG, texts())
-    assert any(seen) and plan.chosen["certificate"]["sequences"] == 4
+    assert True in seen and not any(seen[: seen.index(True)]) and all(seen[seen.index(True) :]), "it is read last"
+    assert plan.chosen["certificate"]["sequences"] == 4
+    other = texts()
+    other[-4:] = 7
+    chosen = make_plan(tiny("llama"), CONFIG, other).chosen
+    same = plan.chosen.keys() - {"certificate", "data"}
+    assert {key: chosen[key] for key in same} == {key: plan.chosen[key] for key in same}, "and decides nothing"
+    assert chosen["certificate"] != plan.chosen["certificate"]
 
 
 def test_it_says_what_finished_models_say():

@@ -11,9 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_sparsity import demo
-from hf_sparsity.evaluation import tasks as tasks_module
 from hf_sparsity.evaluation.evaluate import evaluate
-from hf_sparsity.evaluation.metrics import Interval, Metrics, Score
+from hf_sparsity.evaluation.metrics import Metrics
 from hf_sparsity.evaluation.tasks import find_tasks, score_tasks
 from hf_sparsity.model.fingerprint import weights_fingerprint
 from tests.evaluation.local_task import ROWS, TASK
@@ -169,48 +168,3 @@ def test_data_that_are_not_there(tmp_path, tokenizer):
     (tmp_path / "a.yaml").write_text(TASK.format(name="empty", data=tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match=r"tasks empty cannot be run: .*none\.jsonl"):
         evaluate(small(), tasks="empty", include_path=tmp_path, tokenizer=tokenizer)
-
-
-def test_a_group_without_a_score_shows_its_tasks():
-    results = {
-        "results": {
-            "group": {"name": "group", " ": " "},
-            "a": {"acc,none": 0.5, "acc_stderr,none": "N/A"},
-            "b": {"f1,strict": 1},
-        },
-        "group_subtasks": {"group": ["a", "b"]},
-        "n-shot": {"a": 0, "b": 5},
-    }
-    assert tasks_module._shown(results) == ["a", "b"] and tasks_module._shots(results, "group") == 5
-    assert tasks_module._metrics(results, "a") == {"acc": Score(0.5, None)}
-    assert tasks_module._metrics(results, "b") == {"f1,strict": Score(1.0, None)}
-
-
-def test_one_document_has_no_interval():
-    one = {
-        "results": {"a": {"acc,none": 1.0}},
-        "group_subtasks": {},
-        "samples": {"a": [{"doc_id": 0, "doc_hash": "x", "filter": "none", "metrics": ["acc"], "acc": 1.0}]},
-    }
-    assert tasks_module._differences(one, one, "a", 100, 0) == {"acc": Interval(0.0)}
-
-
-def test_a_metric_that_is_no_mean_has_no_interval():
-    """Perplexity is the exponential of one: the harness keeps each document's loss under its name."""
-    samples = [
-        {
-            "doc_id": i,
-            "doc_hash": "x",
-            "filter": "none",
-            "metrics": ["acc", "perplexity"],
-            "acc": i % 2,
-            "perplexity": -i,
-        }
-        for i in range(4)
-    ]
-    results = {
-        "results": {"a": {"acc,none": 0.5, "perplexity,none": float(np.exp(1.5))}},
-        "group_subtasks": {},
-        "samples": {"a": samples},
-    }
-    assert tasks_module._differences(results, results, "a", 100, 0).keys() == {"acc"}

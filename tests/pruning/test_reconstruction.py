@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from hf_sparsity import SparsityConfig, calibration_batches, demo, evaluate_text
 from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.model.layers import find_layers
-from hf_sparsity.pruning.reconstruction import BlockReconstruction, Reconstruction
+from hf_sparsity.pruning.reconstruction import BlockReconstruction
+from hf_sparsity.streaming import spill
 from tests.conftest import Stopped, auto, stop_after, tiny, tiny_batch
-from tests.tools import contents
+from tests.tools import contents, several, waiting_on_disk
 
 QUICK = BlockReconstruction(epochs=2, lr=0.02)
 HALVES = {
@@ -50,23 +52,21 @@ def weights_of(model):
     return {name: weight.read().clone() for name, weight in find_layers(model).weights.items()}
 
 
-@pytest.fixture
-def records(monkeypatch):
-    """What was said of the halves of each block."""
-    found = {}
-    train = Reconstruction.train
+def recorded(folder):
+    """(what a run into this folder records of the halves of each block, the output to run with)."""
+    halves = {}
 
-    def noting(self, block, *given):
-        train(self, block, *given)
-        found[block.name] = self.results[block.name]
+    def note(record):
+        if record["what"] == "reconstructed":
+            halves[record["name"]] = record["value"]
 
-    monkeypatch.setattr(Reconstruction, "train", noting)
-    return found
+    return halves, Output(folder, after_record=note)
 
 
 @pytest.mark.parametrize("name", HALVES)
-def test_zeros_stay_and_survivors_change(name, records):
-    before, after = pruned(name, None), pruned(name)
+def test_zeros_stay_and_survivors_change(name, tmp_path):
+    records, output = recorded(tmp_path / "out")
+    before, after = pruned(name, None), pruned(name, output_dir=output)
     expected, found = weights_of(before), weights_of(after)
     for layer, weight in found.items():  # magnitude: the masks do not depend on the inputs
         assert torch.equal(weight == 0, expected[layer] == 0), layer
@@ -101,9 +101,10 @@ def streams(model, batch):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "falcon", "opt"])
-def test_the_errors_are_those_of_the_stream_of_the_finished_model(name, records):
+def test_the_errors_are_those_of_the_stream_of_the_finished_model(name, tmp_path):
     """Restated with plain hooks: behind each block, on the held-out sequence, dense model against finished model."""
-    model, data = pruned(name, pruner="wanda"), batches(name)
+    records, output = recorded(tmp_path / "out")
+    model, data = pruned(name, pruner="wanda", output_dir=output), batches(name)
     there, here = streams(tiny(name), data[-1]), streams(model, data[-1])
     for block, dense, mine in zip(find_layers(model).blocks, there, here, strict=True):
         error = float((dense - mine).square().sum() / dense.square().sum())
@@ -112,9 +113,10 @@ def test_the_errors_are_those_of_the_stream_of_the_finished_model(name, records)
     assert (there[0] - here[0]).square().sum() < (there[0] - plain[0]).square().sum()
 
 
-def test_steps_that_make_it_worse_are_not_taken(records):
+def test_steps_that_make_it_worse_are_not_taken(tmp_path):
     wild = BlockReconstruction(epochs=1, lr=1.0)
-    before, after = weights_of(pruned("llama", None)), weights_of(pruned("llama", wild))
+    records, output = recorded(tmp_path / "out")
+    before, after = weights_of(pruned("llama", None)), weights_of(pruned("llama", wild, output_dir=output))
     kept = 0
     for block, halves in records.items():
         for record in halves:
@@ -164,14 +166,14 @@ def test_half_precision_is_trained_in_float32():
 
 
 def test_what_is_added_is_seen_under_a_large_stream():
-    from hf_sparsity.pruning.half_blocks import _adds
+    from hf_sparsity.pruning.half_blocks import adds
 
     stream, one, other = 1000 * torch.randn(9, 64), torch.randn(9, 64), torch.randn(9, 64)
     stream, one, other = stream.bfloat16(), one.bfloat16(), other.bfloat16()
-    assert _adds(stream, [one, other], stream + one + other)
-    assert not _adds(stream / 100, [one, other], stream / 100 + one + 3 * other)
-    assert not _adds(stream, [one, stream + one + other], stream + one + other)
-    assert not _adds(None, [one], one) and not _adds(stream[:1], [one], one)
+    assert adds(stream, [one, other], stream + one + other)
+    assert not adds(stream / 100, [one, other], stream / 100 + one + 3 * other)
+    assert not adds(stream, [one, stream + one + other], stream + one + other)
+    assert not adds(None, [one], one) and not adds(stream[:1], [one], one)
 
 
 def test_the_seed_decides():
@@ -194,20 +196,14 @@ def test_padding_does_not_count():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt2", "opt"])
-def test_hidden_states_on_disk_and_offloaded_weights_give_the_same_bits(name, monkeypatch):
-    from hf_sparsity.streaming import spill
-
+def test_hidden_states_on_disk_and_offloaded_weights_give_the_same_bits(name, tmp_path, monkeypatch):
     monkeypatch.setattr(spill, "SMALLEST", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     expected = pruned(name, pruner="wanda").state_dict()
-    files, file_of = set(), spill.Spill._file
-
-    def noted(self, batch, key):
-        files.add(batch[0] if isinstance(batch, tuple) else "walks")
-        return file_of(self, batch, key)
-
-    monkeypatch.setattr(spill.Spill, "_file", noted)
-    found = pruned(name, pruner="wanda", hidden_limit=0).state_dict()
-    assert files == {"walks", "dense", "half"}
+    waiting = waiting_on_disk(model := tiny(name), tmp_path)
+    found = pruned(name, pruner="wanda", hidden_limit=0, model=model).state_dict()
+    assert {file.rpartition("-")[0] for file in waiting} == {"", "dense", "half"}  # of the walks, and what is recorded
+    assert not any(tmp_path.iterdir())
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     model = tiny(name)
     cpu_offload(model, execution_device=torch.device("cpu"))
@@ -232,7 +228,7 @@ def test_streamed_equals_in_memory(name, source, tmp_path):
 @pytest.mark.parametrize(
     "name, stream, done", [("llama", False, 1), ("llama", True, 2), ("mixtral", True, 1), ("gpt2", False, 2)]
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path, records):
+def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path):
     def run(folder, options=QUICK):
         model = (
             open_streamed(source(name), auto_class=auto(name)) if stream else auto(name).from_pretrained(source(name))
@@ -245,8 +241,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source,
     for options in (None, BlockReconstruction(epochs=3)):
         with pytest.raises(ValueError, match="reconstruct was"):
             run(tmp_path / "out", options)
-    records.clear()
-    run(tmp_path / "out")
+    records, output = recorded(tmp_path / "out")
+    run(output)
     assert len(records) == 3 - done
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -273,7 +269,19 @@ def test_bad_options_are_errors(name, value):
         BlockReconstruction(**{name: value})
 
 
-def test_what_cannot_be_reconstructed_is_an_error_that_changes_nothing(monkeypatch):
+def refused(processes):
+    """What each of several processes is told."""
+    with pytest.raises(ValueError) as told:
+        pruned("llama")
+    return str(told.value)
+
+
+def test_several_processes_are_refused():
+    with several(2) as call:
+        assert all("one process" in told for told in call(refused))
+
+
+def test_what_cannot_be_reconstructed_is_an_error_that_changes_nothing():
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
     plan = make_plan(model, SparsityConfig(0.5))
@@ -284,11 +292,6 @@ def test_what_cannot_be_reconstructed_is_an_error_that_changes_nothing(monkeypat
     with pytest.raises(ValueError, match="needs calibration data"):
         prune(model, make_plan(model, SparsityConfig(0.5, pruner="magnitude")), reconstruct=QUICK)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
-        prune(model, plan, batches("llama"), reconstruct=QUICK)
-    from hf_sparsity.pruning import reconstruction
-
-    monkeypatch.setattr(reconstruction.Processes, "current", classmethod(lambda cls: cls(0, 2)))
-    with pytest.raises(ValueError, match="one process"):
         prune(model, plan, batches("llama"), reconstruct=QUICK)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

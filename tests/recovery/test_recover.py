@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import trainer as trainers
 
 from hf_sparsity import SparseModel, calibration_batches, demo, make_plan, prune
 from hf_sparsity.cli import recover as command
 from hf_sparsity.files import MARKER, check_finished
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.pruning.reconstruction import BlockReconstruction
-from hf_sparsity.recovery import recover as module
-from hf_sparsity.recovery import training
 from hf_sparsity.recovery.recover import recover
 from tests.conftest import tiny
 
@@ -45,15 +46,33 @@ class Cut(Exception):
     """The power fails."""
 
 
-def cut_after(monkeypatch, step, event="on_step_end"):
-    stock = getattr(training._Checkpoints, event)
+def call_at(patch, event, function):
+    """Lets every Trainer call `function(optimizer step)` at this event, before the callbacks that it was given."""
+    method = {event: lambda self, args, state, control, **_: function(state.global_step)}
+    observer = type("Observer", (TrainerCallback,), method)
+    patch.setattr(trainers, "DEFAULT_CALLBACKS", [*trainers.DEFAULT_CALLBACKS, observer])
 
-    def fails(self, args, state, control, **kwargs):
-        if state.global_step == step:
+
+def cut_after(patch, step, event="on_step_end"):
+    def fail(now):
+        if now == step:
             raise Cut
-        stock(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training._Checkpoints, event, fails)
+    call_at(patch, event, fail)
+
+
+def cut_before(patch, file):
+    """Lets the power fail just before `file` is put in its place; returns what was put in its place by then."""
+    moved, replace = [], os.replace
+
+    def fail(source, target):
+        if Path(target) == file:
+            raise Cut
+        moved.append(str(target))
+        replace(source, target)
+
+    patch.setattr(os, "replace", fail)
+    return moved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,17 +105,12 @@ def test_the_config_says_what_was_done(tmp_path):
     assert again.config.sparsity_config["recovered"]["previous"]["method"] == "full"
 
 
-def test_losses_are_of_sequences_that_are_never_trained_on(tmp_path, monkeypatch):
-    seen, stock = [], training.make_trainer
-
-    def watch(model, teacher, rows, *rest):
-        trainer = stock(model, teacher, rows, *rest)
-        seen.extend(row["input_ids"] for row in trainer.train_dataset)
-        return trainer
-
-    monkeypatch.setattr(training, "make_trainer", watch)
+def test_losses_are_of_sequences_that_are_never_trained_on(tmp_path):
     ids = torch.randint(3, 120, (48, 16))
-    model = sparse()
+    model, seen = sparse(), []  # rows that the model gets while it is in training
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.extend(args[0]) if module.training else None
+    )
     with torch.no_grad():
         expected = float(model(input_ids=ids[-3:], labels=ids[-3:]).loss)
     result = recover(model, ids, output_dir=tmp_path / "out", **QUICK)
@@ -126,10 +140,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, metho
     torch.manual_seed(123)
     steps = []
     with monkeypatch.context() as patch:
-        stock = training._Checkpoints.on_step_end
-        patch.setattr(
-            training._Checkpoints, "on_step_end", lambda self, *a, **k: (steps.append(1), stock(self, *a, **k))[1]
-        )
+        call_at(patch, "on_step_end", steps.append)
         result = state(recover(sparse(), IDS, method, output_dir=tmp_path / "cut", **given))
     assert len(steps) < 10, "it began anew"
     assert all(torch.equal(value, whole[name]) for name, value in result.items())
@@ -200,16 +211,8 @@ def test_other_arguments_are_refused_and_overwrite_starts_anew(tmp_path, monkeyp
 def test_a_crash_while_the_folder_is_completed(tmp_path, monkeypatch):
     """Files are moved out one by one; `config.json` is the last, and until then the folder is marked."""
     whole = state(recover(sparse(), IDS, "full", output_dir=tmp_path / "whole", **QUICK))
-    moved, stock = [], module.os.replace
-
-    def fails(source, target):
-        if str(source).endswith("final/config.json"):
-            raise Cut
-        moved.append(str(source))
-        stock(source, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", fails)
+        moved = cut_before(patch, tmp_path / "out/config.json")
         with pytest.raises(Cut):
             recover(sparse(), IDS, "full", output_dir=tmp_path / "out", **QUICK)
     assert any("safetensors" in name for name in moved)
@@ -219,17 +222,22 @@ def test_a_crash_while_the_folder_is_completed(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob(".*")) and not (tmp_path / "out" / MARKER).exists()
 
 
-def test_a_lost_zero_is_an_error_and_nothing_is_published(tmp_path, monkeypatch):
-    class Careless(training.SparsityCallback):
-        def on_train_end(self, args, state, control, model=None, **kwargs):
-            super().on_train_end(args, state, control, model=model, **kwargs)
-            with torch.no_grad():
-                weight = model.model.layers[1].mlp.up_proj.weight
-                weight.view(-1)[(weight.view(-1) == 0).nonzero()[0]] = 1e-9
+class MergesWhenEvaluated(torch.nn.Linear):
+    """Adds to its weight when training ends, as some adapters do."""
 
-    monkeypatch.setattr(training, "SparsityCallback", Careless)
+    def train(self, mode=True):
+        if self.training and not mode:
+            with torch.no_grad():
+                weight = self.weight.view(-1)
+                weight[(weight == 0).nonzero()[0]] = 1e-9
+        return super().train(mode)
+
+
+def test_a_lost_zero_is_an_error_and_nothing_is_published(tmp_path):
+    model = sparse()
+    model.model.layers[1].mlp.up_proj.__class__ = MergesWhenEvaluated
     with pytest.raises(RuntimeError, match=r"lost zeros in 1 parameters, 1 in model\.layers\.1\.mlp\.up_proj"):
-        recover(sparse(), IDS, "full", output_dir=tmp_path / "out", **QUICK)
+        recover(model, IDS, "full", output_dir=tmp_path / "out", **QUICK)
     assert not (tmp_path / "out/config.json").exists()
 
 
@@ -314,7 +322,7 @@ def test_reconstruction_of_the_teacher_by_the_plan(tmp_path, monkeypatch):
         distances = [float((dense - one(input_ids=IDS).logits).square().mean()) for one in (model, whole)]
     assert distances[1] < distances[0]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write", lambda *a: (_ for _ in ()).throw(Cut))
+        cut_before(patch, tmp_path / "cut/config.json")
         with pytest.raises(Cut):
             recover(model, IDS, "reconstruct", output_dir=tmp_path / "cut", **given)
     with pytest.raises(ValueError, match=r"other arguments.*options"):

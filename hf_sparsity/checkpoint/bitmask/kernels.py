@@ -123,17 +123,17 @@ class Kernels(NamedTuple):
 @cache
 def kernels(size: int) -> Kernels | None:
     """The loops for elements of `size` bytes, 1, 2, 4 or 8; None where they cannot be had."""
-    found = _compiled()
-    if found is None:
+    engine = compiled()
+    if engine is None:
         return None
-    run = {name: _function(found, f"{name}{size}", *[_POINTER] * 2) for name in ("mark", "expand", "compress")}
-    counted = _function(found, "count", result=ctypes.c_int64)
+    run = {name: _function(engine, f"{name}{size}", *[_POINTER] * 2) for name in ("mark", "expand", "compress")}
+    counted = _function(engine, "count", result=ctypes.c_int64)
 
     def count(bits: Tensor) -> int:
         return int(counted(bits.data_ptr(), bits.numel() // 8))
 
     def walk(name: str, bits: Tensor, wide: Tensor, narrow: int, write: bool) -> None:
-        """Over all of `wide`; what is no whole byte of bits goes by way of memory that has 8 elements."""
+        """Runs a loop over all of `wide`; the last, incomplete byte of bits is processed in a buffer of 8 elements."""
         whole, rest = divmod(wide.numel(), 8)
         if whole:
             narrow = run[name](bits.data_ptr(), whole, wide.data_ptr(), narrow)
@@ -172,7 +172,7 @@ def _function(engine: Any, name: str, *more: Any, result: Any = _POINTER) -> Any
 
 
 @cache
-def _compiled() -> Any:
+def compiled() -> Any:
     """llvmlite's engine; None without it or without a fast BMI2. Threads that come at once get one each, and use it."""
     try:
         from llvmlite import binding as llvm

@@ -99,7 +99,7 @@ def use():
     right.append(torch.equal(wide, whole))
 for _ in range(5):
     kernels.kernels.cache_clear()
-    kernels._compiled.cache_clear()
+    kernels.compiled.cache_clear()
     ready = threading.Barrier(4)
     threads = [threading.Thread(target=use) for _ in range(4)]
     for thread in threads: thread.start()
@@ -169,11 +169,11 @@ def test_without_it_torch_does_the_same(monkeypatch, lacking):
         monkeypatch.setattr(binding, "get_host_cpu_name", lambda: "znver2")
     else:
         monkeypatch.setattr(binding, "create_mcjit_compiler", refuse)
-    for remembered in (kernels_module.kernels, kernels_module._compiled):
+    for remembered in (kernels_module.kernels, kernels_module.compiled):
         remembered.cache_clear()
     try:
         assert kernels(2) is None
         assert torch.equal(codec.pack(weight), expected) and torch.equal(codec.unpack(expected), weight)
     finally:
-        for remembered in (kernels_module.kernels, kernels_module._compiled):
+        for remembered in (kernels_module.kernels, kernels_module.compiled):
             remembered.cache_clear()

@@ -16,6 +16,7 @@ from hf_sparsity import SparsityConfig, make_plan
 from hf_sparsity.algorithm import Pattern
 from hf_sparsity.allocators.race import Race
 from hf_sparsity.calibration.batches import prepare_batches
+from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.checkpoint.streamed import open_streamed
 from hf_sparsity.core.budget_grid import Grid
 from hf_sparsity.core.nested_masks import Ranks
@@ -29,7 +30,7 @@ from hf_sparsity.planning.race.sensitivity import layer_sensitivities, window
 from hf_sparsity.planning.race.survey import survey
 from hf_sparsity.pruners import Wanda
 from hf_sparsity.streaming.gradients import BlocksNotAlone
-from tests.conftest import gemma3n, tiny, tiny_batch
+from tests.conftest import Stopped, gemma3n, stop_after, tiny, tiny_batch
 from tests.planning.race.searches import Quadratic, config, grid, texts
 from tests.planning.surroundings import offloaded, surroundings
 from tests.tools import several
@@ -351,30 +352,22 @@ def _race(descent: int) -> dict:
     return {"name": "race", "candidates": ("owl",), "slices": (48, 96, 192), "descent": descent}
 
 
-def test_a_descent_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+def test_a_descent_goes_on_where_it_was_interrupted(tmp_path):
     config = SparsityConfig(0.6, allocator=_race(6))
-    whole = make_plan(tiny("llama"), config, texts(24)).to_dict()
-    calls = []
+    backward = []  # an entry for each backward pass through the model's head
 
-    def dying(*given):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("killed")
-        return layer_sensitivities(*given)
+    def descended(output=None):
+        model = tiny("llama")
+        model.lm_head.register_full_backward_hook(lambda *_: backward.append(1))
+        return make_plan(model, config, texts(24), output_dir=output).to_dict()
 
-    monkeypatch.setattr("hf_sparsity.planning.race.evaluator.layer_sensitivities", dying)
-    with pytest.raises(RuntimeError, match="killed"):
-        make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out")
-    resumed = make_plan(tiny("llama"), config, texts(24), output_dir=tmp_path / "out").to_dict()
-    assert json.dumps(resumed) == json.dumps(whole)
-    asked = len(calls)
-    calls.clear()
-    monkeypatch.setattr(
-        "hf_sparsity.planning.race.evaluator.layer_sensitivities",
-        lambda *given: calls.append(1) or layer_sensitivities(*given),
-    )
-    make_plan(tiny("llama"), config, texts(24))
-    assert asked == len(calls) + 1, "what was known before the interruption is not computed again"
+    whole = descended()
+    asked = len(backward)
+    backward.clear()
+    with pytest.raises(Stopped):
+        descended(Output(tmp_path / "out", after_record=stop_after(3, "slopes")))
+    assert len(backward) == 3 and json.dumps(descended(tmp_path / "out")) == json.dumps(whole)
+    assert len(backward) == asked, "what was known before the interruption is not computed again"
 
 
 @pytest.mark.parametrize(
@@ -412,20 +405,21 @@ def test_a_search_begins_where_the_descent_ends():
     assert rows["descent"]["origin"] == {"descent": plan.chosen["descent"]}
 
 
-def test_ctrl_c_on_the_way_down_is_the_end_of_a_search(monkeypatch):
-    rows, calls = Evaluator.slopes, []
+def test_ctrl_c_on_the_way_down_is_the_end_of_a_search():
+    model = tiny("llama")
+    before, backward = copy.deepcopy(model.state_dict()), []
 
-    def pressed(self, *given):
-        calls.append(1)
-        if len(calls) == 3:
+    def press(*_):
+        backward.append(1)
+        if len(backward) == 3:  # in the middle of the third step's backward pass
             raise KeyboardInterrupt
-        return rows(self, *given)
 
-    monkeypatch.setattr(Evaluator, "slopes", pressed)
-    plan = make_plan(tiny("llama"), config("10m", slices=(48, 96, 192), descent=12), texts(24))
+    model.lm_head.register_full_backward_hook(press)
+    plan = make_plan(model, config("10m", slices=(48, 96, 192), descent=12), texts(24))
     plan.check_target()
     assert plan.chosen["descent"]["stopped"] == "interrupted" and plan.chosen["descent"]["gains"] > 0
     assert "search" not in plan.chosen and plan.chosen["winner"] == "descent"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_streamed_model_comes_to_the_same_plan(tmp_path):

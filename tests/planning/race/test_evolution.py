@@ -15,6 +15,7 @@ from hf_sparsity.algorithm import Pattern
 from hf_sparsity.allocators.race import Search
 from hf_sparsity.calibration.batches import prepare_batches
 from hf_sparsity.calibration.splits import FEWEST_SEQUENCES
+from hf_sparsity.checkpoint.output import Output
 from hf_sparsity.core.budget_grid import Grid
 from hf_sparsity.distributed import Processes
 from hf_sparsity.evaluation.divergence import DenseReference, PlanScores
@@ -23,9 +24,9 @@ from hf_sparsity.planning.race.evaluator import Evaluator, SearchBudget
 from hf_sparsity.planning.race.evolution import Moves, run_search
 from hf_sparsity.planning.race.survey import survey
 from hf_sparsity.pruners import Wanda
-from tests.conftest import tiny
+from tests.conftest import Stopped, stop_after, tiny
 from tests.planning.race.searches import Quadratic, config, grid, texts
-from tests.tools import several
+from tests.tools import count_calls, fail_at, several
 
 
 def blocks(names) -> list[list[str]]:
@@ -159,65 +160,57 @@ def test_a_search_beats_the_race_it_came_from_and_its_plan_can_be_carried_out():
     assert report.sparsity == pytest.approx(uniform.sparsity, abs=1e-3)
 
 
-def test_one_evaluation_is_one_forward_pass_and_takes_no_statistic(monkeypatch):
+def test_one_evaluation_is_one_forward_pass_and_takes_no_statistic():
     model = tiny("llama")
     layout, data = find_layers(model), prepare_batches(model, texts(4))
-    _, ranks = survey(model, layout, data, allocators=(), pruner=Wanda(), pattern=Pattern())
+    scored = []  # the layers whose weights the pruner scored
+
+    class Counted(Wanda):
+        def scores(self, layer):
+            scored.append(layer.name)
+            return super().scores(layer)
+
+    _, ranks = survey(model, layout, data, allocators=(), pruner=Counted(), pattern=Pattern())
+    assert scored == list(layout.weights)
     sizes = {n: r.size for n, r in ranks.items()}
     made = Grid({n: r.zeros for n, r in ranks.items()}, sizes, {n: r.cells for n, r in ranks.items()}, 0.6)
     contest = Evaluator([DenseReference(model, layout, data)], made, ranks, SearchBudget({}, Processes()))
     assert all(r.survives.dtype == torch.uint8 and r.survives.numel() == r.size for r in ranks.values())
-    runs = {"blocks": 0, "tokens": 0, "scores": 0, "head": 0}
+    runs = {"blocks": 0, "tokens": 0, "head": 0}
 
     def block(module, args, output):
         runs["blocks"] += 1
         runs["tokens"] += (output[0] if isinstance(output, tuple) else output).shape[:2].numel()
 
-    scores = Wanda.scores
-    monkeypatch.setattr(Wanda, "scores", lambda *given: runs.update(scores=runs["scores"] + 1) or scores(*given))
     counted = [b.module.mlp.register_forward_hook(block) for b in layout.blocks]
     counted.append(model.lm_head.register_forward_hook(lambda *_: runs.update(head=runs["head"] + 1)))
     contest.scores([made.nearest(dict.fromkeys(sizes, 0.6))], 0)
     contest.scores([made.nearest(dict.fromkeys(sizes, 0.6))], 0)  # known
     for hook in counted:
         hook.remove()
-    assert runs == {"blocks": 3, "tokens": 3 * 4 * 24, "scores": 0, "head": 2}
+    assert runs == {"blocks": 3, "tokens": 3 * 4 * 24, "head": 2} and len(scored) == len(layout.weights)
     assert contest.allowance.spent == {"evals": 1, "tokens": 96}
 
 
-def test_the_same_plan_after_an_interruption_and_from_memory(tmp_path, monkeypatch):
+def test_the_same_plan_after_an_interruption_and_from_memory(tmp_path):
     whole = make_plan(tiny("llama"), config(), texts()).to_dict()
-    rows, calls = DenseReference.rows, []
-
-    def dying(self, masks=None):
-        calls.append(1)
-        if len(calls) == 30:
-            raise RuntimeError("killed")
-        return rows(self, masks)
-
-    monkeypatch.setattr(DenseReference, "rows", dying)
-    with pytest.raises(RuntimeError, match="killed"):
-        make_plan(tiny("llama"), config(), texts(), output_dir=tmp_path / "out")
-    calls.clear()
-    monkeypatch.setattr(DenseReference, "rows", lambda self, masks=None: calls.append(1) or rows(self, masks))
-    resumed = make_plan(tiny("llama"), config(), texts(), output_dir=tmp_path / "out").to_dict()
+    with pytest.raises(Stopped):
+        make_plan(
+            tiny("llama"), config(), texts(), output_dir=Output(tmp_path / "out", after_record=stop_after(29, "score"))
+        )
+    model = tiny("llama")
+    calls = count_calls(model.lm_head)
+    resumed = make_plan(model, config(), texts(), output_dir=tmp_path / "out").to_dict()
     assert json.dumps(resumed) == json.dumps(whole)
-    assert len(calls) < 50, "what was judged before is remembered"
+    assert len(calls) < 2 * 50, "what was judged before is remembered; a plan is judged by two calls of the head"
     other = make_plan(tiny("llama"), config(seed=1), texts()).to_dict()
     assert other["chosen"]["search"] != whole["chosen"]["search"]
 
 
-def test_ctrl_c_gives_the_best_so_far(monkeypatch):
-    rows, calls = DenseReference.rows, []
-
-    def interrupted(self, masks=None):
-        calls.append(1)
-        if len(calls) == 40:
-            raise KeyboardInterrupt
-        return rows(self, masks)
-
-    monkeypatch.setattr(DenseReference, "rows", interrupted)
-    plan = make_plan(tiny("llama"), config("10m"), texts())
+def test_ctrl_c_gives_the_best_so_far():
+    model = tiny("llama")
+    fail_at(model.lm_head, 100, KeyboardInterrupt)
+    plan = make_plan(model, config("10m"), texts())
     plan.check_target()
     assert plan.chosen["search"]["stopped"] == "interrupted" and plan.chosen["search"]["generations"] > 0
 
