@@ -94,8 +94,8 @@ def make_plan(
     run.begin("plan", {"config": config.to_dict()})
     if output is not None and output.is_complete:
         return dataclasses.replace(Plan.load(output.path), algorithms=_instances(config))
-    if (known := _known_plan(run, config)) is not None:
-        return known
+    if (finished := _finished_plan(run, config)) is not None:
+        return finished
 
     if isinstance(allocator, Race):
         choice = choose(run, config, allocator, batches.sources if isinstance(batches, Mixture) else ())
@@ -118,7 +118,7 @@ def _needs(config: SparsityConfig) -> frozenset[str]:
     """The facts that planning uses; for a race, all that its candidates and the pruner use."""
     if isinstance(config.allocator, Race):
         competing = allocators(config.allocator.candidates).values()
-        return config.allocator.needs | config.pruner.needs.union(*(one.needs for one in competing))
+        return config.allocator.needs | config.pruner.needs.union(*(allocator.needs for allocator in competing))
     return needed(config.allocator, config.pruner)
 
 
@@ -135,13 +135,13 @@ def _calibration(model: PreTrainedModel, config: SparsityConfig, batches: Any, n
     return data
 
 
-def _known_plan(run: Prepared, config: SparsityConfig) -> Plan | None:
+def _finished_plan(run: Prepared, config: SparsityConfig) -> Plan | None:
     """The plan that an earlier, interrupted run with this output had finished."""
-    if run.journal is None or (known := run.journal.recall("plan")) is None:
+    if run.journal is None or (recorded := run.journal.recall("plan")) is None:
         return None
     story = run.journal.recall("story")
     return dataclasses.replace(
-        Plan.from_dict(known),
+        Plan.from_dict(recorded),
         algorithms=_instances(config),
         story=RaceDetails.from_dict(story) if story else None,
     )

@@ -48,7 +48,7 @@ def allocators(names: Sequence[str]) -> dict[str, Allocator]:
 
 
 def with_options(name: str, options: Mapping[str, Any]) -> str:
-    """`"owl(outlier=5.0, spread=0.08)"`, or the bare name without options."""
+    """Returns the name with its options, such as `"owl(outlier=5.0, spread=0.08)"`."""
     return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})" if options else name
 
 
@@ -63,12 +63,12 @@ def measurement_key(allocator: Allocator) -> Allocator:
 
 def mixtures(best: Sequence[Candidate], sizes: Mapping[str, int], target: float, pattern: Pattern) -> list[Candidate]:
     """Returns the means of each two of the first `MIXED` plans."""
-    made = []
-    for one, other in itertools.combinations(best[:MIXED], 2):
-        middle = {name: (one.sparsities[name] + other.sparsities[name]) / 2 for name in sizes}
-        met = meet(middle, sizes, target, pattern)
-        made.append(Candidate(f"{one.name} + {other.name}", "mixture", met, {"mixture": [one.name, other.name]}))
-    return made
+    mixed = []
+    for first, second in itertools.combinations(best[:MIXED], 2):
+        means = {name: (first.sparsities[name] + second.sparsities[name]) / 2 for name in sizes}
+        name, origin = f"{first.name} + {second.name}", {"mixture": [first.name, second.name]}
+        mixed.append(Candidate(name, "mixture", meet(means, sizes, target, pattern), origin))
+    return mixed
 
 
 def group_by(names: Sequence[str], key: Callable[[str], str]) -> list[list[str]]:

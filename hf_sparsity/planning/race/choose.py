@@ -63,28 +63,28 @@ def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[
         notes=unseen,
     )
     evaluator = _evaluator(run, config, race, ranks, split, budget)
-    entrants = _entrants(evaluator, config, race, competing, measures)
+    candidates = _candidates(evaluator, config, race, competing, measures)
 
-    runners = run_race(race, evaluator, entrants, pattern)
-    descent = _descend(race, evaluator, runners) if race.descent else None
+    scored = run_race(race, evaluator, candidates, pattern)
+    descent = _descend(race, evaluator, scored) if race.descent else None
     search: dict[str, Any] | None = None
     curve: list[tuple[int, float, float]] = []
     if isinstance(race, Search) and (descent or {}).get("stopped") != INTERRUPTED:
         blocks = [list(block.weights) for block in run.model_layers.blocks if block.weights]
-        search, curve = _search(race, evaluator, runners, blocks, config.seed)
+        search, curve = _search(race, evaluator, scored, blocks, config.seed)
 
-    best = winner(race, runners, config.seed)
-    pair = next(r for r in runners if r.entrant.kind == "uniform"), best
+    best = winner(race, scored, config.seed)
+    pair = next(entry for entry in scored if entry.kind == "uniform"), best
     certificate, by_source = _certify(run, race, evaluator, pair, split.certificate, sources, config.seed)
     record = RaceRecord(
         by=race.name,
         metric=race.metric,
-        winner=best.entrant.name,
-        kind=best.entrant.kind,
+        winner=best.name,
+        kind=best.kind,
         slices=tuple(evaluator.tokens),
         confidence=race.confidence,
         seed=config.seed,
-        candidates=candidate_records(race, runners, config.seed),
+        candidates=candidate_records(race, scored, config.seed),
         spent=dict(budget.spent),
         descent=descent,
         search=search,
@@ -92,12 +92,12 @@ def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[
         data=split.to_dict(run.data),
         certificate=certificate,
     )
-    logger.info("%s: %s wins, %s %.5f", race.name, best.entrant.name, race.metric, best.last.mean(race.metric))
-    details = make_details(best, ranking(race, runners), measures, curve, budget.seconds("the choice"))
-    allocator = competing.get(best.entrant.name)  # None: the winner is a mixture, or comes from a descent or search
+    logger.info("%s: %s wins, %s %.5f", race.name, best.name, race.metric, best.last.mean(race.metric))
+    details = make_details(best, ranking(race, scored), measures, curve, budget.seconds("the choice"))
+    allocator = competing.get(best.name)  # None: the winner is a mixture, or comes from a descent or search
     measured = numbers(allocator, measures[measurement_key(allocator)]) if allocator else {}
     seen = [*split.statistics, *split.selection]
-    return Choice(best.entrant.sparsities, measured, record.to_dict(), seen, details, unseen)
+    return Choice(best.candidate.sparsities, measured, record.to_dict(), seen, details, unseen)
 
 
 def _evaluator(
@@ -117,7 +117,7 @@ def _evaluator(
     return Evaluator(references, grid, ranks, budget, ends)
 
 
-def _entrants(
+def _candidates(
     evaluator: Evaluator,
     config: SparsityConfig,
     race: Race,
@@ -131,45 +131,46 @@ def _entrants(
         return [scores.mean(race.metric) for scores in evaluator.scores([grid.nearest(plan) for plan in plans], 0)]
 
     oracle = ModelOracle(config.seed, lambda plan: losses([plan])[0], None, losses)
-    entrants = []
-    for name, one in competing.items():
-        shared = measures[measurement_key(one)]
-        sparsities = assign(one, shared, grid.sizes, config.sparsity, pattern=pattern, oracle=oracle)
-        entrants.append(Candidate(name, "uniform" if one.name == "uniform" else "single", sparsities, one.to_dict()))
-    return entrants
+    candidates = []
+    for name, allocator in competing.items():
+        shared = measures[measurement_key(allocator)]
+        sparsities = assign(allocator, shared, grid.sizes, config.sparsity, pattern=pattern, oracle=oracle)
+        kind = "uniform" if allocator.name == "uniform" else "single"
+        candidates.append(Candidate(name, kind, sparsities, allocator.to_dict()))
+    return candidates
 
 
-def _descend(race: Race, contest: Evaluator, runners: list[ScoredCandidate]) -> dict[str, Any]:
+def _descend(race: Race, evaluator: Evaluator, scored: list[ScoredCandidate]) -> dict[str, Any]:
     """Descends from the best plan and adds where it ends, if that is new; returns what to record."""
-    best = ranking(race, runners)[0]
-    found = descend(race, contest, best.point, group_experts(contest.grid.names))
-    record = {"from": best.entrant.name, **found.to_dict()}
-    _join(contest, runners, "descent", found.point, record)
+    best = ranking(race, scored)[0]
+    descent = descend(race, evaluator, best.point, group_experts(evaluator.grid.names))
+    record = {"from": best.name, **descent.to_dict()}
+    _join(evaluator, scored, "descent", descent.point, record)
     return record
 
 
 def _join(
-    contest: Evaluator, runners: list[ScoredCandidate], kind: str, point: Point, origin: Mapping[str, Any]
+    evaluator: Evaluator, scored: list[ScoredCandidate], kind: str, point: Point, origin: Mapping[str, Any]
 ) -> None:
     """Adds a new point, judged in all rounds that there were."""
-    if point in {r.point for r in runners}:
+    if point in {entry.point for entry in scored}:
         return
-    made = ScoredCandidate(Candidate(kind, kind, contest.grid.sparsities(point), {kind: dict(origin)}), point)
-    for number in range(max(len(r.scores) for r in runners)):
-        judge(contest, [made], number)
-    runners.append(made)
+    new = ScoredCandidate(Candidate(kind, kind, evaluator.grid.sparsities(point), {kind: dict(origin)}), point)
+    for number in range(max(len(entry.scores) for entry in scored)):
+        judge(evaluator, [new], number)
+    scored.append(new)
 
 
 def _search(
-    search: Search, contest: Evaluator, runners: list[ScoredCandidate], blocks: list[list[str]], seed: int
+    search: Search, evaluator: Evaluator, scored: list[ScoredCandidate], blocks: list[list[str]], seed: int
 ) -> tuple[dict[str, Any], list[tuple[int, float, float]]]:
     """Searches from the best plans and adds the best that it finds, if that is new; returns what to record, and the curve."""
-    order = ranking(search, runners)
-    found = run_search(search, contest, [r.point for r in order[: search.offspring]], blocks, seed)
-    ended = (contest.allowance.spent["tokens"], found.curve[-1][1])
-    curve = [(*point, seconds) for point, seconds in zip([*found.curve, ended], found.seconds, strict=True)]
-    _join(contest, runners, "search", found.point, {"generations": found.generations, "stopped": found.stopped})
-    record = {"generations": found.generations, "stopped": found.stopped, "curve": [list(p) for p in found.curve]}
+    order = ranking(search, scored)
+    result = run_search(search, evaluator, [entry.point for entry in order[: search.offspring]], blocks, seed)
+    ended = (evaluator.budget.spent["tokens"], result.curve[-1][1])
+    curve = [(*point, seconds) for point, seconds in zip([*result.curve, ended], result.seconds, strict=True)]
+    _join(evaluator, scored, "search", result.point, {"generations": result.generations, "stopped": result.stopped})
+    record = {"generations": result.generations, "stopped": result.stopped, "curve": [list(p) for p in result.curve]}
     return record, curve
 
 
@@ -187,7 +188,7 @@ def _certify(
     Scored are masks on the dense weights, before anything is pruned; `prune` scores what the pruner makes of the plan.
     """
     reference = DenseReference(run.model, run.model_layers, batches)
-    uniform, chosen = (PlanScores.of(evaluator.rows(runner.point, reference)) for runner in pair)
+    uniform, chosen = (PlanScores.of(evaluator.rows(entry.point, reference)) for entry in pair)
     compared = compare(uniform, chosen, confidence=race.confidence, seed=seed)
     by_source = compare_by_source(sources[-len(batches) :], uniform, chosen) if sources else None
     return replace(compared, of="masks", data=data_fingerprint(batches)), by_source

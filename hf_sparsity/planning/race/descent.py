@@ -48,7 +48,7 @@ class Descent:
         return {"steps": self.steps, "gains": len(self.points) - 1, "stopped": self.stopped}
 
 
-def descend(race: Race, contest: Evaluator, start: Point, groups: Sequence[Sequence[str]]) -> Descent:
+def descend(race: Race, evaluator: Evaluator, start: Point, groups: Sequence[Sequence[str]]) -> Descent:
     """Takes up to `race.descent` steps from `start`; stops early when no step helps, or the budget is spent.
 
     A model whose blocks cannot be computed one by one has no slopes: the descent ends where it starts, with a warning.
@@ -56,64 +56,64 @@ def descend(race: Race, contest: Evaluator, start: Point, groups: Sequence[Seque
     Args:
         groups: the layers that move together, such as the experts of a block.
     """
-    found = Descent([start])
+    descent = Descent([start])
     try:
-        while found.steps < race.descent:
-            if contest.allowance.over(f"step {found.steps}"):
-                found.stopped = "the budget is spent"
+        while descent.steps < race.descent:
+            if evaluator.budget.over(f"step {descent.steps}"):
+                descent.stopped = "the budget is spent"
                 break
-            if not _step(race, contest, found, groups):
-                found.stopped = "no step is worth taking"
+            if not _step(race, evaluator, descent, groups):
+                descent.stopped = "no step is worth taking"
                 break
         else:
-            found.stopped = "all steps are taken"
+            descent.stopped = "all steps are taken"
     except BlocksNotAlone as error:
-        found.stopped = "the model has no slopes"
+        descent.stopped = "the model has no slopes"
         logger.warning("no descent: %s", error)
     except KeyboardInterrupt:
-        if contest.allowance.processes.count > 1 or not race.searches:
+        if evaluator.budget.processes.count > 1 or not race.searches:
             raise
-        found.stopped = INTERRUPTED
-    return found
+        descent.stopped = INTERRUPTED
+    return descent
 
 
-def _step(race: Race, contest: Evaluator, found: Descent, groups: Sequence[Sequence[str]]) -> bool:
+def _step(race: Race, evaluator: Evaluator, descent: Descent, groups: Sequence[Sequence[str]]) -> bool:
     """Tries one step; returns False when no further step can help."""
-    pieces, grid = contest.ends[-1], contest.grid
-    here, there = (sorted((found.steps + i + j) % pieces for j in range(found.text)) for i in (0, 1))
-    slopes = contest.slopes(found.point, here, race.metric)
+    pieces, grid = evaluator.ends[-1], evaluator.grid
+    here, there = (sorted((descent.steps + i + j) % pieces for j in range(descent.text)) for i in (0, 1))
+    slopes = evaluator.slopes(descent.point, here, race.metric)
     sizes = [sum(grid.sizes[name] for name in names) for names in groups]
     fresh = [
         math.fsum(slopes[name] * grid.sizes[name] for name in names) / size
         for names, size in zip(groups, sizes, strict=True)
     ]
-    before = found.slopes or fresh
-    found.slopes = [MEMORY * old + (1 - MEMORY) * new for old, new in zip(before, fresh, strict=True)]
-    found.steps += 1
+    before = descent.slopes or fresh
+    descent.slopes = [MEMORY * old + (1 - MEMORY) * new for old, new in zip(before, fresh, strict=True)]
+    descent.steps += 1
 
-    now = grid.fractions(found.point)
+    now = grid.fractions(descent.point)
     children: dict[Point, float] = {}
     least = max(0.6 / len(grid.zeros[name]) for name in grid.names)
     for length in LENGTHS:
         for shape in SHAPES:
-            changes = level(found.slopes, sizes, found.length * length, shape, least)
+            changes = level(descent.slopes, sizes, descent.length * length, shape, least)
             moved = dict(now)
             for names, change in zip(groups, changes, strict=True):
                 moved |= {name: min(max(now[name] + change, 0.0), 1.0) for name in names}
             children.setdefault(grid.nearest(moved), length)
-    children.pop(found.point, None)
+    children.pop(descent.point, None)
     if not children:
         return False
-    bar, *values = [s.mean(race.metric) for s in contest.scores_on([found.point, *children], there)]
+    bar, *values = [s.mean(race.metric) for s in evaluator.scores_on([descent.point, *children], there)]
     best = min(range(len(values)), key=values.__getitem__)
     if values[best] < bar:
         point = list(children)[best]
-        found.points.append(point)
-        found.length = min(found.length * children[point] * 1.1, LONGEST)
+        descent.points.append(point)
+        descent.length = min(descent.length * children[point] * 1.1, LONGEST)
         return True
-    worth = found.length > SHORTEST or found.text < pieces
-    found.length = max(found.length / 2, SHORTEST)
-    found.text = min(2 * found.text, pieces)
+    worth = descent.length > SHORTEST or descent.text < pieces
+    descent.length = max(descent.length / 2, SHORTEST)
+    descent.text = min(2 * descent.text, pieces)
     return worth
 
 

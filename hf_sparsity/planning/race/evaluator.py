@@ -43,9 +43,9 @@ class SearchBudget:
 
     def seconds(self, moment: str) -> float:
         """Returns the seconds since the start, with those that an interrupted run had taken until this `moment`."""
-        known = self.journal.recall("elapsed", moment) if self.journal else None
-        if known is not None:
-            self._before, self._start = float(known), time.perf_counter()
+        earlier = self.journal.recall("elapsed", moment) if self.journal else None
+        if earlier is not None:
+            self._before, self._start = float(earlier), time.perf_counter()
             return self._before
         now = float(self.processes.gather(self._before + time.perf_counter() - self._start)[0])
         if self.journal:
@@ -56,7 +56,7 @@ class SearchBudget:
 class Evaluator:
     """Judges points of the grid on pieces of text; a slice is the first of them, up to a number.
 
-    What is known is not computed again, in this run or after an interruption. Points are shared out among processes;
+    A score is never computed twice, in one run or after an interruption. Points are shared out among processes;
     each is judged by one of them, on the same batches, so that the numbers do not depend on how many there are.
     """
 
@@ -65,12 +65,12 @@ class Evaluator:
         pieces: Sequence[DenseReference],
         grid: Grid,
         ranks: Mapping[str, Ranks],
-        allowance: SearchBudget,
+        budget: SearchBudget,
         ends: Sequence[int] | None = None,
     ):
-        self.grid, self.allowance = grid, allowance
+        self.grid, self.budget = grid, budget
         self._pieces, self._ranks = pieces, ranks
-        self._known: dict[tuple[int, Point], SequenceSums] = {}
+        self._rows: dict[tuple[int, Point], SequenceSums] = {}
         self.ends = list(ends or range(1, len(pieces) + 1))
         self.tokens = [sum(batch_tokens(b) for p in pieces[:end] for b in p.batches) for end in self.ends]
 
@@ -81,19 +81,19 @@ class Evaluator:
     def scores_on(self, points: Sequence[Point], pieces: Sequence[int]) -> list[PlanScores]:
         """Returns the scores of each plan on the pieces with these numbers."""
         for piece in pieces:
-            self._judge([p for p in dict.fromkeys(points) if (piece, p) not in self._known], piece)
-        return [PlanScores.of([row for i in pieces for row in self._known[i, p]]) for p in points]
+            self._judge([p for p in dict.fromkeys(points) if (piece, p) not in self._rows], piece)
+        return [PlanScores.of([row for i in pieces for row in self._rows[i, p]]) for p in points]
 
     def _judge(self, points: Sequence[Point], piece: int) -> None:
         reference = self._pieces[piece]
         names = {digest([piece, list(point)]): point for point in points}
         for name, rows in self._remembered("score", names, lambda point: self.rows(point, reference)).items():
-            self._known[piece, names[name]] = rows
-            self.allowance.spent["evals"] += 1
-            self.allowance.spent["tokens"] += sum(map(batch_tokens, reference.batches))
+            self._rows[piece, names[name]] = rows
+            self.budget.spent["evals"] += 1
+            self.budget.spent["tokens"] += sum(map(batch_tokens, reference.batches))
 
     def _remembered(self, what: str, items: Mapping[str, Item], compute: Callable[[Item], Any]) -> dict[str, Any]:
-        return remembered(self.allowance.journal, self.allowance.processes, what, items, compute)
+        return remembered(self.budget.journal, self.budget.processes, what, items, compute)
 
     def slopes(self, point: Point, pieces: Sequence[int], metric: str) -> dict[str, float]:
         """Returns by how much pruning one more weight of each layer would raise the metric at a point, on these pieces.
@@ -111,7 +111,7 @@ class Evaluator:
 
         names = {digest(["slopes", metric, *part, list(point)]): part for part in parts}
         sums: list[Sums] = list(self._remembered("slopes", names, compute).values())
-        self.allowance.spent["tokens"] += PASSES * sum(batch_tokens(self._pieces[p].batches[i]) for p, i in parts)
+        self.budget.spent["tokens"] += PASSES * sum(batch_tokens(self._pieces[p].batches[i]) for p, i in parts)
         predictions = sum(part[-1] for part in sums)
         slopes = {}
         for i, (name, step) in enumerate(zip(self.grid.names, point, strict=True)):

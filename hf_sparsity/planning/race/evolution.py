@@ -85,17 +85,17 @@ class Moves:
         return kind if chance < 0.9 else [name for name in kind if name in set(stretch)]
 
 
-def _judged(search: Search, contest: Evaluator, points: Sequence[Point], pieces: Sequence[int]) -> list[float]:
-    return [scores.mean(search.metric) for scores in contest.scores_on(points, pieces)]
+def _judged(search: Search, evaluator: Evaluator, points: Sequence[Point], pieces: Sequence[int]) -> list[float]:
+    return [scores.mean(search.metric) for scores in evaluator.scores_on(points, pieces)]
 
 
 def _better(
-    search: Search, contest: Evaluator, parent: Point, points: Sequence[Point], pieces: Sequence[int]
+    search: Search, evaluator: Evaluator, parent: Point, points: Sequence[Point], pieces: Sequence[int]
 ) -> list[Point]:
     """The best of the points on these pieces if it is better than the parent, else nothing."""
     if not points:
         return []
-    bar, *values = _judged(search, contest, [parent, *points], pieces)
+    bar, *values = _judged(search, evaluator, [parent, *points], pieces)
     best = min(range(len(points)), key=values.__getitem__)
     return [points[best]] if values[best] < bar else []
 
@@ -120,7 +120,7 @@ class SearchResult:
 
 
 def run_search(
-    search: Search, contest: Evaluator, seeds: Sequence[Point], blocks: Sequence[Sequence[str]], seed: int
+    search: Search, evaluator: Evaluator, seeds: Sequence[Point], blocks: Sequence[Sequence[str]], seed: int
 ) -> SearchResult:
     """Evolves the best of `seeds` until the budget is spent, nothing improves, or it is interrupted.
 
@@ -132,71 +132,71 @@ def run_search(
         seeds: points to start from, the best of a race.
         blocks: the layers of each block, in model order.
     """
-    values = _judged(search, contest, seeds, range(contest.ends[-1]))
+    values = _judged(search, evaluator, seeds, range(evaluator.ends[-1]))
     best = min(range(len(seeds)), key=lambda i: (values[i], i))
-    found = SearchResult(seeds[best])
-    _note(contest, found, values[best])
-    moves = Moves(contest.grid, blocks, Random(seed))
-    towards = [contest.grid.fractions(point) for point in seeds[:SEEDS] if point != found.point]
+    result = SearchResult(seeds[best])
+    _note(evaluator, result, values[best])
+    moves = Moves(evaluator.grid, blocks, Random(seed))
+    towards = [evaluator.grid.fractions(point) for point in seeds[:SEEDS] if point != result.point]
     try:
-        _evolve(search, contest, found, moves, towards)
+        _evolve(search, evaluator, result, moves, towards)
     except KeyboardInterrupt:
-        if contest.allowance.processes.count > 1:
+        if evaluator.budget.processes.count > 1:
             raise
-        found.stopped = "interrupted"
-    found.seconds.append(contest.allowance.seconds("end of the search"))
-    first, last = found.curve[0][1], found.curve[-1][1]
-    logger.info("search: %s %.5f -> %.5f in %d generations", search.metric, first, last, found.generations)
-    return found
+        result.stopped = "interrupted"
+    result.seconds.append(evaluator.budget.seconds("end of the search"))
+    first, last = result.curve[0][1], result.curve[-1][1]
+    logger.info("search: %s %.5f -> %.5f in %d generations", search.metric, first, last, result.generations)
+    return result
 
 
-def _note(contest: Evaluator, found: SearchResult, value: float) -> None:
+def _note(evaluator: Evaluator, result: SearchResult, value: float) -> None:
     """Adds a point to the curve."""
-    found.curve.append((contest.allowance.spent["tokens"], value))
-    found.seconds.append(contest.allowance.seconds(f"generation {found.generations}"))
+    result.curve.append((evaluator.budget.spent["tokens"], value))
+    result.seconds.append(evaluator.budget.seconds(f"generation {result.generations}"))
 
 
 def _evolve(
     search: Search,
-    contest: Evaluator,
-    found: SearchResult,
+    evaluator: Evaluator,
+    result: SearchResult,
     moves: Moves,
     towards: Sequence[Vector],
 ) -> None:
     step: Vector | None = None
-    pieces = contest.ends[-1]
-    stages = [contest.ends[1], pieces] if len(contest.ends) > 2 else [pieces]
-    seen, stale = {found.point}, 0
-    while not contest.allowance.over(f"generation {found.generations}"):
+    pieces = evaluator.ends[-1]
+    stages = [evaluator.ends[1], pieces] if len(evaluator.ends) > 2 else [pieces]
+    seen, stale = {result.point}, 0
+    while not evaluator.budget.over(f"generation {result.generations}"):
         if stale >= search.patience:
-            found.stopped = f"no gain in {stale} generations"
+            result.stopped = f"no gain in {stale} generations"
             return
         children: list[Point] = []
         for _ in range(20 * search.offspring):
-            child = moves.child(found.point, towards, step)
+            child = moves.child(result.point, towards, step)
             if child not in seen:
                 seen.add(child)
                 children.append(child)
             if len(children) == search.offspring:
                 break
         if not children:
-            found.stopped = "no new plan within reach"
+            result.stopped = "no new plan within reach"
             return
-        text = [(found.generations + i) % pieces for i in range(pieces)]
-        bar, *values = _judged(search, contest, [found.point, *children], text[:1])
+        text = [(result.generations + i) % pieces for i in range(pieces)]
+        bar, *values = _judged(search, evaluator, [result.point, *children], text[:1])
         hopeful = sorted((v, i) for i, v in enumerate(values) if v < bar)[: max(1, search.offspring // 4)]
         points = [children[i] for _, i in hopeful]
         for stage in stages:
-            points = _better(search, contest, found.point, points, sorted(text[:stage]))
-        found.generations += 1
+            points = _better(search, evaluator, result.point, points, sorted(text[:stage]))
+        result.generations += 1
         if points:
-            point, value = points[0], _judged(search, contest, points[:1], range(pieces))[0]
-            old, new = contest.grid.fractions(found.point), contest.grid.fractions(point)
+            point, value = points[0], _judged(search, evaluator, points[:1], range(pieces))[0]
+            old, new = evaluator.grid.fractions(result.point), evaluator.grid.fractions(point)
             step = {name: new[name] - old[name] for name in new}
-            found.point, stale = point, 0
-            _note(contest, found, value)
+            result.point, stale = point, 0
+            _note(evaluator, result, value)
             moves.length = min(moves.length * 1.3, LONGEST)
         else:
             step, stale = None, stale + 1
             moves.length = max(moves.length * 0.95, SHORTEST)
-    found.stopped = "the budget is spent"
+    result.stopped = "the budget is spent"

@@ -16,19 +16,19 @@ from .survey import Measures
 PLANS_SHOWN = 6  # plans that a report shows side by side
 
 
-def candidate_records(race: Race, runners: Sequence[ScoredCandidate], seed: int) -> tuple[CandidateRecord, ...]:
+def candidate_records(race: Race, scored: Sequence[ScoredCandidate], seed: int) -> tuple[CandidateRecord, ...]:
     """Returns how each plan did, the best first."""
-    uniform = next(r for r in runners if r.entrant.kind == "uniform")
+    uniform = next(entry for entry in scored if entry.kind == "uniform")
     return tuple(
         CandidateRecord(
-            name=runner.entrant.name,
-            kind=runner.entrant.kind,
-            origin=dict(runner.entrant.origin),
-            scores=tuple(scores.mean(race.metric) for scores in runner.scores),
-            perplexity=runner.last.perplexity,
-            uniform_minus=difference(race, uniform.scores[len(runner.scores) - 1], runner.last, seed),
+            name=entry.name,
+            kind=entry.kind,
+            origin=dict(entry.candidate.origin),
+            scores=tuple(scores.mean(race.metric) for scores in entry.scores),
+            perplexity=entry.last.perplexity,
+            uniform_minus=difference(race, uniform.scores[len(entry.scores) - 1], entry.last, seed),
         )
-        for runner in ranking(race, runners)
+        for entry in ranking(race, scored)
     )
 
 
@@ -40,15 +40,15 @@ def make_details(
     seconds: float,
 ) -> RaceDetails:
     """Returns what a page shows beyond the record; `order` has all plans, the best first."""
-    plans = {runner.entrant.name: dict(runner.entrant.sparsities) for runner in _shown(best, order)}
+    plans = {entry.name: dict(entry.candidate.sparsities) for entry in _shown(best, order)}
     return RaceDetails(plans, _measured(measures), tuple(curve), seconds)
 
 
 def _shown(best: ScoredCandidate, order: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:
     """The winner, the first of each kind, and then the next best, up to `PLANS_SHOWN`."""
-    kinds = {runner.entrant.kind for runner in order}
-    firsts = [next(r for r in order if r.entrant.kind == kind) for kind in KINDS if kind in kinds]
-    return list({runner.entrant.name: runner for runner in (best, *firsts, *order)}.values())[:PLANS_SHOWN]
+    kinds = {entry.kind for entry in order}
+    firsts = [next(entry for entry in order if entry.kind == kind) for kind in KINDS if kind in kinds]
+    return list({entry.name: entry for entry in (best, *firsts, *order)}.values())[:PLANS_SHOWN]
 
 
 def _measured(measures: Mapping[Allocator, Measures]) -> dict[str, dict[str, float]]:

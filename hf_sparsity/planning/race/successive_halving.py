@@ -29,11 +29,21 @@ REDUCTION = 3  # each round keeps the best third, but at least MIXED
 
 @dataclass
 class ScoredCandidate:
-    """A candidate, the point of the grid nearest to it, and its scores in each round."""
+    """A candidate, the point of the grid nearest to it, and its scores in each round that it took part in."""
 
-    entrant: Candidate
+    candidate: Candidate
     point: Point
     scores: list[PlanScores] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Tells the candidate apart."""
+        return self.candidate.name
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        return self.candidate.kind
 
     @property
     def last(self) -> PlanScores:
@@ -41,47 +51,54 @@ class ScoredCandidate:
         return self.scores[-1]
 
 
-def run_race(race: Race, contest: Evaluator, entrants: Sequence[Candidate], pattern: Pattern) -> list[ScoredCandidate]:
+def run_race(
+    race: Race, evaluator: Evaluator, candidates: Sequence[Candidate], pattern: Pattern
+) -> list[ScoredCandidate]:
     """Returns all candidates, those that came furthest first, the better before the worse; uniform is judged in all rounds.
 
     The first round is always run; later ones while the budget lasts.
     """
-    runners = distinct(contest, entrants)
-    last = len(contest.tokens) - 1
-    judge(contest, runners, 0)
-    order = ranking(race, runners)
-    made = mixtures([r.entrant for r in order], contest.grid.sizes, contest.grid.target, pattern)
-    joined = [r for r in distinct(contest, made) if r.point not in {one.point for one in runners}]
-    judge(contest, joined, 0)
-    runners += joined
+    scored = distinct(evaluator, candidates)
+    last = len(evaluator.tokens) - 1
+    judge(evaluator, scored, 0)
+    order = ranking(race, scored)
+    mixed = mixtures([entry.candidate for entry in order], evaluator.grid.sizes, evaluator.grid.target, pattern)
+    points = {entry.point for entry in scored}
+    new = [entry for entry in distinct(evaluator, mixed) if entry.point not in points]
+    judge(evaluator, new, 0)
+    scored += new
     for number in range(1, last + 1):
-        if contest.allowance.over(f"round {number}"):
-            logger.info("race: the budget is spent after slices of %d tokens", contest.tokens[number - 1])
+        if evaluator.budget.over(f"round {number}"):
+            logger.info("race: the budget is spent after slices of %d tokens", evaluator.tokens[number - 1])
             break
-        order = [r for r in ranking(race, runners) if len(r.scores) == number]
+        order = [entry for entry in ranking(race, scored) if len(entry.scores) == number]
         through = order[: max(MIXED, math.ceil(len(order) / REDUCTION))]
-        judge(contest, [*through, *(r for r in order if r.entrant.kind == "uniform" and r not in through)], number)
-    return ranking(race, runners)
+        judge(
+            evaluator,
+            [*through, *(entry for entry in order if entry.kind == "uniform" and entry not in through)],
+            number,
+        )
+    return ranking(race, scored)
 
 
-def distinct(contest: Evaluator, entrants: Sequence[Candidate]) -> list[ScoredCandidate]:
+def distinct(evaluator: Evaluator, candidates: Sequence[Candidate]) -> list[ScoredCandidate]:
     """Returns the candidates that differ on the grid; of equal ones the first."""
-    found: dict[Point, ScoredCandidate] = {}
-    for entrant in entrants:
-        point = contest.grid.nearest(entrant.sparsities)
-        found.setdefault(point, ScoredCandidate(entrant, point))
-    return list(found.values())
+    by_point: dict[Point, ScoredCandidate] = {}
+    for candidate in candidates:
+        point = evaluator.grid.nearest(candidate.sparsities)
+        by_point.setdefault(point, ScoredCandidate(candidate, point))
+    return list(by_point.values())
 
 
-def judge(contest: Evaluator, runners: Sequence[ScoredCandidate], slice_: int) -> None:
-    """Adds the scores of each on one slice."""
-    for runner, scores in zip(runners, contest.scores([r.point for r in runners], slice_), strict=True):
-        runner.scores.append(scores)
+def judge(evaluator: Evaluator, scored: Sequence[ScoredCandidate], slice_: int) -> None:
+    """Adds to each candidate its scores on the slice with this number."""
+    for entry, scores in zip(scored, evaluator.scores([entry.point for entry in scored], slice_), strict=True):
+        entry.scores.append(scores)
 
 
-def ranking(race: Race, runners: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:
+def ranking(race: Race, scored: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:
     """Returns the candidates in order: those judged on the longest slice first, then by the metric."""
-    return sorted(runners, key=lambda r: (-len(r.scores), r.last.mean(race.metric), r.entrant.name))
+    return sorted(scored, key=lambda entry: (-len(entry.scores), entry.last.mean(race.metric), entry.name))
 
 
 def difference(race: Race, one: PlanScores, other: PlanScores, seed: int) -> Interval:
@@ -90,16 +107,16 @@ def difference(race: Race, one: PlanScores, other: PlanScores, seed: int) -> Int
     return paired_bootstrap(pairs, one.tokens, confidence=race.confidence, seed=seed)
 
 
-def winner(race: Race, runners: Sequence[ScoredCandidate], seed: int) -> ScoredCandidate:
+def winner(race: Race, scored: Sequence[ScoredCandidate], seed: int) -> ScoredCandidate:
     """Returns the simplest plan of the last round that is not significantly worse than the best.
 
     A plan with a worse mean than a simpler one is never chosen.
     """
-    best = ranking(race, runners)[0]
-    final = [r for r in ranking(race, runners) if len(r.scores) == len(best.scores)]
+    best = ranking(race, scored)[0]
+    final = [entry for entry in ranking(race, scored) if len(entry.scores) == len(best.scores)]
     simpler = math.inf
     for kind in KINDS:
-        first = next((r for r in final if r.entrant.kind == kind), None)
+        first = next((entry for entry in final if entry.kind == kind), None)
         if first is None or first.last.mean(race.metric) >= simpler:
             continue
         if not difference(race, first.last, best.last, seed).is_above_zero:

@@ -38,7 +38,7 @@ def survey(
     Each process does all of it over all the data: sums shared between processes differ in their last bits, and so would
     the plans.
     """
-    needs = pruner.needs.union(*(one.needs for one in allocators))
+    needs = pruner.needs.union(*(allocator.needs for allocator in allocators))
     fisher = fisher_information(model, model_layers, list(data), Processes()) if FISHER in needs else {}
     stats = needs & STATS
     run = PassOptions(hidden_limit=hidden_limit)
@@ -58,8 +58,8 @@ def survey(
             layer.scores = scores if SCORES in needs else None
         for allocator in allocators:
             measures[allocator][block.index] = allocator.measure(block.layers, pruner)
-    in_order = {one: [blocks[index] for index in sorted(blocks)] for one, blocks in measures.items()}
-    return in_order, ranks
+    in_model_order = {a: [blocks[index] for index in sorted(blocks)] for a, blocks in measures.items()}
+    return in_model_order, ranks
 
 
 def ranked(pruner: Pruner, layer: Layer, scores: Tensor) -> Ranks:

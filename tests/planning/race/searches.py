@@ -43,7 +43,7 @@ class Quadratic(Evaluator):
 
     def scores_on(self, points, pieces):
         self.asked.append((len(points), list(pieces)))
-        self.allowance.spent["evals"] += len(points)
+        self.budget.spent["evals"] += len(points)
         found = []
         for point in points:
             now = self.grid.fractions(point)

@@ -136,7 +136,7 @@ def test_the_model_is_as_it_was():
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def contest(tokens: int = 24, count: int = 4, processes: Processes | None = None, journal=None) -> Evaluator:
+def evaluator(tokens: int = 24, count: int = 4, processes: Processes | None = None, journal=None) -> Evaluator:
     model = tiny("llama")
     layout, data = find_layers(model), prepare_batches(model, texts(count, tokens))
     _, ranks = survey(model, layout, data, allocators=(), pruner=Wanda(), pattern=Pattern())
@@ -147,7 +147,7 @@ def contest(tokens: int = 24, count: int = 4, processes: Processes | None = None
 
 
 def test_they_foretell_what_a_few_weights_more_or_less_do():
-    one = contest(count=8)
+    one = evaluator(count=8)
     point = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
     found = one.slopes(point, [0, 1], "kl")
     foretold, measured = [], []
@@ -162,15 +162,15 @@ def test_they_foretell_what_a_few_weights_more_or_less_do():
 
 
 def test_pieces_add_up_and_cost_four_passes():
-    one = contest()
+    one = evaluator()
     point = one.grid.nearest(dict.fromkeys(one.grid.names, 0.6))
     first, second, both = (one.slopes(point, pieces, "kl") for pieces in ([0], [1], [0, 1]))
     assert {n: pytest.approx((first[n] + second[n]) / 2, rel=1e-9) for n in both} == both and first != second
-    assert one.allowance.spent == {"evals": 0, "tokens": 4 * 24 * (2 + 2 + 4)}
+    assert one.budget.spent == {"evals": 0, "tokens": 4 * 24 * (2 + 2 + 4)}
 
 
 def shared(processes: Processes) -> dict[str, float]:
-    one = contest(processes=processes)
+    one = evaluator(processes=processes)
     return one.slopes(one.grid.nearest(dict.fromkeys(one.grid.names, 0.6)), [0, 1], "kl")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from itertools import pairwise
 from random import Random
@@ -74,18 +73,18 @@ def test_experts_and_projections_move_together():
 
 
 def searched(limit: float, seed: int = 0):
-    contest = Quadratic(grid(), limit)
-    start = contest.grid.nearest(dict.fromkeys(contest.grid.names, 0.6))
-    return contest, run_search(Search(budget=None), contest, [start], blocks(contest.grid.names), seed)
+    evaluator = Quadratic(grid(), limit)
+    start = evaluator.grid.nearest(dict.fromkeys(evaluator.grid.names, 0.6))
+    return evaluator, run_search(Search(budget=None), evaluator, [start], blocks(evaluator.grid.names), seed)
 
 
 def test_it_finds_what_can_be_found():
     torch.manual_seed(0)
-    contest, found = searched(1500)
+    evaluator, found = searched(1500)
     assert found.curve[0][1] > 0.01 and found.curve[-1][1] < found.curve[0][1] / 20
     assert all(a[1] > b[1] for a, b in zip(found.curve, found.curve[1:], strict=False))
-    assert 0 <= contest.grid.taken(found.point) - contest.grid.mass < 16
-    assert contest.allowance.spent["evals"] < 1500 + 20 and found.stopped == "the budget is spent"
+    assert 0 <= evaluator.grid.taken(found.point) - evaluator.grid.mass < 16
+    assert evaluator.budget.spent["evals"] < 1500 + 20 and found.stopped == "the budget is spent"
 
 
 def test_children_are_judged_on_one_piece_few_on_more_and_one_on_all():
@@ -105,18 +104,18 @@ class Deceptive(Quadratic):
 
     def scores_on(self, points, pieces):
         self.asked.append((len(points), list(pieces)))
-        self.allowance.spent["evals"] += len(points)
+        self.budget.spent["evals"] += len(points)
         start = self.grid.nearest(dict.fromkeys(self.grid.names, 0.6))
         value = [[0.0 if p == start else 10.0 if i == 4 else -1.0 for i in pieces] for p in points]
         return [PlanScores(*(torch.tensor([sum(v) / len(v)], dtype=torch.float64),) * 2, torch.ones(1)) for v in value]
 
 
 def test_what_is_learnt_by_heart_is_not_kept():
-    contest = Deceptive(grid(), 400)
-    start = contest.grid.nearest(dict.fromkeys(contest.grid.names, 0.6))
-    found = run_search(Search(budget=None), contest, [start], blocks(contest.grid.names), 0)
+    evaluator = Deceptive(grid(), 400)
+    start = evaluator.grid.nearest(dict.fromkeys(evaluator.grid.names, 0.6))
+    found = run_search(Search(budget=None), evaluator, [start], blocks(evaluator.grid.names), 0)
     assert found.point == start and len(found.curve) == 1
-    assert any(len(pieces) == 5 for _, pieces in contest.asked[1:])
+    assert any(len(pieces) == 5 for _, pieces in evaluator.asked[1:])
 
 
 def test_one_seed_one_way():
@@ -130,11 +129,11 @@ def test_one_seed_one_way():
 
 def test_it_stops_without_gain():
     torch.manual_seed(0)
-    contest = Quadratic(grid(), 10**6)
-    best = contest.grid.nearest(contest.ideal)
-    found = run_search(Search(budget=None, patience=7), contest, [best], blocks(contest.grid.names), 0)
+    evaluator = Quadratic(grid(), 10**6)
+    best = evaluator.grid.nearest(evaluator.ideal)
+    found = run_search(Search(budget=None, patience=7), evaluator, [best], blocks(evaluator.grid.names), 0)
     assert found.point == best and found.generations == 7 and "no gain in 7" in found.stopped
-    assert {len(pieces) for _, pieces in contest.asked[1:]} == {1}, (
+    assert {len(pieces) for _, pieces in evaluator.asked[1:]} == {1}, (
         "who is no better on the first piece is not asked again"
     )
 
@@ -174,7 +173,7 @@ def test_one_evaluation_is_one_forward_pass_and_takes_no_statistic():
     assert scored == list(layout.weights)
     sizes = {n: r.size for n, r in ranks.items()}
     made = Grid({n: r.zeros for n, r in ranks.items()}, sizes, {n: r.cells for n, r in ranks.items()}, 0.6)
-    contest = Evaluator([DenseReference(model, layout, data)], made, ranks, SearchBudget({}, Processes()))
+    evaluator = Evaluator([DenseReference(model, layout, data)], made, ranks, SearchBudget({}, Processes()))
     assert all(r.survives.dtype == torch.uint8 and r.survives.numel() == r.size for r in ranks.values())
     runs = {"blocks": 0, "tokens": 0, "head": 0}
 
@@ -184,12 +183,12 @@ def test_one_evaluation_is_one_forward_pass_and_takes_no_statistic():
 
     counted = [b.module.mlp.register_forward_hook(block) for b in layout.blocks]
     counted.append(model.lm_head.register_forward_hook(lambda *_: runs.update(head=runs["head"] + 1)))
-    contest.scores([made.nearest(dict.fromkeys(sizes, 0.6))], 0)
-    contest.scores([made.nearest(dict.fromkeys(sizes, 0.6))], 0)  # known
+    evaluator.scores([made.nearest(dict.fromkeys(sizes, 0.6))], 0)
+    evaluator.scores([made.nearest(dict.fromkeys(sizes, 0.6))], 0)  # known
     for hook in counted:
         hook.remove()
     assert runs == {"blocks": 3, "tokens": 3 * 4 * 24, "head": 2} and len(scored) == len(layout.weights)
-    assert contest.allowance.spent == {"evals": 1, "tokens": 96}
+    assert evaluator.budget.spent == {"evals": 1, "tokens": 96}
 
 
 def test_the_same_plan_after_an_interruption_and_from_memory(tmp_path):
@@ -215,15 +214,17 @@ def test_ctrl_c_gives_the_best_so_far():
     assert plan.chosen["search"]["stopped"] == "interrupted" and plan.chosen["search"]["generations"] > 0
 
 
-def test_a_time_that_was_spent_before_an_interruption_counts(tmp_path, monkeypatch):
-    from hf_sparsity.checkpoint.output import Output
+def test_a_time_that_was_spent_before_an_interruption_counts(tmp_path):
+    def budget(output):
+        return SearchBudget({"seconds": 60}, Processes(), output.journal)
 
     output = Output(tmp_path / "out")
     output.begin("plan", {})
-    allowance = dataclasses.replace(SearchBudget({"seconds": 60}, Processes(), output.journal), _start=-(10**6))
-    assert allowance.over("generation 0")
-    later = SearchBudget({"seconds": 60}, Processes(), Output(tmp_path / "out").journal)
-    assert later.over("generation 0") and later.over("generation 1")
+    first = budget(output)
+    assert first.seconds("round 1") == output.journal.recall("elapsed", "round 1") < 60
+    output.journal.remember("elapsed", "generation 0", 10**6)  # it took long to come there
+    later = budget(Output(tmp_path / "out"))
+    assert not later.over("round 1") and later.over("generation 0") and later.over("generation 1")
 
 
 def plan_of(processes: Processes) -> str:

@@ -186,7 +186,7 @@ def test_those_who_share_a_measure_would_have_measured_the_same(name):
         assert mine == shared
 
 
-def runners(values: dict[str, list[float]], kinds: dict[str, str]) -> list[ScoredCandidate]:
+def scored(values: dict[str, list[float]], kinds: dict[str, str]) -> list[ScoredCandidate]:
     ones = torch.full((len(next(iter(values.values()))),), 10.0, dtype=torch.float64)
     made = []
     for number, (name, kl) in enumerate(values.items()):
@@ -204,10 +204,10 @@ def test_within_noise_the_simpler_plan_wins():
     def values(**change):
         return {n: (base + shift[n] + change.get(n.split()[0], 0.0) + noise * i).tolist() for i, n in enumerate(kinds)}
 
-    assert winner(Race(), runners(values(), kinds), 0).entrant.name == "owl"
-    assert winner(Race(), runners(values(search=-1), kinds), 0).entrant.name == "search"
-    assert winner(Race(), runners(values(uniform=-0.5), kinds), 0).entrant.name == "uniform"
-    assert winner(Race(), runners(values(uniform=-2), kinds), 0).entrant.name == "uniform"
+    assert winner(Race(), scored(values(), kinds), 0).name == "owl"
+    assert winner(Race(), scored(values(search=-1), kinds), 0).name == "search"
+    assert winner(Race(), scored(values(uniform=-0.5), kinds), 0).name == "uniform"
+    assert winner(Race(), scored(values(uniform=-2), kinds), 0).name == "uniform"
 
 
 def test_what_is_worse_than_something_simpler_is_no_choice():
@@ -215,7 +215,7 @@ def test_what_is_worse_than_something_simpler_is_no_choice():
     base = torch.linspace(1, 3, 20, dtype=torch.float64)
     noisy = base + torch.linspace(-2, 2, 20, dtype=torch.float64)[torch.randperm(20)] + 0.1
     kl = {"uniform": base + 1, "owl": base + 0.05, "owl + dlp": noisy, "search": base}
-    assert winner(Race(), runners({n: v.tolist() for n, v in kl.items()}, kinds), 0).entrant.name == "search"
+    assert winner(Race(), scored({n: v.tolist() for n, v in kl.items()}, kinds), 0).name == "search"
 
 
 def test_mixtures_meet_the_budget():
@@ -279,10 +279,10 @@ def test_bad_budgets(text):
 
 
 def test_what_an_allowance_counts():
-    allowance = SearchBudget({"evals": 3}, Processes())
-    assert not allowance.over("a")
-    allowance.spent["evals"] = 3
-    assert allowance.over("b") and SearchBudget({"seconds": 1e-9}, Processes()).over("a")
+    budget = SearchBudget({"evals": 3}, Processes())
+    assert not budget.over("a")
+    budget.spent["evals"] = 3
+    assert budget.over("b") and SearchBudget({"seconds": 1e-9}, Processes()).over("a")
 
 
 # ---- the whole
