@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .records import Comparison, Interval
+from .records import Comparison, Interval, SourcePlans
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ class RaceRecord:
     certificate: Comparison
     descent: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
-    sources: Mapping[str, Any] | None = None
+    sources: Mapping[str, SourcePlans] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types, without what there was none of."""
-        optional = {name: getattr(self, name) for name in ("descent", "search", "sources")}
+        sources = None if self.sources is None else {name: both.to_dict() for name, both in self.sources.items()}
+        optional = {"descent": self.descent, "search": self.search, "sources": sources}
         return {
             "by": self.by,
             "metric": self.metric,
@@ -107,7 +108,7 @@ class RaceRecord:
     def from_dict(cls, data: Any) -> RaceRecord:
         """The reverse of `to_dict`; `ValueError` when `data` is something else."""
         try:
-            metric = data["metric"]
+            metric, sources = data["metric"], data.get("sources")
             return cls(
                 **{
                     name: data[name]
@@ -116,7 +117,9 @@ class RaceRecord:
                 slices=tuple(data["slices"]),
                 candidates=tuple(CandidateRecord.from_dict(candidate, metric) for candidate in data["candidates"]),
                 certificate=Comparison.from_dict(data["certificate"]),
-                **{name: data.get(name) for name in ("descent", "search", "sources")},
+                descent=data.get("descent"),
+                search=data.get("search"),
+                sources=sources and {name: SourcePlans.from_dict(both) for name, both in sources.items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not the record of a race or search: {error!r}") from None

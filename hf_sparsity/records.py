@@ -1,4 +1,4 @@
-"""Measured numbers with their intervals, and comparisons of two plans made of them. JSON, standard library only."""
+"""Measured numbers with their intervals, comparisons of two plans, and scores by source. JSON, standard library only."""
 
 from __future__ import annotations
 
@@ -88,8 +88,7 @@ class Comparison:
     data: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.predictions, bool) or not isinstance(self.predictions, int):
-            raise ValueError(f"a comparison's predictions are {self.predictions!r}; a whole number is expected")
+        check_counts(self, "predictions")
 
     @property
     def pays(self) -> bool | None:
@@ -117,6 +116,75 @@ class Comparison:
         return cls(**pairs, **{name: data.get(name) for name in names})  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class SourceScore:
+    """How far a pruned model departs from the dense one on one source of a calibration mix, on sequences kept apart.
+
+    Args:
+        weight: the source's share of the mix.
+        sequences: how many there are, with `predictions` tokens that were predicted.
+        kl: KL divergence from the dense model, nats a token.
+        dense: perplexity of the dense model, and `pruned`, of the pruned one.
+    """
+
+    weight: float
+    sequences: int
+    predictions: int
+    kl: float
+    dense: float
+    pruned: float
+
+    def __post_init__(self) -> None:
+        check_finite(self, "weight", "kl", "dense", "pruned")
+        check_counts(self, "sequences", "predictions")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns an entry of `Report.sources`."""
+        plain = asdict(self)
+        perplexity = {"dense": plain.pop("dense"), "pruned": plain.pop("pruned")}
+        return {**plain, "perplexity": perplexity}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> SourceScore:
+        """Returns the scores that `to_dict` wrote; `ValueError` when `data` is something else."""
+        names = ("weight", "sequences", "predictions", "kl")
+        perplexity = data.get("perplexity") if isinstance(data, Mapping) else None
+        if (
+            not isinstance(perplexity, Mapping)
+            or not {*names} <= data.keys()
+            or not {"dense", "pruned"} <= perplexity.keys()
+        ):
+            raise ValueError(
+                f"the scores of a source are damaged: {', '.join(names)} and perplexity (dense, pruned) are expected"
+            )
+        return cls(*(data[name] for name in names), perplexity["dense"], perplexity["pruned"])
+
+
+@dataclass(frozen=True)
+class SourcePlans:
+    """The KL divergence from the dense model of a uniform and a chosen plan on one source of a calibration mix."""
+
+    sequences: int
+    uniform: float
+    chosen: float
+
+    def __post_init__(self) -> None:
+        check_finite(self, "uniform", "chosen")
+        check_counts(self, "sequences")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns `{"sequences", "uniform", "chosen"}`, the divergences in nats a token."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> SourcePlans:
+        """Returns the divergences that `to_dict` wrote; `ValueError` when `data` is something else."""
+        names = ("sequences", "uniform", "chosen")
+        if not isinstance(data, Mapping) or not set(names) <= data.keys():
+            raise ValueError(f"the two plans on a source are damaged: {', '.join(names)} are expected")
+        return cls(*(data[name] for name in names))
+
+
 def check_finite(record: Any, *names: str) -> None:
     """Raises `ValueError` unless these fields are finite numbers; `low`, `high` and `stderr` may be None."""
     for name in names:
@@ -125,3 +193,11 @@ def check_finite(record: Any, *names: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} of a measurement is {value!r}; a finite number is expected")
+
+
+def check_counts(record: Any, *names: str) -> None:
+    """Raises `ValueError` unless these fields are whole numbers."""
+    for name in names:
+        value = getattr(record, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} of a measurement is {value!r}; a whole number is expected")

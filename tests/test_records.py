@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hf_sparsity.records import Comparison, Interval, PlanPair
+from hf_sparsity.records import Comparison, Interval, PlanPair, SourcePlans, SourceScore
 
 KL = {"uniform": 0.7, "chosen": 0.6, "uniform_minus_chosen": {"value": 0.1, "low": 0.05, "high": 0.15}}
 RECORDED = {
@@ -27,6 +27,17 @@ def test_json_comes_back_key_by_key_in_the_same_order():
     assert compared.to_dict() == RECORDED and list(compared.to_dict()) == list(RECORDED)
     least = {"kl": KL, "perplexity": KL, "predictions": 508}
     assert Comparison.from_dict(least | {"of another release": 1}).to_dict() == least
+
+
+def test_scores_by_source_come_back_too():
+    score = {"weight": 0.5, "sequences": 2, "predictions": 62, "kl": 0.1, "perplexity": {"dense": 9.0, "pruned": 9.5}}
+    assert SourceScore.from_dict(score).to_dict() == score
+    assert list(SourceScore.from_dict(score).to_dict()) == list(score)
+    plans = {"sequences": 2, "uniform": 0.5, "chosen": 0.4}
+    assert SourcePlans.from_dict(plans).to_dict() == plans
+    for damage in ({"sequences": 1.5}, {"kl": math.inf}, {"perplexity": {"dense": 9.0}}):
+        with pytest.raises(ValueError, match=r"of a measurement|of a source are damaged"):
+            SourceScore.from_dict(score | damage)
 
 
 def test_it_says_itself_in_words():

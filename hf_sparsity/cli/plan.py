@@ -29,10 +29,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     config = sparsity_config(options)
     model, tokenizer = load(options)
     batches = calibration(options, config, model, tokenizer, planning=True)
-    made = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit(options))
-    output.save(made)
+    plan = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit(options))
+    output.save(plan)
     if output.processes.main and not options.json:
-        print(tables.plan_table(made))
+        print(tables.plan_table(plan))
         again = f"{options.output} is complete already, of a run with the same arguments"
         print(again if output.is_complete else f"plan written to {options.output}")
-    return {"plan": options.output, "sparsity": made.sparsity, "target": made.target, "layers": len(made.layers)}
+    return {"plan": options.output, "sparsity": plan.sparsity, "target": plan.target, "layers": len(plan.layers)}

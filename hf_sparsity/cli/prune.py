@@ -108,6 +108,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _outcome(plan: Plan, report: Report, pruned: Mapping[str, Any]) -> str:
     """What pruning did, in tables and sentences; `pruned` is what the model's config keeps of the run."""
     from ..planning.transfer import verdict
+    from ..records import Comparison
     from . import tables
     from .race import certificate
 
@@ -117,6 +118,6 @@ def _outcome(plan: Plan, report: Report, pruned: Mapping[str, Any]) -> str:
     if report.sources:
         parts.append(tables.by_source(report))
     if plan.chosen and (scored := pruned.get("certificate")):
-        parts.append(certificate(plan.chosen["certificate"]))
+        parts.append(certificate(Comparison.from_dict(plan.chosen["certificate"])))
         parts.append(f"  of the pruned model, there: kl {scored['kl']:.4f}, perplexity {scored['perplexity']:.4f}")
     return "\n".join(parts)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..race_record import CandidateRecord, RaceRecord
-from ..records import Comparison
+from ..records import Comparison, SourcePlans
 from .arguments import add_calibration, add_config, add_model, add_plan_file
 
 HELP = (
@@ -62,46 +62,45 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     output = PlanFile(options.output, overwrite=options.overwrite)
     if report and report.resolve() == output.path.resolve():
         raise ValueError(f"plan and report both go to {options.output!r}; give them different names")
-    given = {"budget": options.budget, "descent": options.descent}
+    limits = {"budget": options.budget, "descent": options.descent}
     options.allocator = {
         "name": "search" if options.search else "race",
         "candidates": options.candidates,
         "metric": options.metric,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in limits.items() if value is not None},
     }
     config = sparsity_config(options)
     model, tokenizer = load(options)
     batches = calibration(options, config, model, tokenizer, planning=True)
     start = time.perf_counter()
-    made = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit(options))
+    plan = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit(options))
     seconds = time.perf_counter() - start
-    output.save(made)
+    output.save(plan)
     if report and output.processes.main:
-        draw_report(made, report)
-    assert made.chosen is not None
+        draw_report(plan, report)
+    assert plan.chosen is not None
     if output.processes.main and not options.json:
-        print(summary(made.chosen, seconds))
+        print(summary(RaceRecord.from_dict(plan.chosen), seconds))
         print(f"plan written to {options.output}")
         if report:
             print(f"report written to {options.report}")
     return {
         "plan": options.output,
         **({"report": options.report} if report else {}),
-        "sparsity": made.sparsity,
+        "sparsity": plan.sparsity,
         "seconds": round(seconds, 1),
-        "chosen": dict(made.chosen),
+        "chosen": dict(plan.chosen),
     }
 
 
-def summary(chosen: Mapping[str, Any], seconds: float) -> str:
-    """Returns the table of the candidates, the winner, its certificate and what it cost; `chosen` as in `Plan`."""
+def summary(race: RaceRecord, seconds: float) -> str:
+    """Returns the table of the candidates, the winner, its certificate and what it cost."""
     from .tables import render
 
-    race = RaceRecord.from_dict(chosen)
-    shown = [*race.candidates[:ROWS], *(one for one in race.candidates[ROWS:] if one.kind == "uniform")]
+    shown = [*race.candidates[:ROWS], *(other for other in race.candidates[ROWS:] if other.kind == "uniform")]
     rounds = [f"{race.metric} ({tokens} tokens)" for tokens in race.slices]
     header = ["plan", "kind", *rounds, "perplexity", f"uniform - plan ({race.metric})"]
-    lines = [render(header, [_row(one, len(rounds)) for one in shown])]
+    lines = [render(header, [_row(candidate, len(rounds)) for candidate in shown])]
     if len(race.candidates) > len(shown):
         lines.append(f"and {len(race.candidates) - len(shown)} more, all in the plan")
     if race.descent is not None:
@@ -114,24 +113,23 @@ def summary(chosen: Mapping[str, Any], seconds: float) -> str:
     data = race.data
     lines += [
         f"winner: {race.winner} ({100 * race.confidence:g} % intervals; within noise the simpler plan wins)",
-        certificate(chosen["certificate"]),
+        certificate(race.certificate),
         f"cost: {race.spent['evals']} evaluations, {race.spent['tokens']} tokens, {seconds:.0f} s; "
         f"sequences for statistics {data['statistics']}, choice {data['selection']}, certificate {data['certificate']}",
     ]
     return "\n".join(lines)
 
 
-def by_source(sources: Mapping[str, Any]) -> str:
+def by_source(sources: Mapping[str, SourcePlans]) -> str:
     """Returns the chosen plan beside uniform on each source of the calibration mix, on the certificate's text."""
     from .tables import render
 
-    rows = [[n, str(x["sequences"]), f"{x['uniform']:.4f}", f"{x['chosen']:.4f}"] for n, x in sources.items()]
+    rows = [[name, str(x.sequences), f"{x.uniform:.4f}", f"{x.chosen:.4f}"] for name, x in sources.items()]
     return render(["source", "sequences", "kl uniform", "kl chosen"], rows)
 
 
-def certificate(made: Mapping[str, Any]) -> str:
+def certificate(compared: Comparison) -> str:
     """Returns what the plan gains over uniform on text that took no part in choosing it, in words."""
-    compared = Comparison.from_dict(made)
     head = f"certificate, on {compared.predictions} predictions of text that nothing before has seen:"
     return "\n  ".join([head, *compared.lines()])
 

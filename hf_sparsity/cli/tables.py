@@ -11,6 +11,7 @@ from ..config import SparsityConfig
 from ..pictures.grid import by_block_and_projection, split_name
 from ..plan import Plan, Report
 from ..pruners import PRUNERS
+from ..records import SourceScore
 from ..streaming.memory import Estimate
 
 
@@ -108,16 +109,17 @@ def after(report: Report) -> str:
 
 def by_source(report: Report) -> str:
     """Returns lines that say how far the model departs from the dense one on each source of the calibration mix."""
+    scores = {name: SourceScore.from_dict(entry) for name, entry in report.sources.items()}
     rows = [
         [
             name,
-            f"{100 * one['weight']:.1f}",
-            str(one["sequences"]),
-            f"{one['kl']:.4f}",
-            f"{one['perplexity']['dense']:.2f}",
-            f"{one['perplexity']['pruned']:.2f}",
+            f"{100 * score.weight:.1f}",
+            str(score.sequences),
+            f"{score.kl:.4f}",
+            f"{score.dense:.2f}",
+            f"{score.pruned:.2f}",
         ]
-        for name, one in report.sources.items()
+        for name, score in scores.items()
     ]
     return (
         render(["source", "percent", "sequences kept apart", "kl", "perplexity dense", "pruned"], rows)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..calibration.splits import HeldOut
 from ..model.layers import ModelLayers
+from ..records import SourcePlans, SourceScore
 from .divergence import DenseReference, PlanScores
 
 
@@ -20,26 +20,27 @@ class SourceScores:
         self._heldout, self._reference = heldout, DenseReference(model, model_layers, heldout.batches)
         self._dense = PlanScores.of(self._reference.rows())
 
-    def report(self) -> dict[str, dict[str, Any]]:
-        """Returns the scores of the model as it is now, by source; their fields are those of `plan.Report.sources`."""
+    def report(self) -> dict[str, SourceScore]:
+        """Returns the scores of the model as it is now, by source."""
         pruned = PlanScores.of(self._reference.rows())
-        result: dict[str, dict[str, Any]] = {}
+        scores: dict[str, SourceScore] = {}
         for name, rows in rows_of(self._heldout.sources, self._heldout.weights).items():
             now, before = part(pruned, rows), part(self._dense, rows)
-            result[name] = {
-                "weight": self._heldout.weights[name],
-                "sequences": len(rows),
-                "predictions": int(now.tokens.sum()),
-                "kl": now.mean(),
-                "perplexity": {"dense": before.perplexity, "pruned": now.perplexity},
-            }
-        return result
+            scores[name] = SourceScore(
+                weight=self._heldout.weights[name],
+                sequences=len(rows),
+                predictions=int(now.tokens.sum()),
+                kl=now.mean(),
+                dense=before.perplexity,
+                pruned=now.perplexity,
+            )
+        return scores
 
 
-def compare_by_source(sources: Sequence[str], uniform: PlanScores, chosen: PlanScores) -> dict[str, dict[str, Any]]:
-    """Returns the KL of two plans on each source, in nats a token: `{name: {"sequences", "uniform", "chosen"}}`."""
+def compare_by_source(sources: Sequence[str], uniform: PlanScores, chosen: PlanScores) -> dict[str, SourcePlans]:
+    """Returns the KL divergence of two plans on each source."""
     return {
-        name: {"sequences": len(rows), "uniform": part(uniform, rows).mean(), "chosen": part(chosen, rows).mean()}
+        name: SourcePlans(len(rows), part(uniform, rows).mean(), part(chosen, rows).mean())
         for name, rows in rows_of(sources, dict.fromkeys(sources)).items()
     }
 

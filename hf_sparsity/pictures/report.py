@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plan import Plan
-from ..race_record import RaceDetails
-from ..records import Comparison, Interval
+from ..race_record import CandidateRecord, RaceDetails, RaceRecord
 from .canvas import Drawing, check_matplotlib
 from .charts import Curve, draw_curves, draw_intervals
 from .compare import measured, side_by_side
@@ -33,33 +32,29 @@ def draw_report(plan: Plan, file: str | os.PathLike[str]) -> Path:
 
 def page(plan: Plan) -> str:
     """Returns the page as text."""
-    chosen, story = plan.chosen, plan.story or RaceDetails()
-    if chosen is None:
+    if plan.chosen is None:
         raise ValueError("the plan was not made by a race or search; only theirs have a report")
+    race, story = RaceRecord.from_dict(plan.chosen), plan.story or RaceDetails()
     check_matplotlib()
-    rows = [_candidate(row, chosen) for row in chosen["candidates"]]
-    sources = _sources(chosen)
-    plans, measures = _plans(plan, chosen, story), measured(plan, story.measures)
+    rows = [_row(candidate, race) for candidate in race.candidates]
+    plans, measures = _plans(plan, race, story), measured(plan, story.measures)
     return render(
         "report.html",
-        title=f"{model_name(plan)}: {chosen['by']} of plans at {100 * plan.target:.4g} % sparsity",
-        chosen=chosen,
-        metric=_in_capitals(chosen["metric"]),
-        rounds=[f"{_in_capitals(chosen['metric'])}, {tokens:,} tokens" for tokens in chosen["slices"]],
+        title=f"{model_name(plan)}: {race.by} of plans at {100 * plan.target:.4g} % sparsity",
+        race=race,
+        metric=_in_capitals(race.metric),
+        rounds=[f"{_in_capitals(race.metric)}, {tokens:,} tokens" for tokens in race.slices],
         rows=rows,
         winner=next(row for row in rows if row["wins"]),
         uniform=next(row for row in rows if row["kind"] == "uniform"),
-        candidates=_draw_candidates(rows, chosen),
-        certificate=Comparison.from_dict(chosen["certificate"]),
-        sources=sources,
-        columns=list(dict.fromkeys(name for values in sources.values() for name in values)),
-        gains=_gains(chosen, story),
-        search=_draw_search(chosen, story),
+        candidates=_draw_candidates(rows, race),
+        gains=_gains(race, story),
+        search=_draw_search(race, story),
         plans=plans,
         plans_drawing=draw_for_page(plans),
         measures=measures,
         measures_drawing=draw_for_page(measures) if measures.panels else None,
-        facts=_facts(plan, chosen, story),
+        facts=_facts(plan, race, story),
     )
 
 
@@ -70,87 +65,72 @@ def _in_capitals(metric: str) -> str:
 # ---- the candidates
 
 
-def _candidate(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _row(candidate: CandidateRecord, race: RaceRecord) -> dict[str, Any]:
     """A row of the table: `scores` of each round that the plan was in, `gain` over uniform in the last of them."""
-    scores = row[chosen["metric"]]
     return {
-        "name": row["name"],
-        "kind": row["kind"],
-        "wins": row["name"] == chosen["winner"],
-        "scores": scores,
-        "score": scores[-1],
-        "tokens": chosen["slices"][len(scores) - 1],
-        "gain": None if row["kind"] == "uniform" else Interval.from_dict(row["uniform_minus"]),
-        "perplexity": row["perplexity"],
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "wins": candidate.name == race.winner,
+        "scores": candidate.scores,
+        "score": candidate.scores[-1],
+        "tokens": race.slices[len(candidate.scores) - 1],
+        "gain": None if candidate.kind == "uniform" else candidate.uniform_minus,
+        "perplexity": candidate.perplexity,
     }
 
 
-def _draw_candidates(rows: list[dict[str, Any]], chosen: Mapping[str, Any]) -> Drawing | None:
+def _draw_candidates(rows: list[dict[str, Any]], race: RaceRecord) -> Drawing | None:
     gains = {f"{row['name']}{' ★' * row['wins']}": row["gain"] for row in rows if row["gain"] is not None}
     caption = (
-        f"uniform − plan, {_in_capitals(chosen['metric'])}, {100 * chosen['confidence']:g} % intervals; "
+        f"uniform − plan, {_in_capitals(race.metric)}, {100 * race.confidence:g} % intervals; "
         "right of zero is better than uniform"
     )
     return draw_intervals(dict(list(gains.items())[:CHARTED]), caption) if gains else None
 
 
-def _sources(chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Whatever is recorded of each source of a calibration mix, {source: {name of a number: number}}."""
-    sources = chosen.get("sources") or chosen["certificate"].get("sources") or {}
-    return {source: _flat(values) for source, values in sources.items()}
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        for key, inner in (value if isinstance(value, Mapping) else {"": value}).items():
-            flat[f"{name} {key}".strip()] = inner
-    return flat
-
-
 # ---- the search
 
 
-def _gains(chosen: Mapping[str, Any], story: RaceDetails) -> list[tuple[int, float, float | None]]:
+def _gains(race: RaceRecord, story: RaceDetails) -> list[tuple[int, float, float | None]]:
     """(tokens spent, the best metric so far, seconds since the start) at each gain; no seconds without a story."""
-    if "search" not in chosen:
+    if race.search is None:
         return []
-    return list(story.curve) or [(tokens, value, None) for tokens, value in chosen["search"]["curve"]]
+    return list(story.curve) or [(tokens, value, None) for tokens, value in race.search["curve"]]
 
 
-def _draw_search(chosen: Mapping[str, Any], story: RaceDetails) -> Drawing | None:
-    gains = _gains(chosen, story)
+def _draw_search(race: RaceRecord, story: RaceDetails) -> Drawing | None:
+    gains = _gains(race, story)
     if not gains:
         return None
     curves = [Curve("tokens through the model", [(tokens, value) for tokens, value, _ in gains])]
     if story.curve:
         points = [(seconds, value) for _, value, seconds in story.curve]
         curves.append(Curve("seconds since the start, race and descent included", points))
-    judged = min(2, len(chosen["slices"])) - 1
-    caption = f"{_in_capitals(chosen['metric'])} of the best so far, on {chosen['slices'][judged]:,} tokens"
-    return draw_curves(curves, _levels(chosen, judged), caption)
+    judged = min(2, len(race.slices)) - 1
+    caption = f"{_in_capitals(race.metric)} of the best so far, on {race.slices[judged]:,} tokens"
+    return draw_curves(curves, _levels(race, judged), caption)
 
 
-def _levels(chosen: Mapping[str, Any], judged: int) -> dict[str, float]:
+def _levels(race: RaceRecord, judged: int) -> dict[str, float]:
     """Uniform and the best single allocator on the text of a round, which the search looked at."""
     levels: dict[str, float] = {}
     for kind in ("uniform", "single"):
-        rows = [row for row in chosen["candidates"] if row["kind"] == kind and len(row[chosen["metric"]]) > judged]
-        if rows:
-            best = min(rows, key=lambda row: row[chosen["metric"]][judged])
-            levels[best["name"]] = best[chosen["metric"]][judged]
+        scored = [entry for entry in race.candidates if entry.kind == kind and len(entry.scores) > judged]
+        if scored:
+            best = min(scored, key=lambda entry: entry.scores[judged])
+            levels[best.name] = best.scores[judged]
     return levels
 
 
 # ---- the best plans
 
 
-def _plans(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> Picture:
-    plans = story.plans or {chosen["winner"]: {name: layer.sparsity for name, layer in plan.layers.items()}}
+def _plans(plan: Plan, race: RaceRecord, story: RaceDetails) -> Picture:
+    plans = story.plans or {race.winner: {name: layer.sparsity for name, layer in plan.layers.items()}}
     titled = {}
     for name, layers in plans.items():
-        row = _candidate(next(row for row in chosen["candidates"] if row["name"] == name), chosen)
-        result = f"{_in_capitals(chosen['metric'])} {row['score']:.4f} on {row['tokens']:,} tokens"
+        row = _row(next(candidate for candidate in race.candidates if candidate.name == name), race)
+        result = f"{_in_capitals(race.metric)} {row['score']:.4f} on {row['tokens']:,} tokens"
         titled[f"{name}\n{'★ winner, ' * row['wins']}{row['kind']}, {result}"] = layers
     return side_by_side(plan, titled)
 
@@ -158,9 +138,9 @@ def _plans(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> Picture
 # ---- cost, text and model
 
 
-def _facts(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> dict[str, dict[str, str]]:
+def _facts(plan: Plan, race: RaceRecord, story: RaceDetails) -> dict[str, dict[str, str]]:
     """Lists of what the race cost and was about: {title: {name: value in words}}."""
-    data, spent, certified = chosen["data"], chosen["spent"], chosen["certificate"].get("data")
+    data, spent, certified = race.data, race.spent, race.certificate.data
     model = {key: value for key, value in plan.model.items() if key not in ("layers", "weights", "name")}
     groups: dict[str, dict[str, Any]] = {
         "Cost": {
@@ -170,7 +150,7 @@ def _facts(plan: Plan, chosen: Mapping[str, Any], story: RaceDetails) -> dict[st
         },
         "Text": {
             "statistics": f"{data['statistics']} sequences",
-            "choice": f"{data['selection']} sequences: {', '.join(f'{n:,}' for n in chosen['slices'])} tokens",
+            "choice": f"{data['selection']} sequences: {', '.join(f'{n:,}' for n in race.slices)} tokens",
             "certificate": f"{data['certificate']} sequences",
             "fingerprint of all": data["sha256"],
             **({"fingerprint of the certificate's": certified["sha256"]} if certified else {}),
@@ -194,8 +174,8 @@ def in_words(value: Any) -> str:
     if value is None or value == [] or value == ():
         return "–"
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{key}={in_words(one)}" for key, one in value.items() if key != "name")
-        return inner if "name" not in value else f"{value['name']}({inner})" if inner else str(value["name"])
+        options = ", ".join(f"{key}={in_words(option)}" for key, option in value.items() if key != "name")
+        return options if "name" not in value else f"{value['name']}({options})" if options else str(value["name"])
     if isinstance(value, (list, tuple)):
         return ", ".join(map(in_words, value))
     if isinstance(value, str):

@@ -7,6 +7,7 @@ from typing import Any
 from ..evaluation.by_source import SourceScores
 from ..evaluation.certificate import CertificateScore
 from ..planning.transfer import revalidate
+from ..records import SourceScore
 from .preparation import PruningJob
 
 
@@ -21,7 +22,7 @@ class Evidence:
         run = job.run
         self.revalidation: dict[str, Any] | None = _revalidate(job) if job.has_travelled else None
         self.certificate: dict[str, Any] | None = None
-        self.sources: dict[str, dict[str, Any]] = {}
+        self.sources: dict[str, SourceScore] = {}
         self._certificate = CertificateScore(run.model, run.model_layers, job.certificate) if job.certificate else None
         self._sources = SourceScores(run.model, run.model_layers, job.held_out) if job.held_out else None
 

@@ -150,7 +150,7 @@ def _report(job: PruningJob, layers: Mapping[str, LayerReport], evidence: Eviden
         layers={name: layers[name] for name in job.run.model_layers.weights},
         skipped=job.run.model_layers.skipped,
         seconds=seconds,
-        sources=evidence.sources,
+        sources={name: score.to_dict() for name, score in evidence.sources.items()},
         certificate={"masks": promised, "pruned": evidence.certificate} if promised else None,
         revalidation=evidence.revalidation,
     )

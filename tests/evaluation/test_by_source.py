@@ -27,6 +27,7 @@ from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.evaluation.by_source import compare_by_source
 from hf_sparsity.evaluation.certificate import certify
 from hf_sparsity.evaluation.divergence import PlanScores
+from hf_sparsity.records import SourcePlans
 from tests.conftest import Stopped, stop_after, tiny
 
 CONFIG = SparsityConfig(0.6)
@@ -238,6 +239,6 @@ def test_two_plans_compared_by_source():
         for kl in ([1.0, 2.0, 3.0], [0.5, 1.5, 2.5])
     )
     assert compare_by_source(["a", "b", "a"], uniform, chosen) == {
-        "a": {"sequences": 2, "uniform": 2.0, "chosen": 1.5},
-        "b": {"sequences": 1, "uniform": 2.0, "chosen": 1.5},
+        "a": SourcePlans(2, uniform=2.0, chosen=1.5),
+        "b": SourcePlans(1, uniform=2.0, chosen=1.5),
     }

@@ -173,7 +173,7 @@ def test_hostile_names_stay_text():
     candidates[-1]["kind"] = evil
     measures = {f"{evil}": {n: float(i) for i, n in enumerate(names)}, f"owl{evil}": {n: float(n[2]) for n in names}}
     plan = raced(names, f"{evil}search", candidates, measures=measures)
-    plan.chosen["sources"] = {evil: {evil: {evil: evil}}}
+    plan.chosen["sources"] = {evil: {"sequences": 2, "uniform": 0.5, "chosen": 0.4}}
     plan.chosen["search"]["stopped"] = plan.chosen["by"] = evil
     plan = replace(
         plan,
@@ -207,9 +207,12 @@ def test_only_a_race_has_a_report(tmp_path):
 def test_divergence_by_source_is_shown_where_it_is_recorded():
     plan = raced()
     assert "By source of text" not in report.page(plan)
-    plan.chosen["sources"] = {"web": {"uniform": 0.41239, "search": {"kl": 0.31239}}, "code": {"uniform": 0.5}}
+    plan.chosen["sources"] = {"web": {"sequences": 3, "uniform": 0.41239, "chosen": 0.31239}}
     words = Page(report.page(plan)).words
-    assert {"By source of text", "web", "code", "search kl", "0.4124", "0.3124", "0.5000"} <= set(words)
+    assert {"By source of text", "web", "KL, uniform", "0.4124", "0.3124"} <= set(words)
+    plan.chosen["sources"]["web"]["uniform"] = "<b>much</b>"
+    with pytest.raises(ValueError, match="uniform of a measurement"):
+        report.page(plan)
 
 
 # ---- charts

@@ -19,7 +19,7 @@ from ...evaluation.certificate import compare
 from ...evaluation.divergence import DenseReference, PlanScores
 from ...model.inference import Batch
 from ...race_record import RaceRecord
-from ...records import Comparison
+from ...records import Comparison, SourcePlans
 from ..allocate import Choice, assign, numbers
 from ..preparation import Prepared
 from .candidates import Candidate, allocators, group_experts, measurement_key
@@ -182,7 +182,7 @@ def _certify(
     batches: list[Batch],
     sources: Sequence[str],
     seed: int,
-) -> tuple[Comparison, dict[str, Any] | None]:
+) -> tuple[Comparison, dict[str, SourcePlans] | None]:
     """Compares the pair, uniform and the winner, on the certificate's text; and by source, where there are some.
 
     Scored are masks on the dense weights, before anything is pruned; `prune` scores what the pruner makes of the plan.

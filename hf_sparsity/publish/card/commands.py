@@ -12,6 +12,7 @@ from ...allocators import ALLOCATORS, ROW_ALLOCATORS
 from ...calibration.mixture import SELF
 from ...demo import NAME as DEMO
 from ...pruners import PRUNERS
+from ...records import SourceScore
 from .markdown import number
 from .model_facts import Facts, field
 
@@ -58,11 +59,11 @@ def _prune(facts: Facts, output: str) -> list[list[str]]:
     start = ["hf-sparsity", "prune", _base(facts)]
     end = [*_reconstruct(pruned, again), "--output", output]
     if not is_expressible(facts):
-        return [[*start, "--plan", "config.json", *_data(facts, pruning or planning, _mix(facts)), *end]]
+        return [[*start, "--plan", "config.json", *_data(facts, pruning or planning, facts.sources), *end]]
     if planning and pruning and planning != pruning:
         plan = ["hf-sparsity", "plan", _base(facts), *_config(facts), *_data(facts, planning), "--output", "plan.json"]
-        return [plan, [*start, "--plan", "plan.json", *_data(facts, pruning, _mix(facts)), *end]]
-    return [[*start, *_config(facts), *_data(facts, planning or pruning, _mix(facts)), *end]]
+        return [plan, [*start, "--plan", "plan.json", *_data(facts, pruning, facts.sources), *end]]
+    return [[*start, *_config(facts), *_data(facts, planning or pruning, facts.sources), *end]]
 
 
 def _reconstruct(pruned: Mapping[str, Any], again: bool) -> list[str]:
@@ -111,12 +112,7 @@ def _algorithm(role: str, algorithm: Any) -> str | None:
     return ":".join([str(algorithm["name"]), *([",".join(changed)] if changed else [])])
 
 
-def _mix(facts: Facts) -> Mapping[str, Any]:
-    """Returns the sources of the calibration mix that the model was pruned with; empty where there was only one."""
-    return facts.report.sources if facts.report is not None else {}
-
-
-def _data(facts: Facts, data: Any, mix: Mapping[str, Any] | None = None) -> list[str]:
+def _data(facts: Facts, data: Any, mix: Mapping[str, SourceScore] | None = None) -> list[str]:
     """Returns the options for the calibration text, whose own name is recorded nowhere."""
     if not isinstance(data, Mapping):
         return []
@@ -129,19 +125,17 @@ def _data(facts: Facts, data: Any, mix: Mapping[str, Any] | None = None) -> list
     return words
 
 
-def _source(name: str, source: Any) -> str:
-    weight = number(field(source, "weight"), "the report's weight")
-    return f"{name if name == SELF else f'{name}={TEXT}'}@{weight:.6g}"
+def _source(name: str, source: SourceScore) -> str:
+    return f"{name if name == SELF else f'{name}={TEXT}'}@{source.weight:.6g}"
 
 
-def _held_out(facts: Facts, mix: Mapping[str, Any] | None) -> int:
+def _held_out(facts: Facts, mix: Mapping[str, SourceScore] | None) -> int:
     """Returns how many sequences of the calibration text pruning did not see, because they judge it."""
     if not mix:
         return 0
-    certified = field(facts.stored, "pruned", "certificate") is not None
-    whole = [field(facts.plan.chosen, "data", "certificate")]
-    counts = whole if certified else [field(source, "sequences") for source in mix.values()]
-    return sum(int(number(count, "a number of held-out sequences")) for count in counts)
+    if field(facts.stored, "pruned", "certificate") is not None:
+        return int(number(field(facts.plan.chosen, "data", "certificate"), "the number of the certificate's sequences"))
+    return sum(source.sequences for source in mix.values())
 
 
 def _recover(facts: Facts, record: Mapping[str, Any], model: str, output: str) -> list[str]:

@@ -19,6 +19,7 @@ from ...demo import NAME as DEMO
 from ...evaluation.metrics import METRICS_FILE, Metrics, TaskRecord, TextRecord
 from ...files import check_finished
 from ...plan import LayerPlan, Plan, Report, read_json
+from ...records import SourceScore
 from .markdown import line, number, slug
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
@@ -54,6 +55,12 @@ class Facts:
     metrics: Metrics
     sizes: Sizes | None = None
     file_bytes: int | None = None
+
+    @property
+    def sources(self) -> dict[str, SourceScore]:
+        """The sources of the calibration mix that the model was pruned with; empty where there was no mix."""
+        recorded = self.report.sources if self.report else {}
+        return {name: SourceScore.from_dict(entry) for name, entry in recorded.items()}
 
     @property
     def packed(self) -> bool:
@@ -117,7 +124,7 @@ class Facts:
     def algorithms(self) -> list[tuple[str, str]]:
         """The (role in the config, name) of each algorithm that planned or pruned."""
         roles = ((role, self.plan.config.get(role)) for role in ("allocator", "row_allocator", "pruner"))
-        return [(role, str(one["name"])) for role, one in roles if isinstance(one, Mapping) and "name" in one]
+        return [(role, str(entry["name"])) for role, entry in roles if isinstance(entry, Mapping) and "name" in entry]
 
     @property
     def recoveries(self) -> list[Mapping[str, Any]]:

@@ -22,7 +22,6 @@ from ...records import Comparison, Interval
 from . import markdown
 from .citations import PAPERS, RECOVERY
 from .commands import BASE, RECOVER, TABLES, TEXT, as_text, commands
-from .markdown import number
 from .model_facts import Facts, field
 
 REASONS = 6  # reasons for leaving a layer dense that a card lists, the most frequent first
@@ -180,7 +179,6 @@ class Training:
 def _context(facts: Facts) -> dict[str, Any]:
     """Returns everything that the template names, but for the picture and what only people know."""
     texts, report = facts.metrics.texts, facts.report
-    sources = _sources(facts)
     algorithms = [_cite(facts, role, name) for role, name in facts.algorithms]
     lines = commands(facts)
     words = {word for command in lines for text in command for word in (BASE, TEXT) if word in text}
@@ -192,7 +190,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "algorithms": algorithms,
         "compared": next((text for text in texts if text.against is not None), None),
         "harnesses": sorted({task.harness for task in facts.metrics.tasks}),
-        "sources": sources,
+        "sources": facts.sources,
         "certificate": _certificate(facts),
         "revalidation": _revalidation(facts),
         "model_class": _model_class(facts),
@@ -231,20 +229,6 @@ def _grid(facts: Facts) -> Grid | None:
         return make_grid(facts.plan, facts.report)
     except ValueError:  # more blocks than anyone can look at
         return None
-
-
-def _sources(facts: Facts) -> list[dict[str, Any]]:
-    """Returns a row for each source of the calibration mix that the model was pruned on."""
-    rows = []
-    for name, values in (facts.report.sources if facts.report else {}).items():
-        share, sequences, kl = (
-            number(field(values, key), f"the report's {key}") for key in ("weight", "sequences", "kl")
-        )
-        dense, pruned = (
-            number(field(values, "perplexity", key), "the report's perplexity") for key in ("dense", "pruned")
-        )
-        rows.append({"name": name, "share": share, "sequences": sequences, "kl": kl, "dense": dense, "pruned": pruned})
-    return rows
 
 
 def _certificate(facts: Facts) -> Certificate | None:

@@ -76,11 +76,11 @@ def test_without_a_mix_nothing_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["kl"], "a | b", "the report's kl is 'a | b'; a number is expected"),
-        (["perplexity"], 3, "the report's perplexity is 'None'"),
-        (["weight"], None, "the report's weight is 'None'"),
-        (["sequences"], True, "the report's sequences is 'True'"),
-        ([], [], "the report's weight is 'None'"),
+        (["kl"], "a | b", "kl of a measurement is 'a | b'; a finite number is expected"),
+        (["perplexity"], 3, "the scores of a source are damaged: weight"),
+        (["weight"], None, "weight of a measurement is None"),
+        (["sequences"], True, "sequences of a measurement is True; a whole number is expected"),
+        ([], [], "the scores of a source are damaged: weight"),
     ],
 )
 def test_a_damaged_report_is_refused(tmp_path, path, value, message):
