@@ -9,10 +9,12 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from hf_sparsity import make_plan, prune
 from hf_sparsity.algorithm import Layer
 from hf_sparsity.core.stats import GRAM, NORMS, SAMPLES, InputStats
 from hf_sparsity.distributed import STOPPED, Processes, owners
 from hf_sparsity.model.layers import find_layers
+from hf_sparsity.pruning.reconstruction import BlockReconstruction
 from hf_sparsity.streaming.merge import merge_stats
 from hf_sparsity.streaming.observer import Collector
 from hf_sparsity.streaming.operands import Operands
@@ -101,6 +103,15 @@ def disagree(processes):
     processes.agree("the plan", {"b": 1, "a": [1.5]})
     try:
         processes.agree("the calibration data", {"sha256": "ab" if processes.main else "cd", "n": 1})
+    except ValueError as error:
+        return str(error)
+
+
+def reconstruct(processes):
+    """What a process of several is told that asks for a reconstruction."""
+    model, ids = tiny("llama"), torch.arange(3, 67).view(4, 16)
+    try:
+        prune(model, make_plan(model, {"sparsity": 0.5}), ids, reconstruct=BlockReconstruction())
     except ValueError as error:
         return str(error)
 
@@ -199,6 +210,10 @@ def test_differing_inputs_are_named_on_every_process(two):
     assert said[0] == said[1]
     assert "differ in the calibration data" in said[0]
     assert 'process 0 has {"n": 1, "sha256": "ab"}; process 1 has {"n": 1, "sha256": "cd"}' in said[0]
+
+
+def test_a_reconstruction_is_refused(two):
+    assert all("runs in one process" in told for told in two(reconstruct))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

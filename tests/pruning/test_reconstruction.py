@@ -18,7 +18,7 @@ from hf_sparsity.model.layers import find_layers
 from hf_sparsity.pruning.reconstruction import BlockReconstruction
 from hf_sparsity.streaming import spill
 from tests.conftest import Stopped, auto, stop_after, tiny, tiny_batch
-from tests.tools import contents, several, waiting_on_disk
+from tests.tools import contents, waiting_on_disk
 
 QUICK = BlockReconstruction(epochs=2, lr=0.02)
 HALVES = {
@@ -267,18 +267,6 @@ BAD = {"epochs": (0, 2.5, True), "patience": (0,), "heldout": (0, 0.9), "lr": (0
 def test_bad_options_are_errors(name, value):
     with pytest.raises(ValueError, match=f"{name}="):
         BlockReconstruction(**{name: value})
-
-
-def refused(processes):
-    """What each of several processes is told."""
-    with pytest.raises(ValueError) as told:
-        pruned("llama")
-    return str(told.value)
-
-
-def test_several_processes_are_refused():
-    with several(2) as call:
-        assert all("one process" in told for told in call(refused))
 
 
 def test_what_cannot_be_reconstructed_is_an_error_that_changes_nothing():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import struct
-import sys
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def loops(request):
     """Everything here holds for both forms of the loops over weights; on a CPU without BMI2 torch has to do."""
     if request.param == "torch":
         with pytest.MonkeyPatch.context() as patch:
-            if (llvm := sys.modules.get("llvmlite.binding")) is not None:
-                patch.setattr(llvm, "get_host_cpu_features", dict)
+            if importlib.util.find_spec("llvmlite") is not None:
+                patch.setattr("llvmlite.binding.get_host_cpu_features", dict)
             forget_kernels()
             assert kernels(2) is None
             yield
