@@ -37,12 +37,12 @@ class ScoredCandidate:
 
     @property
     def name(self) -> str:
-        """Tells the candidate apart."""
+        """The name that tells the candidate apart."""
         return self.candidate.name
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`."""
+        """The kind of the candidate, one of `KINDS`."""
         return self.candidate.kind
 
     @property
