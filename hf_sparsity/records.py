@@ -118,7 +118,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SourceScore:
-    """How far a pruned model departs from the dense one on one source of a calibration mix, on sequences kept apart.
+    """Scores of a pruned model against the dense one on one source of a calibration mix, on sequences kept apart.
 
     Args:
         weight: the source's share of the mix.
