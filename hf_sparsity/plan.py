@@ -36,6 +36,7 @@ from .race_record import RaceDetails
 from .validation import check_number
 
 # How far the sparsity of a layer may be from its plan. A row has a whole number of zeros, so 1 / width comes on top.
+MOST_EXPERTS = 1_000_000  # of a plan in all: a short file could name so many that they fill the memory
 LARGEST_DEVIATION = 0.005  # sparsity below the plan
 LARGEST_EXCESS = 0.02  # sparsity above the plan without a note in the report
 LEAST_ROUNDING = 0.01  # sparsity: what is allowed for 1 / width, at least, when a finished model is loaded or trained
@@ -378,15 +379,19 @@ def _is_sparsity(value: Any) -> bool:
 
 
 def _unfold(layers: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
-    total = 0
+    counts = {name: int(match[2]) for name in layers if (match := _SLICES.fullmatch(name))}
+    total = sum(counts.values())
+    for name, count in sorted(counts.items(), key=lambda entry: -entry[1]):
+        if total > MOST_EXPERTS or not count:
+            raise ValueError(
+                f"the plan's entry {name} names {count} experts, of {total} in all; from 1 to {MOST_EXPERTS} are allowed"
+            )
     for name, entry in layers.items():
         match = _SLICES.fullmatch(name)
         if match is None:
             yield name, dict(entry)
             continue
-        total += (count := int(match[2]))
-        if not 0 < count <= total <= 1_000_000:  # or a short file could fill the memory
-            raise ValueError(f"the plan's entry {name} names {count} experts, of {total} in all")
+        count = counts[name]
         columns: dict[str, list[Any]] = {}
         for key, value in entry.items():
             parts = value.split() if isinstance(value, str) and " " in value else [value] * count

@@ -27,7 +27,9 @@ metric_list:
   - metric: acc
     aggregation: mean
     higher_is_better: true
-  - metric: mcc
+  - metric: brier_score
+    aggregation: brier_score
+    higher_is_better: false
 metadata:
   version: 2.0
 """
