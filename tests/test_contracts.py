@@ -19,11 +19,12 @@ from hf_sparsity.config import SparsityConfig, resolve
 from hf_sparsity.core import budget
 from hf_sparsity.core.stats import InputStats
 from hf_sparsity.pruners import PRUNERS
+from tests.tools import row_and_column
 
 TABLES = {"allocator": ALLOCATORS, "row_allocator": ROW_ALLOCATORS, "pruner": PRUNERS}
 CONTRACTS = {"allocator": algorithm.Allocator, "row_allocator": algorithm.RowAllocator, "pruner": algorithm.Pruner}
 EVERY = [(role, name) for role, table in TABLES.items() for name in table]
-TARGETS = [0.0, 0.5, 0.7, 0.95]
+TARGETS = [0.7, 0.0, 0.5, 0.95]
 SHAPES = {"q": (32, 48), "k": (8, 48), "up": (40, 48), "down": (48, 40)}  # [out, in]; widths are multiples of 8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -130,8 +131,7 @@ def test_round_trips_through_json(role, name):
 # ---- allocators
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "target"), row_and_column(KINDS, TARGETS))
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_allocators_meet_the_target(name, kind, target):
     sparsities, sizes = allocated(name, target, kind)
@@ -141,8 +141,9 @@ def test_allocators_meet_the_target(name, kind, target):
     assert math.fsum(sparsities[n] * sizes[n] for n in sizes) / total == pytest.approx(target, abs=1e-6)
 
 
-@pytest.mark.parametrize("target", [0.0, 0.5, 0.7, 0.875])
-@pytest.mark.parametrize("kind", ["usual", "outliers", "a dead block"])
+@pytest.mark.parametrize(
+    ("target", "kind"), row_and_column([0.7, 0.0, 0.5, 0.875], ["usual", "outliers", "a dead block"])
+)
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_allocators_choose_how_many_of_eight(name, kind, target):
     sparsities, sizes = allocated(name, target, kind, group=8)
@@ -201,8 +202,7 @@ def scored(layer: Layer, sparsity: float) -> Layer:
     return dataclasses.replace(layer, sparsity=sparsity, scores=PRUNERS["wanda"]().scores(layer))
 
 
-@pytest.mark.parametrize("dead", [(), (0, 5, 6), tuple(range(48))], ids=["alive", "dead inputs", "all dead"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "dead"), row_and_column(TARGETS, [(0, 5, 6), (), tuple(range(48))]))
 @pytest.mark.parametrize("name", ROW_ALLOCATORS)
 def test_rows_meet_the_layers_sparsity(name, target, dead):
     layer = scored(make_layer("up", (40, 48), dead=dead), target)
@@ -246,9 +246,7 @@ def zeros(weight: torch.Tensor) -> int:
 DEAD = [(), (0, 7, 8, 30)]
 
 
-@pytest.mark.parametrize("dead", DEAD, ids=["alive", "dead inputs"])
-@pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.7, 0.95])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dead", "sparsity", "dtype"), row_and_column(DEAD, [0.5, 0.01, 0.7, 0.95], DTYPES))
 @pytest.mark.parametrize("name", PRUNERS)
 def test_pruners_make_the_documented_number_of_zeros(name, dtype, sparsity, dead):
     layer = make_layer("up", (40, 160), dtype=dtype, dead=dead)  # wider than one block of SparseGPT
@@ -266,9 +264,7 @@ def test_pruners_make_the_documented_number_of_zeros(name, dtype, sparsity, dead
         assert zeros(pruned) == expected
 
 
-@pytest.mark.parametrize("dead", DEAD, ids=["alive", "dead inputs"])
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "7:8"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dead", "pattern", "dtype"), row_and_column(DEAD, ["2:4", "1:4", "4:8", "7:8"], DTYPES))
 @pytest.mark.parametrize("name", PRUNERS)
 def test_every_group_keeps_n_of_m(name, dtype, pattern, dead):
     layer = make_layer("up", (40, 160), dtype=dtype, dead=dead)
@@ -291,9 +287,9 @@ def test_a_pattern_that_does_not_divide_the_width_is_refused(name):
             PRUNERS[name]().prune(layer)
 
 
-@pytest.mark.parametrize("dead", [*DEAD, tuple(range(160))], ids=["alive", "dead inputs", "all dead"])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "rows"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dead", "pattern", "dtype"), row_and_column([*DEAD, tuple(range(160))], ["unstructured", "2:4", "rows"], DTYPES)
+)
 @pytest.mark.parametrize("name", PRUNERS)
 def test_pruning_a_pruned_layer_changes_nothing(name, dtype, pattern, dead):
     layer = make_layer("up", (40, 160), dtype=dtype, dead=dead)
@@ -308,8 +304,7 @@ def test_pruning_a_pruned_layer_changes_nothing(name, dtype, pattern, dead):
     assert torch.equal(once, twice)
 
 
-@pytest.mark.parametrize("dead", DEAD, ids=["alive", "dead inputs"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dead", "dtype"), row_and_column(DEAD, DTYPES))
 @pytest.mark.parametrize("name", PRUNERS)
 def test_sparsity_0_changes_nothing(name, dtype, dead):
     layer = make_layer("up", (40, 160), dtype=dtype, dead=dead)

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from hf_sparsity.distributed import Processes
 # that imports them anew takes longer than most tests.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.preloaded"])
+
+
+def row_and_column(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Of a product of independent axes: the first combination, and each other value of each axis with the first of the others."""
+    values = [list(axis) for axis in axes]
+    first = tuple(axis[0] for axis in values)
+    others = [(*first[:i], value, *first[i + 1 :]) for i, axis in enumerate(values) for value in axis[1:]]
+    return [first, *others]
 
 
 def launched(rank: int, count: int, port: int) -> dict[str, str]:

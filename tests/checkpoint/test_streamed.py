@@ -26,6 +26,7 @@ from hf_sparsity.model.layers import find_layers
 from hf_sparsity.model.offload import onload, weight_store
 from hf_sparsity.streaming.stream import stream_blocks
 from tests.conftest import ZOO, tiny, tiny_batch
+from tests.tools import row_and_column
 
 KINDS = [
     "llama", "qwen2_window", "gemma3", "gpt2", "bloom", "falcon", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3",
@@ -81,8 +82,7 @@ def assert_at_rest(model):
     assert weight_store(model).held_block is None
 
 
-@pytest.mark.parametrize("shard", ["50GB", "100KB"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "shard"), row_and_column(KINDS, ["100KB", "50GB"]))
 def test_streamed_equals_loaded(name, shard, tmp_path):
     saved(name, tmp_path, shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (shard == "100KB")
@@ -147,9 +147,14 @@ def test_both_of_two_tied_weights_in_the_checkpoint(same, tmp_path):
     assert torch.equal(logits(model, tiny_batch("llama")), logits(loaded, tiny_batch("llama")))
 
 
-@pytest.mark.parametrize("given", ["auto", "bfloat16", torch.float16, torch.float32])
-@pytest.mark.parametrize("written", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "written", "given"),
+    row_and_column(
+        ["t5", "llama", "mixtral"],
+        [torch.bfloat16, torch.float32],
+        [torch.float16, "auto", "bfloat16", torch.float32],
+    ),
+)
 def test_dtypes(name, written, given, tmp_path):
     """T5 keeps some weights in float32 when all else is float16."""
     saved(name, tmp_path, dtype=written)

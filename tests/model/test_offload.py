@@ -12,6 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from hf_sparsity import SparsityConfig, make_plan, measure_sparsity, prune
 from hf_sparsity.checkpoint.streamed import open_streamed
 from tests.conftest import ZOO, tiny, tiny_batch
+from tests.tools import row_and_column
 
 # One of each kind: plain, sliding-window mix, tuple output, fused experts (both orientations), Conv1D.
 KINDS = ["llama", "gemma3", "bloom", "mixtral", "gpt_oss", "gpt2"]
@@ -39,9 +40,9 @@ def digest(folder):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("where", ["cpu", "disk", "mixed"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "where", "pruner"), row_and_column(KINDS, ["disk", "cpu", "mixed"], ["sparsegpt", "wanda"])
+)
 def test_offloaded_equals_in_memory(name, where, pruner, tmp_path):
     config = SparsityConfig(0.5, allocator="owl", pruner=pruner)
     plan, expected = pruned_in_memory(name, config)
