@@ -44,7 +44,7 @@ def uninterrupted(tmp_path_factory):
     return plan, calls, first - 2  # a plan is judged by one pass, beside one of the dense model
 
 
-@pytest.mark.parametrize("after", [3, 9, 30, 55])
+@pytest.mark.parametrize("after", [9, 55])
 def test_an_interrupted_search_ends_with_the_same_plan_and_judges_nothing_twice(after, tmp_path, uninterrupted):
     whole, calls, prepared = uninterrupted
     file = tmp_path / "plan.json"

@@ -144,7 +144,7 @@ def test_a_real_model_becomes_better():
     whole = Path(demo.__file__).parent  # the embedded model with all its blocks
     tokenizer = AutoTokenizer.from_pretrained(whole)
     ids = calibration_batches([text for _, text in demo.texts("calibration")], tokenizer, sequences=8, length=128)
-    heldout = text_windows("".join(text for _, text in demo.texts("heldout")), tokenizer, 128)[::100]
+    heldout = text_windows("".join(text for _, text in demo.texts("heldout")), tokenizer, 128)[::200]
     found = []
     for options in (None, BlockReconstruction(epochs=3, lr=0.05)):  # few steps: larger ones
         model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
@@ -195,7 +195,7 @@ def test_padding_does_not_count():
     assert all(torch.equal(found[0][layer], found[1][layer]) for layer in found[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 def test_hidden_states_on_disk_and_offloaded_weights_give_the_same_bits(name, tmp_path, monkeypatch):
     monkeypatch.setattr(spill, "SMALLEST", 1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -214,7 +214,7 @@ def test_hidden_states_on_disk_and_offloaded_weights_give_the_same_bits(name, tm
                 assert torch.equal(module._hf_hook.weights_map[key], expected[f"{path}.{key}"]), (path, key)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
 def test_streamed_equals_in_memory(name, source, tmp_path):
     expected = pruned(name, pruner="wanda", model=auto(name).from_pretrained(source(name)))
     streamed = open_streamed(source(name), auto_class=auto(name))
@@ -226,7 +226,8 @@ def test_streamed_equals_in_memory(name, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, stream, done", [("llama", False, 1), ("llama", True, 2), ("mixtral", True, 1), ("gpt2", False, 2)]
+    "name, stream, done",
+    [("llama", False, 1), ("mixtral", True, 1), pytest.param("gpt2", False, 2, marks=pytest.mark.slow)],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(name, stream, done, source, tmp_path):
     def run(folder, options=QUICK):

@@ -8,6 +8,7 @@ import torch
 from hf_sparsity import Report, SparsityConfig, make_plan, prune, verify
 from hf_sparsity.pruners import ALPS
 from tests.conftest import tiny, tiny_batch
+from tests.tools import row_and_column
 
 
 def run(pruner, refit, architecture="llama", **options):
@@ -18,8 +19,9 @@ def run(pruner, refit, architecture="llama", **options):
     return model, prune(model, plan, batches, **options)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("architecture", "pruner"), row_and_column(["llama", "gpt2", "mixtral"], ["wanda", "magnitude", "sparsegpt"])
+)
 def test_it_lowers_the_error_and_moves_no_zero(pruner, architecture):
     _, plain = run(pruner, False, architecture)
     _, fitted = run(pruner, True, architecture)

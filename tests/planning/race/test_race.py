@@ -293,9 +293,13 @@ def raced(model, **options):
     return make_plan(model, config, texts())
 
 
-def test_a_race_makes_an_ordinary_plan(tmp_path):
+@pytest.fixture(scope="module")
+def plan():
+    return raced(tiny("llama"))
+
+
+def test_a_race_makes_an_ordinary_plan(plan, tmp_path):
     model = tiny("llama")
-    plan = raced(model)
     assert plan.sparsity == pytest.approx(0.6, abs=1e-6)
     assert {r["kind"] for r in plan.chosen["candidates"]} == {"uniform", "single", "mixture", "descent"}
     assert plan.chosen["winner"] in {r["name"] for r in plan.chosen["candidates"]}
@@ -316,8 +320,8 @@ def test_a_race_makes_an_ordinary_plan(tmp_path):
     assert pruned["certificate"]["data"] == plan.chosen["certificate"]["data"]
 
 
-def test_the_same_race_twice_is_the_same_plan():
-    assert raced(tiny("llama")).to_dict() == raced(tiny("llama")).to_dict()
+def test_the_same_race_twice_is_the_same_plan(plan):
+    assert raced(tiny("llama")).to_dict() == plan.to_dict()
 
 
 def test_uniform_can_win():

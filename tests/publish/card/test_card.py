@@ -31,6 +31,7 @@ from hf_sparsity.publish.card.make_card import CARD, PLOT, make_card
 from hf_sparsity.publish.card.model_facts import read_facts
 from hf_sparsity.recovery.methods import METHODS
 from tests.conftest import tiny, tiny_batch
+from tests.tools import row_and_column
 
 CARDS = sorted((Path(__file__).parents[3] / "model_cards").glob("*/README.md"))
 
@@ -587,23 +588,24 @@ def every(tokens):
         yield from every(token.children or [])
 
 
-@pytest.mark.parametrize("value", [5, None, True, [], {}, "x", 1e308, [["a"]], {"a": 1}])
+PLACES = [
+    "sparsity_config.pruned",
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "sparsity_config.recovered",
+    "sparsity_config.config.ignore",
+    "sparsity_config.config.allocator",
+    "sparsity_config.config.pruner",
+    "sparsity_config.config.seed",
+    "sparsity_config.model.name",
+    "sparsity_config.versions",
+    "sparsity_config.data",
+]
+
+
 @pytest.mark.parametrize(
-    "where",
-    [
-        "architectures",
-        "dtype",
-        "quantization_config",
-        "sparsity_config.pruned",
-        "sparsity_config.recovered",
-        "sparsity_config.config.ignore",
-        "sparsity_config.config.allocator",
-        "sparsity_config.config.pruner",
-        "sparsity_config.config.seed",
-        "sparsity_config.model.name",
-        "sparsity_config.versions",
-        "sparsity_config.data",
-    ],
+    ("where", "value"), row_and_column(PLACES, [[["a"]], 5, None, True, [], {}, "x", 1e308, {"a": 1}])
 )
 def test_values_of_other_types_are_no_crash(pruned, tmp_path, where, value):
     (tmp_path / "m").mkdir()
