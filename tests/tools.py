@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -31,6 +32,13 @@ def row_and_column(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     first = tuple(axis[0] for axis in values)
     others = [(*first[:i], value, *first[i + 1 :]) for i, axis in enumerate(values) for value in axis[1:]]
     return [first, *others]
+
+
+def mostly_slow(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
+    """The values as parameters; those that are not in `quick` are left to the slow run."""
+    quick = list(quick)
+    whole = [(value, value if isinstance(value, tuple) else (value,)) for value in values]
+    return [value if value in quick else pytest.param(*parts, marks=pytest.mark.slow) for value, parts in whole]
 
 
 def launched(rank: int, count: int, port: int) -> dict[str, str]:

@@ -17,17 +17,12 @@ from hf_sparsity.files import MARKER
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.streaming import spill
 from tests.conftest import Stopped, auto, stop_after, tiny, tiny_batch
-from tests.tools import contents, waiting_on_disk
+from tests.tools import contents, mostly_slow, waiting_on_disk
 
 KINDS = ["llama", "gemma3", "qwen2_window", "bloom", "mixtral", "gpt_oss", "gpt2", "deepseek_v3", "mamba", "t5"]
 PAIRS = [(name, pruner) for name in KINDS for pruner in ("wanda", "sparsegpt")]
 # One of each kind of block: plain, of experts, transposed weights, with an encoder's output, with a cache of its own.
 QUICK = [("llama", "sparsegpt"), ("mixtral", "wanda"), ("gpt2", "sparsegpt"), ("t5", "wanda"), ("mamba", "wanda")]
-
-
-def mostly_slow(values, quick):
-    """The values as parameters; those that are not in `quick` are left to the slow run."""
-    return [value if value in quick else pytest.param(*value, marks=pytest.mark.slow) for value in values]
 
 
 def batches(name, count=3):

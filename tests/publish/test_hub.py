@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.publish.hub_server import LARGE, TOKEN, Hub, speaking_to
+from tests.tools import mostly_slow
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +296,7 @@ def test_wrong_arguments_are_refused_without_the_network(folders, tmp_path):
 # ---- loading by Hub id
 
 
-@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("layout", mostly_slow(["dense", "packed"], ["packed"]))
 def test_loading_says_where_the_model_is_to_everybody_who_asks(layout, folders, there, hub, tmp_path):
     """A private repository, another branch, a subfolder, a cache of one's own, a token that is nowhere else."""
     there(push, folders["dense"], private=True)

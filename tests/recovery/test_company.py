@@ -27,6 +27,7 @@ from hf_sparsity.model.sparsity import check_zeros
 from hf_sparsity.recovery.running_norms import RunningNorms
 from tests.conftest import tiny
 from tests.recovery.trainers import DATA, IDS, PRUNE, sparse, trainer, zeros
+from tests.tools import row_and_column
 
 
 class Spoiler(TrainerCallback):
@@ -55,8 +56,10 @@ class SeenInEvaluation(TrainerCallback):
         )
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("event", ["on_optimizer_step", "on_step_end", "on_evaluate", "on_log", "on_step_begin"])
+@pytest.mark.parametrize(
+    ("place", "event"),
+    row_and_column(["after", "before"], ["on_step_end", "on_optimizer_step", "on_evaluate", "on_log", "on_step_begin"]),
+)
 def test_evaluations_and_checkpoints_have_the_zeros(event, place, tmp_path):
     model = sparse()
     dead = zeros(model)

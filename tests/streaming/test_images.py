@@ -14,6 +14,7 @@ from hf_sparsity.model.inference import can_be_sliced
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.planning.fisher import fisher_information
 from hf_sparsity.streaming.stream import stream_blocks
+from tests.tools import row_and_column
 
 IMAGE = 120
 TEXT = {
@@ -123,8 +124,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("kind", "name"), row_and_column(MODELS, CONFIGS))
 def test_every_allocator_takes_batches_with_images(kind, name):
     model = MODELS[kind][0]()
     data = [batch(kind, [1 + i % 2]) for i in range(8)]
@@ -137,8 +137,7 @@ def test_every_allocator_takes_batches_with_images(kind, name):
         assert torch.isfinite(model(**data[0]).logits).all()
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("kind", "first"), row_and_column(MODELS, [0, 1]))
 def test_some_prompts_have_no_image(kind, first, tmp_path):
     """Statistics are those of the two kinds of prompts apart, and all that walks through the model takes both."""
     model = MODELS[kind][0]()

@@ -22,6 +22,7 @@ from hf_sparsity.plan import LayerReport
 from hf_sparsity.publish.verify.layer_facts import is_on_grid
 from hf_sparsity.publish.verify.verify import verify
 from tests.conftest import ZOO, _text, tiny
+from tests.tools import row_and_column
 
 SMALL = "60KB"  # a tiny model in several shards
 TIED = hf.LlamaConfig(**_text(tie_word_embeddings=True))
@@ -66,8 +67,10 @@ def edit_weights(folder, change):
 # ---- folders that hold what they say
 
 
-@pytest.mark.parametrize("layout", ["dense", "bitmask"])
-@pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "t5", "whisper"])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    row_and_column(["bitmask", "dense"], ["mixtral", "llama", "tied", "gpt2", "qwen3_moe", "gpt_oss", "t5", "whisper"]),
+)
 def test_what_was_just_made_is_right(name, layout, tmp_path):
     dense, sparse, model = make(tmp_path, name, layout=layout)
     result = verify(sparse, against=dense)
