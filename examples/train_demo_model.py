@@ -4,7 +4,7 @@
     python examples/train_demo_model.py --output demo_train --install
 
 The first command may be stopped at any time, and goes on where it was when repeated. The second
-copies the model it made into `hf_sparsity/demo`. Without `--init-from` it begins at random
+copies the model it made into `hf_sparsity/demo/model`. Without `--init-from` it begins at random
 weights and trains a tokenizer; the shipped model began at one trained for 11 million tokens in
 windows of 256, whose held-out perplexity per token was 19.2, 24.3 and 48.8 in windows of 256,
 512 and 1024.

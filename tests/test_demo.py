@@ -106,6 +106,18 @@ def test_the_package_stays_small():
     assert sum(entry.stat().st_size for entry in files) <= 9_000_000
 
 
+def test_its_folder_has_the_model_and_nothing_else():
+    """What lies beside the model would be carried over into every output."""
+    files = sorted(entry.name for entry in os.scandir(demo.PATH))
+    assert files == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
 def test_tokenizer(model, tokenizer, splits):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)

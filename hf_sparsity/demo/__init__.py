@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path, PurePosixPath
 
 NAME = "demo"  # what the command line calls it
-PATH = str(Path(__file__).parent)  # what `from_pretrained` takes
+PATH = str(Path(__file__).parent / "model")  # what `from_pretrained` takes; a folder of nothing but the model
 
 SPLITS = ("calibration", "heldout", "training")
 

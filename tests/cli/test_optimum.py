@@ -92,7 +92,10 @@ def test_wheels_register_the_command_and_keep_the_namespace(kind, tmp_path):
     else:
         package = ROOT / "hf_sparsity"
         needed = [path for path in package.rglob("*") if path.suffix in (".md", ".html", ".css")]
-        assert needed and all((tmp_path / "site" / path.relative_to(ROOT)).exists() for path in needed), "templates"
+        needed += (package / "demo/model").iterdir()
+        assert needed and all((tmp_path / "site" / path.relative_to(ROOT)).exists() for path in needed), (
+            "templates, model"
+        )
     done = optimum(tmp_path / "site", "--help")
     assert "sparsify" in done.stdout and "export" in done.stdout
 

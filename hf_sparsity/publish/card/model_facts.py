@@ -98,13 +98,15 @@ class Facts:
     @property
     def base(self) -> str:
         """What to call the dense model: its Hub id, or only the last part of a path, so that no path of this machine is published."""
-        last = re.split(r"[/\\]", self._recorded_name.rstrip("/\\"))[-1]
+        last = DEMO if self.is_demo else re.split(r"[/\\]", self._recorded_name.rstrip("/\\"))[-1]
         return self.hub_id or last or str(self.plan.model.get("type") or "model")
 
     @property
     def is_demo(self) -> bool:
         """True if the dense model is the one inside the package."""
-        return self._recorded_name == DEMO or Path(self._recorded_name).parts[-2:] == ("hf_sparsity", DEMO)
+        parts = Path(self._recorded_name).parts
+        inside = (("hf_sparsity", DEMO), ("hf_sparsity", DEMO, "model"))  # the first: before it had a folder of its own
+        return self._recorded_name == DEMO or any(parts[-len(end) :] == end for end in inside)
 
     @property
     def _recorded_name(self) -> str:
