@@ -30,8 +30,8 @@ def prepare_batches(model: PreTrainedModel, batches: Tensor | Iterable[Mapping[s
 
     Args:
         batches: integer ids `[n, t]`, run one sequence at a time; or an iterable of keyword arguments of the
-            model's forward, `{"input_ids": [b, t], "attention_mask": ..., ...}`. Rows of pure text whose real tokens are
-            contiguous are cut to them and run one by one, so padding never enters a statistic. Labels become the
+            model's forward, `{"input_ids": [b, t], "attention_mask": ..., ...}`. Rows of pure text or sound whose real tokens
+            are contiguous are cut to them and run one by one, so padding never enters a statistic. Labels become the
             decoder's inputs of an encoder-decoder that has none, and are dropped otherwise; so is what is no input of the
             forward (texts, names, lengths).
 
@@ -199,7 +199,7 @@ def _check_ids(tensors: Mapping[str, Tensor], vocabulary: int | None, number: in
 
 
 def _without_padding(tensors: dict[str, Tensor], number: int) -> list[dict[str, Tensor]]:
-    """Returns a batch as it is if nothing is padding, else its rows cut to their real tokens where they are pure text."""
+    """Returns a batch as it is if nothing is padding, else its rows cut to their real tokens where they are pure text or sound."""
     for mask, ids in (("attention_mask", "input_ids"), ("decoder_attention_mask", "decoder_input_ids")):
         if mask not in tensors:
             continue
@@ -209,19 +209,19 @@ def _without_padding(tensors: dict[str, Tensor], number: int) -> list[dict[str, 
             raise ValueError(
                 f"calibration batch {number}: {mask} {list(tensors[mask].shape)} does not fit {ids} {list(tensors[ids].shape)}"
             )
-    sides = [side for side in ("", "decoder_") if f"{side}input_ids" in tensors]
-    masks = [side for side in sides if f"{side}attention_mask" in tensors]
-    count = len(tensors[f"{sides[-1]}input_ids"]) if sides else 0
-    text = {side + name for side in sides for name in _TEXT}
-    whole = _SOUND if "decoder_" in sides else set()  # goes with each row as it is
+    mains = {side: main for side in ("", "decoder_") if (main := _main_input(tensors, side))}
+    masks = [side for side in mains if f"{side}attention_mask" in tensors]
+    count = len(tensors[list(mains.values())[-1]]) if mains else 0
+    text = {side + name for side in mains for name in _TEXT} | set(mains.values())
+    whole = _SOUND if "decoder_" in mains else set()  # goes with each row as it is
     if not masks or not all(name in text | whole and len(value) == count for name, value in tensors.items()):
         return [tensors]
     cut = []
     for row in range(count):
         part = {name: value[row : row + 1] for name, value in tensors.items() if name not in text}
-        for side in sides:
-            tokens = tensors[f"{side}input_ids"]
-            real = tensors.get(f"{side}attention_mask", torch.ones_like(tokens))[row] != 0
+        for side, main in mains.items():
+            tokens = tensors[main]
+            real = tensors.get(f"{side}attention_mask", tokens.new_ones(tokens.shape[:2]))[row] != 0
             where = real.nonzero().flatten()
             if len(where) < 2:
                 part = {}
@@ -229,11 +229,21 @@ def _without_padding(tensors: dict[str, Tensor], number: int) -> list[dict[str, 
             first, last = int(where[0]), int(where[-1]) + 1
             if last - first != len(where):
                 return [tensors]  # holes: the model's own mask has to do
-            names = [side + name for name in _TEXT - {"attention_mask"} if side + name in tensors]
+            names = [main, *(side + name for name in _TEXT - {"attention_mask"} if side + name in tensors)]
             part |= {name: tensors[name][row : row + 1, first:last] for name in names}
         if part:
             cut.append(part)
     return cut
+
+
+def _main_input(tensors: Mapping[str, Tensor], side: str) -> str | None:
+    """Returns the input `[sequences, tokens, ...]` that the mask of a side is about: ids, or the sound that an encoder reads."""
+    if f"{side}input_ids" in tensors:
+        return f"{side}input_ids"
+    mask = tensors.get(f"{side}attention_mask")
+    names = (f"{side}{name}" for name in ("input_values", "input_features"))
+    fitting = (name for name in names if mask is not None and name in tensors and tensors[name].shape[:2] == mask.shape)
+    return next(fitting, None)
 
 
 def batch_tokens(batch: Batch) -> int:

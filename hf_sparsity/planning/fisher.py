@@ -29,13 +29,17 @@ def fisher_information(
     With `processes`, each takes its share of the sequences; all must call this with the same batches.
 
     Raises:
-        ValueError: batches without `input_ids`, a model without a language-model loss; `BlocksNotAlone` for an
+        ValueError: batches without `input_ids` or `decoder_input_ids`, a model without a language-model loss; `BlocksNotAlone` for an
             offloaded model whose blocks cannot be computed one by one.
     """
     processes = processes or Processes()
-    if not all("input_ids" in batch for batch in batches):
-        raise ValueError("Fisher information needs text: batches with input_ids")
-    sequences = [(batch, row) for batch in batches for row in range(batch["input_ids"].shape[0])]
+    if not all({"input_ids", "decoder_input_ids"} & batch.keys() for batch in batches):
+        raise ValueError("Fisher information needs text: batches with input_ids, or with a decoder's")
+    sequences = [
+        (batch, row)
+        for batch in batches
+        for row in range(len(batch["input_ids"] if "input_ids" in batch else batch["decoder_input_ids"]))
+    ]
     energy = _Energy(model_layers)
     try:
         with differentiable(model, model_layers, energy):
@@ -56,13 +60,19 @@ def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
 
     A batch that cannot be cut into sequences (see `can_be_sliced`) runs whole, and the other sequences do not count.
     """
-    one = {name: tensor for name, tensor in batch.items() if name != "decoder_input_ids"}
+    ids, decoder = batch.get("input_ids"), batch.get("decoder_input_ids")
+    of_decoder = decoder is not None and (ids is None or ids.shape != decoder.shape or not torch.equal(ids, decoder))
+    # An encoder-decoder that was given one text is to write it again; given two, to write the second.
+    one = {name: tensor for name, tensor in batch.items() if of_decoder or not name.startswith("decoder_")}
     if can_be_sliced(one):
         one = {name: tensor[row : row + 1] for name, tensor in one.items()}
         row = 0
-    labels = one["input_ids"]
-    if "attention_mask" in one:
-        labels = labels.masked_fill(one["attention_mask"] == 0, -100)
+    side = "decoder_" if of_decoder else ""
+    labels = one[f"{side}input_ids"]
+    if f"{side}attention_mask" in one:
+        labels = labels.masked_fill(one[f"{side}attention_mask"] == 0, -100)
+    if of_decoder:  # what comes after each token that it reads
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
     others = torch.arange(len(labels), device=labels.device) != row
     labels = labels.masked_fill(others[:, None], -100)
     loss = getattr(model(**one, labels=labels, use_cache=False), "loss", None)

@@ -19,6 +19,7 @@ from ..model.layers import Weight
 from ..streaming.fallback import FEWEST_TOKENS
 from ..streaming.observer import InputObserver
 from ..streaming.operands import Operands
+from .real_tokens import RealTokens
 
 MEMORY = 0.9  # share of the earlier batches in the running input norms at each update
 
@@ -75,18 +76,15 @@ class RunningNorms:
                 f"no training forward of {type(body).__name__} was seen before masks were due: the trainer calls parts of "
                 "the model itself. Use pruner='magnitude', which needs no inputs"
             )
-        padding = batch.get("attention_mask")
-        real = padding.bool() if isinstance(padding, Tensor) and padding.ndim == 2 and not padding.all() else None
+        real = RealTokens(body, batch)
         sums = {w.name: torch.zeros(w.shape[1] + 1, device=w.read().device) for w in self.weights}
 
         def add(weight: Weight, inputs: Tensor, _in_order: bool) -> None:
-            rows = inputs.reshape(-1, inputs.shape[-1]).float()
-            if real is not None and rows.shape[0] == real.numel():
-                rows = rows[real.reshape(-1).to(rows.device)]
+            rows = real.rows(weight, inputs).float()
             sums[weight.name][:-1] += rows.square().sum(dim=0)
             sums[weight.name][-1] += rows.shape[0]
 
-        with prepared(model), self._autocast, InputObserver(Operands(self.weights), add):
+        with prepared(model), self._autocast, real.watching(), InputObserver(Operands(self.weights), add):
             _forward(body, batch)
         for name, total in sums.items():
             sum_over_processes(total)

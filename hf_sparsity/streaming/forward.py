@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from ..model.inference import Batch
 
 
-def padding(batch: Batch, kwargs: Mapping[str, Any], *, of_text: bool = True) -> tuple[int, int, list[Tensor]]:
+def padding(batch: Batch, arguments: Mapping[str, Any], *, of_text: bool = True) -> tuple[int, int, list[Tensor]]:
     """Returns (sequences of a batch, tokens of each, masks of its real tokens if any token is padding).
 
     Args:
-        kwargs: what the block is called with.
+        arguments: what the block is called with, by name.
         of_text: whether the block sees the text's tokens; one of a vision or audio tower sees others, and what is known
             of the text says nothing of them: its tokens are 0 and it has no masks.
 
@@ -28,7 +28,7 @@ def padding(batch: Batch, kwargs: Mapping[str, Any], *, of_text: bool = True) ->
     if not of_text:
         return first.shape[0], 0, []
     candidates = [batch.get("attention_mask")]
-    if kwargs.get("encoder_hidden_states") is not None:  # a decoder block that also attends to an encoder
+    if arguments.get("encoder_hidden_states") is not None:  # a decoder block that also attends to an encoder
         target = batch.get("decoder_attention_mask")
         if target is None and "decoder_input_ids" in batch:
             target = torch.ones_like(batch["decoder_input_ids"])

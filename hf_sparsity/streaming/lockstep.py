@@ -14,6 +14,7 @@ memory for each thread that used it.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,14 @@ class Arrival:
     def waiting(self) -> list[int]:
         """The numbers of the batches that stand at the block."""
         return [number for number, (args, kwargs) in enumerate(self.calls) if args or kwargs]
+
+    def arguments(self, batch: int) -> dict[str, Any]:
+        """Returns the arguments with which a batch calls the block, by name, also those that are given by position."""
+        args, kwargs = self.calls[batch]
+        try:
+            return {**inspect.signature(self._forward).bind_partial(*args, **kwargs).arguments, **kwargs}
+        except (TypeError, ValueError):  # a forward without a signature
+            return dict(kwargs)
 
     def run(self, batch: int, *, stay: bool = True) -> Any:
         """Returns the block's output on one batch, computed in the driver's thread without gradients.

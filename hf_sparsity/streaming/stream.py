@@ -254,7 +254,7 @@ class _Pass:
             if number >= len(self.batches):
                 continue  # a dense walk
             batch = self.batches[number]
-            sequences, length, masks = padding(batch, arrival.calls[number][1], of_text=of_text)
+            sequences, length, masks = padding(batch, arrival.arguments(number), of_text=of_text)
             total += sequences
             observing = collector.observe(sequences=sequences, length=length, masks=masks, whole=keep_outputs)
             with suppress(Enough), observing:

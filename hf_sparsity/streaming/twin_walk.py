@@ -107,5 +107,5 @@ class TwinWalk:
         None: everywhere.
         """
         number = self._numbers[number]
-        masks = padding(self._batches[number], self._arrival.calls[number][1], of_text=self._of_text)[2]
+        masks = padding(self._batches[number], self._arrival.arguments(number), of_text=self._of_text)[2]
         return next((mask for mask in masks if mask.shape == shape[:2]), None)
