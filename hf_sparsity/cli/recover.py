@@ -11,7 +11,7 @@ from typing import Any
 from ..demo import NAME as DEMO
 from ..recovery.methods import METHODS, MaskedLora, RecoveryMethod
 from ..recovery.recipes import RECIPES, in_words, recipe
-from .arguments import add_output, parse_algorithm, parse_source
+from .arguments import add_model_class, add_output, parse_algorithm, parse_source
 
 HELP = "train what pruning left, every zero kept, into a new folder"
 DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
@@ -20,6 +20,7 @@ DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a defa
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the command's arguments to its parser."""
     command.add_argument("model", help="a sparse model's folder; for gradual and elsa a dense model's, or 'demo'")
+    add_model_class(command)
     command.add_argument(
         "--method",
         choices=tuple(METHODS),
@@ -117,6 +118,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         method,
         output_dir=options.output,
         teacher=demo.PATH if teacher == DEMO else teacher,
+        auto_class=options.model_class,
         length=length,
         **{name: getattr(options, name) for name in ("seed", "column", "split", "overwrite", "layout")},
     )

@@ -111,6 +111,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._model: PreTrainedModel | None = None
         self._watch: Any = None  # handle of the hook that remembers inputs
         self._teaches = False  # whether the teacher is in a trainer's loss
+        self._in_front = False  # of the trackers
 
     @property
     def sparsity(self) -> float:
@@ -132,6 +133,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             trainer.add_callback(self)
             callbacks.pop()
         callbacks.insert(0, self)
+        self._in_front = True
 
     # ---- what the Trainer calls
 
@@ -170,6 +172,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self._begin_schedule(model, args, state, saved)
         assert self.masks is not None
         self._model = model
+        if args.report_to and not self._in_front:
+            logger.warning(
+                "%s log before this callback, so they do not see the sparsity: leave it out of callbacks=[...] and call "
+                "callback.add_to(trainer) instead",
+                " and ".join(map(str, [args.report_to] if isinstance(args.report_to, str) else args.report_to)),
+            )
         method = "trainer" if self.gradual is None else "elsa" if isinstance(self.options, Elsa) else "gradual"
         self.record = TrainingRecord(model, method, self._recorded(), saved.get("record"))
         if self.teacher is not None:

@@ -106,6 +106,7 @@ def prepare(
     *,
     teacher: Any,
     tokenizer: Any,
+    auto_class: Any,
     length: int | None,
     seed: int,
     **dataset: Any,
@@ -120,7 +121,10 @@ def prepare(
         tokenizer = find_tokenizer(model)
     if isinstance(method, TrainToSparsity):
         method = _with_plan(method)
-    model, teacher = _load_model(model, grows=isinstance(method, TrainToSparsity)), _load_teacher(teacher)
+    model, teacher = (
+        _load_model(model, auto_class, grows=isinstance(method, TrainToSparsity)),
+        _load_teacher(teacher, auto_class),
+    )
     length = length or (data.shape[1] if isinstance(data, Tensor) else default_length(model, tokenizer))
     check_number("length", length, "[1, inf)", whole=True)
     method = method.resolved(length=length, width=text_config(model.config).hidden_size)
@@ -151,13 +155,13 @@ def _plain(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
-def _load_model(model: Any, *, grows: bool) -> Any:
+def _load_model(model: Any, auto_class: Any, *, grows: bool) -> Any:
     """Returns the model, loaded if it is a folder; raises ValueError unless it has its planned zeros and is in memory.
 
     `grows`: it becomes sparse in training, so it need not be sparse yet.
     """
     if isinstance(model, (str, os.PathLike)):
-        model = load_model(model)
+        model = load_model(model, auto_class=auto_class)
     check_model(model, "trained")
     if weight_store(model) is not None or any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("the model is offloaded or streamed; what is trained must be in memory")
@@ -166,9 +170,9 @@ def _load_model(model: Any, *, grows: bool) -> Any:
     return model
 
 
-def _load_teacher(teacher: Any) -> Any:
+def _load_teacher(teacher: Any, auto_class: Any) -> Any:
     if isinstance(teacher, (str, os.PathLike)):
-        return load_model(teacher)
+        return load_model(teacher, auto_class=auto_class)
     if teacher is not None:
         check_model(teacher, "used as a teacher")
     return teacher

@@ -50,6 +50,7 @@ def recover(
     output_dir: str | os.PathLike[str],
     teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
+    auto_class: Any = None,
     length: int | None = None,
     seed: int = 0,
     column: str | None = None,
@@ -78,6 +79,7 @@ def recover(
         teacher: the dense model or its folder: needed for "reconstruct" and "distill"; the others distil from it if it is
             given, see `DistillationTrainer`.
         tokenizer: saved with the model; by default the folder's own.
+        auto_class: the class to open folders with, or its name; by default the one that each `config.json` names.
         length: tokens of a sequence; by default 2048 or the model's limit.
         seed: decides the order of the data and the first values of adapters.
         column, split: of a dataset, which column has the texts and which split is read.
@@ -103,6 +105,7 @@ def recover(
     where = {
         "teacher": teacher,
         "tokenizer": tokenizer,
+        "auto_class": auto_class,
         "length": length,
         "seed": seed,
         "column": column,
@@ -112,7 +115,7 @@ def recover(
     facts = job.facts()
     output.begin("recover", facts)
     if output.is_complete:
-        return load_sparse(output_dir).eval()
+        return load_sparse(output_dir, auto_class=auto_class).eval()
     before = output.journal.once("loss", "before", lambda: _loss(job.model, job.held_out))
     # A reconstruction starts from the dense model, so earlier recoveries are no part of its result.
     stored = getattr(job.model.config, "sparsity_config", None) or {}

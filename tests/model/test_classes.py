@@ -13,6 +13,7 @@ from hf_sparsity import (
     SparseModel,
     SparsityConfig,
     certify,
+    demo,
     evaluate,
     evaluate_text,
     make_plan,
@@ -185,7 +186,7 @@ def test_a_head_is_kept_on_the_command_line(folders, tmp_path, capsys, more):
     assert "50.0" in command(capsys, "inspect", out).out
     command(capsys, "inspect", out, "--model-class", "LlamaForSequenceClassification")
     (tmp_path / "text.txt").write_text("text")
-    hf.AutoTokenizer.from_pretrained("hf_sparsity/demo").save_pretrained(out)
+    hf.AutoTokenizer.from_pretrained(demo.PATH).save_pretrained(out)
     error = command(capsys, "eval", out, "--text", tmp_path / "text.txt", code=2).err
     assert "needs next-token predictions, and LlamaForSequenceClassification makes none" in error
     assert not (out / "sparsity_metrics.json").exists()
@@ -239,3 +240,28 @@ def test_parts_that_are_not_there(capsys, folders, tmp_path):
     ask = ["prune", folders / "llava", "--sparsity", "0.5", "--pruner", "magnitude", "--include", "vision", "--output"]
     command(capsys, *ask, tmp_path / "out")
     assert any(name.startswith(TOWER) for name in Plan.load(tmp_path / "out").layers)
+
+
+def test_the_class_for_recover_may_be_named(tmp_path, capsys):
+    """A sparse folder that names a class which this transformers does not have."""
+    model = tiny("llama")
+    prune(model, make_plan(model, MAGNITUDE))
+    save_sparse(model, tmp_path / "sparse")
+    file = tmp_path / "sparse/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["OfTheFuture"]}))
+    with pytest.raises(ValueError, match=r"names OfTheFuture .* \(--model-class, auto_class=\)"):
+        recover(tmp_path / "sparse", IDS, "full", output_dir=tmp_path / "out", steps=1, batch=1)
+    for _ in range(2):  # the second time it is complete
+        done = recover(
+            tmp_path / "sparse",
+            IDS,
+            "full",
+            output_dir=tmp_path / "out",
+            steps=1,
+            batch=1,
+            auto_class="LlamaForCausalLM",
+        )
+        assert type(done) is hf.LlamaForCausalLM
+    ask = ["recover", tmp_path / "sparse", "--data", tmp_path / "x.txt", "--output", tmp_path / "new", "--model-class"]
+    assert "'Trainer' is no model class" in command(capsys, *ask, "Trainer", code=2).err
+    assert not (tmp_path / "new").exists()

@@ -244,12 +244,15 @@ class Tracker(TrainerCallback):
 
 
 @pytest.mark.parametrize("way", ["in the list", "added in front", "passed and moved to the front"])
-def test_logs_have_the_sparsity(way, tmp_path):
+def test_logs_have_the_sparsity(way, tmp_path, caplog):
     model, callback, before, after = sparse(), SparsityCallback(), Tracker(), Tracker()
     run = trainer(model, tmp_path, before, *([] if way == "added in front" else [callback]), after)
     if way != "in the list":
         callback.add_to(run)
+    run.args.report_to = ["a tracker"]  # as the callback knows them
     run.train()
+    told = "a tracker log before this callback" in caplog.text
+    assert told is (way == "in the list")
     assert sum(x is callback for x in run.callback_handler.callbacks) == 1
     expected = pytest.approx([measure_sparsity(model).sparsity] * 4)
     assert [x["sparsity"] for x in run.state.log_history if "loss" in x] == expected
