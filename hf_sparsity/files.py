@@ -93,3 +93,9 @@ def check_finished(folder: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"{folder} is unfinished: its run was interrupted. Start the same command again to complete it"
         )
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Returns whether a file lies in a model's folder, or in the Hub's cache if that is where the folder is; links are followed."""
+    home = folder.parent.parent if folder.parent.name == "snapshots" else folder  # its files are links into blobs
+    return path.resolve().is_relative_to(home.resolve())

@@ -100,15 +100,15 @@ def complete(
         if not source.extra <= stored.keys():
             _add_shard(weights, {name: tensor for name, tensor in source.tensors() if name not in stored})
             stored = _headers(weights)
-        for group, note in _carried(source, model).items():
-            logger.warning("%s: %s", group, note)
+        for what, note in _notes(source, model).items():
+            logger.warning("%s: %s", what, note)
     _check(weights, model, stored, source)
     _correct_config(folder, stored)
 
 
 def with_notes(report: Report, model: PreTrainedModel, source: Source | None) -> Report:
-    """Returns a report whose `skipped` also names the tensors of the source that the model's class does not know."""
-    notes = _carried(source, model) if source is not None else {}
+    """Returns a report whose `skipped` also names the tensors that the model's class does not know, and files left out."""
+    notes = _notes(source, model) if source is not None else {}
     return dataclasses.replace(report, skipped={**report.skipped, **notes}) if notes else report
 
 
@@ -123,6 +123,10 @@ def _other_tokenizer(source: Source, tokenizer: Any) -> set[str]:
     if getattr(tokenizer, "name_or_path", None) and Path(tokenizer.name_or_path).resolve() == source.folder.resolve():
         return set()
     return {*_TOKENIZER, *_TEMPLATES, *getattr(tokenizer, "vocab_files_names", {}).values()}
+
+
+def _notes(source: Source, model: PreTrainedModel) -> dict[str, str]:
+    return {**_carried(source, model), **source.left_out()}
 
 
 def _carried(source: Source, model: PreTrainedModel) -> dict[str, str]:

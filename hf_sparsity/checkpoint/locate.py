@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from ..model.accepted import quantization_of, quantized_message
 from .bitmask import codec
-from .packed_folder import METHOD, check_description, check_headers, check_tensors
+from .packed_folder import METHOD, check_description, check_headers, check_tensors, is_dense
 from .safetensors_index import NAMES, Stored, find_files, read_headers
 
 
@@ -33,14 +33,21 @@ def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[s
     if not isinstance(described, Mapping) or described.get("quant_method") != METHOD:
         raise ValueError(quantized_message(repr(str(source))))
     checked = check_description(described)
+    if is_dense(Path(source), checked):
+        _forget_layout(config)
+        return read_headers(find_files(source, config, location))
     files = [Path(str(cached_file(source, name, **location))) for name in checked["files"]]
     check_headers(files, checked)
     packed = check_tensors(files)
+    _forget_layout(config)
+    stored = read_headers(map(str, files))
+    return {name: _matrix(name, place) if packed[name] else place for name, place in stored.items()}
+
+
+def _forget_layout(config: Any) -> None:
     for name in ("quantization_config", "transformers_weights"):
         if hasattr(config, name):
             delattr(config, name)
-    stored = read_headers(map(str, files))
-    return {name: _matrix(name, place) if packed[name] else place for name, place in stored.items()}
 
 
 def _matrix(name: str, place: Stored) -> Stored:

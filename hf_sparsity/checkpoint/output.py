@@ -184,13 +184,12 @@ class Output:
             return None
         pruned = sparsity.get("pruned")
         phases = pruned.get("arguments") if isinstance(pruned, dict) else None
+        recovered = sparsity.get("recovered")  # its facts are the arguments themselves
+        if isinstance(recovered, dict):  # what was trained after pruning is no longer what pruning gave
+            phases = {"recover": digests(recovered)}
         if not isinstance(phases, dict) or not all(isinstance(value, dict) for value in phases.values()):
             return None
-        recovered = sparsity.get("recovered")  # its facts are the arguments themselves
-        recover = {"recover": digests(recovered)} if isinstance(recovered, dict) else {}
-        layout = "bitmask" if config.get("quantization_config") is not None else "dense"
-        # What was trained after pruning is no longer what pruning gave.
-        return {"phases": recover or phases, "layout": layout}
+        return {"phases": phases, "layout": "bitmask" if config.get("quantization_config") is not None else "dense"}
 
     def resume(self, model: PreTrainedModel, model_layers: ModelLayers) -> None:
         """Puts the finished blocks into the model: into memory, or where a streamed model reads them from."""

@@ -23,7 +23,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import is_inside
 from ..plan import LARGEST_FILE, Plan, read_json, write_json
 from .bitmask import codec
 from .bitmask.bits import GROUPS
@@ -80,6 +81,15 @@ def check_description(described: Any) -> dict[str, Any]:
     return {key: described[key] for key in ("quant_method", "layout", "version", "weights_file", "files")}
 
 
+def is_dense(folder: Path, described: Mapping[str, Any]) -> bool:
+    """Returns whether a folder whose config describes a packed one has only dense files.
+
+    transformers' `save_pretrained` writes that of a new model whose config was taken from a packed folder.
+    """
+    dense = any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
+    return dense and not any((folder / name).exists() for name in (described["weights_file"], *described["files"]))
+
+
 def check_index(folder: Path, described: Mapping[str, Any]) -> None:
     """Raises ValueError when a packed folder has an index that is damaged or names other files than its config."""
     index = folder / described["weights_file"]
@@ -119,8 +129,8 @@ def check_tensors(files: list[Path]) -> dict[str, bool]:
     """
     packed: dict[str, bool] = {}
     for file in files:
-        with _opened(file) as tensors:
-            checks = _checks(tensors)
+        with opened_file(file) as tensors:
+            checks = checksums(tensors)
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 if name in packed or not _TENSOR.fullmatch(name):
                     raise ValueError(f"{file}: {name!r} is in another file, too, or no name of a tensor")
@@ -140,7 +150,7 @@ def header_digest(file: Path) -> str:
         return hashlib.sha256(size + stream.read(length)).hexdigest()
 
 
-def _checks(tensors: Any) -> dict[str, str]:
+def checksums(tensors: Any) -> dict[str, str]:
     """Returns {tensor: checksum} of the tensors that a file stores dense. Raises ValueError when its metadata have none."""
     try:
         checks = json.loads((tensors.metadata() or {}).get(CHECKS, "{}"))
@@ -152,7 +162,8 @@ def _checks(tensors: Any) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened_file(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file. Raises ValueError when it is damaged."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -201,12 +212,13 @@ def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
     named = {layer.pattern for layer in plan.layers.values()} - {"unstructured"}
     pairs = [tuple(int(n) for n in pattern.split(":")) for pattern in sorted(named) if pattern[0] != "*"]
     groups = [(kept, group) for kept, group in pairs if group in GROUPS and kept < group]
+    sources = dense_files(folder)
     files, total = write_shards(
-        _shards(folder), output, "sparse", lambda tensor, name, checks: _packed(tensor, groups), consume=consume
+        sources, output, "sparse", lambda tensor, name, checks: _packed(tensor, groups), consume=consume
     )
     if not total:
         raise ValueError(f"{folder} has no weights with enough zeros to be worth packing")
-    copy_other_files(folder, output)
+    copy_other_files(folder, output, sources)
     config["transformers_weights"] = HOW_TO_LOAD
     config["quantization_config"] = {
         "quant_method": METHOD,
@@ -218,7 +230,7 @@ def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
     write_json(output / "config.json", config)
 
 
-def _shards(folder: Path) -> list[Path]:
+def dense_files(folder: Path) -> list[Path]:
     """Returns the weight files of a dense folder, in order."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
@@ -283,8 +295,8 @@ def write_shards(
     for number, source in enumerate(sources, 1):
         name = f"{stem}-{number:05d}-of-{len(sources):05d}.safetensors" if len(sources) > 1 else f"{stem}.safetensors"
         stored, checks = {}, {}
-        with _opened(source) as tensors:
-            known = _checks(tensors)
+        with opened_file(source) as tensors:
+            known = checksums(tensors)
             for key in tensors.keys():  # noqa: SIM118  (not a dict)
                 if key in weight_map:
                     raise ValueError(f"{source}: {key} is in another file, too")
@@ -307,11 +319,30 @@ def write_shards(
     return files, changed
 
 
-def copy_other_files(folder: Path, output: Path) -> None:
-    """Copies everything beside weights and config: tokenizer, generation config, report, card."""
+def other_files(folder: Path, weights: Iterable[Path]) -> list[Path]:
+    """Returns the paths of all files and folders beside weights and config: tokenizer, generation config, report, card.
+
+    `weights`: the files that the model is loaded from. A warning names other weight files, and links that leave the
+    folder: neither is among the result.
+    """
+    found = []
+    used = {"config.json", *(file.name for file in weights)}
+    used |= {f"{stem}.safetensors.index.json" for stem in ("model", "sparse")}
     for item in sorted(folder.iterdir()):
-        if item.name.startswith(".") or item.name == "config.json" or _WEIGHTS.fullmatch(item.name):
+        if item.name in used or item.name.startswith("."):
             continue
+        if _WEIGHTS.fullmatch(item.name):
+            logger.warning("%s is left out: it is none of the weight files that the model is loaded from", item)
+        elif any(not is_inside(path, folder) for path in (item, *item.rglob("*"))):
+            logger.warning("%s is left out: it is, or has, a link that leaves its folder", item)
+        else:
+            found.append(item)
+    return found
+
+
+def copy_other_files(folder: Path, output: Path, weights: Iterable[Path]) -> None:
+    """Copies what `other_files` finds."""
+    for item in other_files(folder, weights):
         if item.is_dir():
             shutil.copytree(item, output / item.name)
         else:

@@ -25,7 +25,7 @@ class PlanFile:
     `after_record`: see `Journal`.
 
     Raises:
-        ValueError: `path` is a folder or, while `overwrite` is False, a file that is no plan or one from a race.
+        ValueError: `path` is a folder or, while `overwrite` is False, a file that is no plan.
     """
 
     def __init__(
@@ -52,15 +52,12 @@ class PlanFile:
         return Journal(self._record, self.processes, after_record=self._after_record)
 
     def _finished_plan(self) -> Plan:
-        """Returns the plan that is there. Raises ValueError for a file that is none, or one from a race.
-
-        The plan of a race does not say on which data it was made, so another run cannot be compared with it.
-        """
+        """Returns the plan that is there. Raises ValueError for a file that is none."""
         try:
             plan = Plan.load(self.path)
         except (ValueError, TypeError, KeyError):
             plan = None
-        if plan is None or plan.chosen:
+        if plan is None:
             raise ValueError(
                 f"output {str(self.path)!r} exists; choose another name, or remove it (overwrite=True, --overwrite)"
             )
@@ -69,6 +66,10 @@ class PlanFile:
     def _compare(self, plan: Plan, arguments: Mapping[str, Any]) -> None:
         before = {"config": plan.config, "model": plan.model, "data": plan.data or arguments.get("data")}
         now = {key: arguments.get(key) for key in before}
+        if plan.chosen:  # its `data` are those of the choice; what the whole of them was, the race's record says
+            before["data"], now["data"] = (
+                (each or {}).get("sha256") for each in (plan.chosen.get("data"), now["data"])
+            )
         if differing := differences(json.loads(json.dumps(before)), json.loads(json.dumps(now))):
             raise ValueError(
                 f"output {str(self.path)!r} is complete already, of a run with other arguments: {differing}. "

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .bitmask import codec
-from .packed_folder import METHOD, check_description, check_headers, check_index, check_tensors
+from .packed_folder import METHOD, check_description, check_headers, check_index, check_tensors, dense_files, is_dense
 from .safetensors_index import read_headers
 from .system import prefetch
 from .transformers_internals import (
@@ -104,6 +104,7 @@ class BitmaskQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise ValueError("this config describes a packed folder; to prune a model use hf_sparsity.prune")
+        self.is_dense = False  # the files are no packed ones, whatever the config says
         self.packed: dict[str, bool] = {}  # {name in the files: whether it is packed}
         self.environment: dict[str, str | None] = {}  # what to restore in it
         self.originals: dict[int, WeightConverter | None] = {}  # id of each converter of ours -> the one it replaced
@@ -121,11 +122,23 @@ class BitmaskQuantizer(HfQuantizer):
                 "a packed folder cannot be loaded with tensor parallelism or another distributed_config: a slice of a "
                 "matrix is not a slice of its packed bytes. Make it dense first: hf_sparsity.unpack(folder, output)"
             )
-        check_index(Path(config._name_or_path), vars(self.quantization_config))
-        config.transformers_weights = vars(self.quantization_config)["weights_file"]
+        folder, described = Path(config._name_or_path), vars(self.quantization_config)
+        if self._finds_dense(folder):
+            if hasattr(config, "transformers_weights"):
+                del config.transformers_weights
+            return config
+        check_index(folder, described)
+        config.transformers_weights = described["weights_file"]
         return config
 
     update_tp_plan = update_attn_implementation  # its place in older releases
+
+    def _finds_dense(self, folder: Path) -> bool:
+        """Returns whether the files of a folder are dense, although its config says that they are packed; notes it."""
+        if is_dense(folder, vars(self.quantization_config)):
+            logger.warning("%s says that it is packed, but its files are dense: its config was another model's", folder)
+            self.is_dense = True
+        return self.is_dense
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         """Returns the device map as it is. Raises ValueError for offload to disk where transformers cannot do it."""
@@ -139,6 +152,11 @@ class BitmaskQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        # Only here is the folder known where a class, not an Auto class, is asked to load it.
+        if not self.is_dense and checkpoint_files and self._finds_dense(Path(checkpoint_files[0]).parent):
+            checkpoint_files[:] = map(str, dense_files(Path(checkpoint_files[0]).parent))
+        if self.is_dense:
+            return
         files = [Path(os.path.normpath(file)) for file in checkpoint_files or ()]
         check_headers(files, vars(self.quantization_config))
         stored = read_headers(map(str, files))
@@ -163,6 +181,8 @@ class BitmaskQuantizer(HfQuantizer):
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
         """Puts `Unpack` before the model's own conversions, and adds it for packed names that have none."""
+        if self.is_dense:
+            return weight_conversions
         updated = []
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
@@ -210,6 +230,8 @@ class BitmaskQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         """Removes all traces of the loading, so that the model saves as any other."""
+        if self.is_dense:
+            return
         self.undo()
         for name, dtype in self.dtypes.items():
             tensor = model.get_parameter_or_buffer(name)

@@ -10,11 +10,13 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ..model.accepted import check_kind, refuse_adapters
-from ..model.identity import renew_identity
+from ..model.identity import forget_packing, renew_identity
+from ..model.sparsity import check_zeros, model_plan
 from ..plan import Report
 from .atomic import new_folder
 from .completion import check_writable, complete
 from .packed_folder import check_layout, pack_into, refuse_unless_prunable
+from .saved import is_saved
 from .source import find_source
 from .zeros import REPORT_FILE, check_written
 
@@ -32,7 +34,7 @@ def save_sparse(
 
     Args:
         model: any transformers model.
-        path: a folder that does not exist, or is empty.
+        path: a folder that does not exist, or is empty. One that holds this very model already is left as it is.
         layout: `dense`, ordinary files with zeros in them; `bitmask`, the pruned matrices packed.
         report: saved beside the weights; the zeros of the files are counted against it.
         tokenizer: saved beside the weights.
@@ -43,16 +45,22 @@ def save_sparse(
         The folder.
 
     Raises:
-        ValueError: the folder holds other files; an unknown layout; `bitmask` for a model that is quantized, has no
-            plan, or no zeros worth packing.
+        ValueError: the folder holds other files or another model; an unknown layout; `bitmask` for a model that is quantized, has no
+            plan, or no zeros worth packing; a plan in the model's config whose zeros the model does not have.
         RuntimeError: the files have fewer zeros than the report says, or would not load completely.
     """
     check_kind(model)
     refuse_adapters(model)
     check_layout(layout)
+    forget_packing(model.config)
+    if model_plan(model) is not None:
+        check_zeros(model)
     check_writable(model)
     if layout == "bitmask":
         refuse_unless_prunable(model.config.to_dict())
+    if is_saved(model, Path(path), layout):
+        renew_identity(model, path)
+        return Path(path)
     with new_folder(path) as temporary:
         dense = temporary / ".dense" if layout == "bitmask" else temporary
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}

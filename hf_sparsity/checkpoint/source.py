@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from ..files import is_inside, read_json
 from ..model.offload import weight_store
 from .conversion import rehearse, some, targets, twin_of
 from .locate import find_stored
@@ -41,6 +42,7 @@ LEFTOVERS = re.compile(
     r"\..*|__pycache__|checkpoint-\d+|runs|logs|wandb|trainer_state\.json|training_args\.bin|"
     r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth"
 )
+LEFT_OUT = "other weights, which the model is not loaded from: not carried over, since they are not pruned"
 LARGEST_SMALL_FILE = 256 * 2**20  # bytes; the largest tokenizers have 40 MB
 
 
@@ -64,22 +66,46 @@ class Source:
             for name, part in slices.items():
                 yield name, part if isinstance(part, Tensor) else part[...]
 
-    def small_files(self) -> Iterator[Path]:
-        """Yields the paths, relative to the folder, of all files that are no weights and not about the folder itself."""
-        home = self.folder.parent.parent if self.folder.parent.name == "snapshots" else self.folder  # links into blobs
-        yield from self._walk(self.folder, home.resolve())
+    def left_out(self) -> dict[str, str]:
+        """Returns the files and folders of other weights, which are not carried over -> the reason."""
+        used = {Path(place.file).name for place in self.stored.values()}
+        found: dict[str, str] = {}
+        modules = self._modules
+        for path in sorted(self.folder.iterdir()) if used else ():
+            if LEFTOVERS.fullmatch(path.name) or path.name in used or path.name.endswith(".index.json"):
+                continue
+            inside = path.rglob("*") if path.is_dir() and path.name not in modules else [path]
+            if any(_WEIGHTS.fullmatch(each.name) for each in inside):
+                found[path.name + "/" * path.is_dir()] = LEFT_OUT
+        return found
 
-    def _walk(self, folder: Path, home: Path) -> Iterator[Path]:
+    @property
+    def _modules(self) -> set[str]:
+        """The subfolders that sentence-transformers' list of modules names: their weights belong to the model."""
+        file = self.folder / "modules.json"
+        listed = read_json(file) if file.is_file() else []
+        paths = (
+            {module.get("path") for module in listed if isinstance(module, dict)} if isinstance(listed, list) else set()
+        )
+        return {path for path in paths if isinstance(path, str) and path}
+
+    def small_files(self) -> Iterator[Path]:
+        """Yields the paths, relative to the folder, of all files that are no weights of the model and not about the folder."""
+        yield from self._walk(self.folder, self._modules)
+
+    def _walk(self, folder: Path, modules: Collection[str], is_module: bool = False) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
             top = folder == self.folder
             if LEFTOVERS.fullmatch(path.name) or (top and _OF_ONE_FOLDER.fullmatch(path.name)):
                 continue
-            if not path.resolve().is_relative_to(home):
+            if not is_inside(path, self.folder):
                 logger.warning("%s is a link that leaves its folder; it is not carried over", path)
             elif path.is_dir():
                 if path.name not in _COPIES and not path.is_symlink():
-                    yield from self._walk(path, home)
-            elif not _WEIGHTS.fullmatch(path.name) and path.stat().st_size <= LARGEST_SMALL_FILE:
+                    yield from self._walk(path, modules, is_module or (top and path.name in modules))
+            elif _WEIGHTS.fullmatch(path.name) and not (is_module and path.suffix == ".safetensors"):
+                continue
+            elif path.stat().st_size <= LARGEST_SMALL_FILE:
                 yield path.relative_to(self.folder)
 
     def copy_files(self, output: Path, *, leave: Collection[str] = ()) -> list[str]:

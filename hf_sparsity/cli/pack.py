@@ -20,15 +20,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rewrites a dense folder in the bitmask layout."""
     from ..publish.layouts import pack
 
-    return repacked(options, pack)
+    return repacked(options, pack, "bitmask")
 
 
-def repacked(options: argparse.Namespace, change: Callable[[str, str], Path]) -> dict[str, Any]:
-    """Rewrites the folder by `change`, and prints and returns how large its weights are now and were before."""
+def repacked(options: argparse.Namespace, change: Callable[[str, str], Path], layout: str) -> dict[str, Any]:
+    """Rewrites the folder by `change` into a layout, and prints and returns how large its weights are now and were before."""
     from ..checkpoint.zeros import folder_bytes
+    from ..publish.layouts import is_done
 
-    output = change(options.folder, options.output)
+    done = is_done(options.folder, options.output, layout)
+    output = Path(options.output) if done else change(options.folder, options.output)
     before, after = folder_bytes(options.folder), folder_bytes(output)
+    if done and not options.json:
+        print(f"{output} is complete already, of the same folder; nothing was written")
     if not options.json:
         print(f"{output}: {after / 2**20:.1f} MiB of weights, {100 * after / before:.1f} % of {before / 2**20:.1f} MiB")
     return {"output": str(output), "bytes": after, "bytes_before": before}

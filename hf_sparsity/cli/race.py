@@ -58,8 +58,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..planning.make_plan import make_plan
     from .loading import calibration, hidden_limit, load, sparsity_config
 
-    report = check_page(options.report, overwrite=options.overwrite) if options.report else None
     output = PlanFile(options.output, overwrite=options.overwrite)
+    again = output.path.exists()  # of a run of the same arguments, or nothing is done
+    report = check_page(options.report, overwrite=options.overwrite or again) if options.report else None
     if report and report.resolve() == output.path.resolve():
         raise ValueError(f"plan and report both go to {options.output!r}; give them different names")
     limits = {"budget": options.budget, "descent": options.descent}
@@ -76,13 +77,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(model, config, batches, output_dir=output, hidden_limit=hidden_limit(options))
     seconds = time.perf_counter() - start
     output.save(plan)
-    if report and output.processes.main:
+    drawn = report is not None and not (output.is_complete and report.exists())
+    if report and drawn and output.processes.main:
         draw_report(plan, report)
     assert plan.chosen is not None
     if output.processes.main and not options.json:
-        print(summary(RaceRecord.from_dict(plan.chosen), seconds))
-        print(f"plan written to {options.output}")
-        if report:
+        print(summary(RaceRecord.from_dict(plan.chosen), None if output.is_complete else seconds))
+        done = f"{options.output} is complete already, of a run with the same arguments"
+        print(done if output.is_complete else f"plan written to {options.output}")
+        if drawn:
             print(f"report written to {options.report}")
     return {
         "plan": options.output,
@@ -93,8 +96,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def summary(race: RaceRecord, seconds: float) -> str:
-    """Returns the table of the candidates, the winner, its certificate and what it cost."""
+def summary(race: RaceRecord, seconds: float | None) -> str:
+    """Returns the table of the candidates, the winner, its certificate and what it cost.
+
+    `seconds`: None where they are not known, of a plan that was made before.
+    """
     from .tables import render
 
     shown = [*race.candidates[:ROWS], *(other for other in race.candidates[ROWS:] if other.kind == "uniform")]
@@ -110,11 +116,11 @@ def summary(race: RaceRecord, seconds: float) -> str:
         lines.append(f"search: {race.search['generations']} generations, {race.search['stopped']}")
     if race.sources is not None:
         lines.append(by_source(race.sources))
-    data = race.data
+    data, took = race.data, "" if seconds is None else f", {seconds:.0f} s"
     lines += [
         f"winner: {race.winner} ({100 * race.confidence:g} % intervals; within noise the simpler plan wins)",
         certificate(race.certificate),
-        f"cost: {race.spent['evals']} evaluations, {race.spent['tokens']} tokens, {seconds:.0f} s; "
+        f"cost: {race.spent['evals']} evaluations, {race.spent['tokens']} tokens{took}; "
         f"sequences for statistics {data['statistics']}, choice {data['selection']}, certificate {data['certificate']}",
     ]
     return "\n".join(lines)

@@ -16,4 +16,4 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rewrites a packed folder in the dense layout."""
     from ..publish.layouts import unpack
 
-    return repacked(options, unpack)
+    return repacked(options, unpack, "dense")

@@ -17,9 +17,15 @@ def renew_identity(model: Any, folder: str | os.PathLike[str] | None) -> None:
     A `quantization_config` of packed folders, left in a config that was taken from one, is removed: the model in memory
     is not packed.
     """
-    config = model.config
-    config._name_or_path = "" if folder is None else str(folder)
+    model.config._name_or_path = "" if folder is None else str(folder)
+    forget_packing(model.config)
+
+
+def forget_packing(config: Any) -> None:
+    """Removes from the config of a model in memory what describes packed files."""
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
     if method == QUANT_METHOD:
         del config.quantization_config
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights

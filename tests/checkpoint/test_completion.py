@@ -86,6 +86,23 @@ def test_pruning_into_a_folder(source, stream, tmp_path):
     assert Report.load(tmp_path / "out" / "sparsity_report.json").skipped == report.skipped
 
 
+def test_weights_that_are_not_the_models_are_named_and_those_of_its_modules_kept(tmp_path):
+    """A sentence-transformers folder has modules of its own; other files of weights hold dense copies."""
+    tiny("llama").save_pretrained(tmp_path / "source")
+    modules = [{"path": "", "type": "Transformer"}, {"path": "2_Dense", "type": "Dense"}]
+    fill(tmp_path / "source", {"modules.json": json.dumps(modules), "2_Dense/config.json": "{}", "onnx/model.onnx": ""})
+    save_file({"linear.weight": torch.ones(2, 2)}, tmp_path / "source/2_Dense/model.safetensors")
+    for name in ("consolidated.safetensors", "fp16/model.safetensors"):
+        (tmp_path / "source" / name).parent.mkdir(exist_ok=True)
+        save_file({"a": torch.ones(2)}, tmp_path / "source" / name)
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    report = prune(model, make_plan(model, CONFIG), output_dir=tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"], torch.ones(2, 2))
+    named = {name for name, why in report.skipped.items() if "not carried over" in why}
+    assert named == {"consolidated.safetensors", "fp16/", "onnx/"}
+    assert not any((tmp_path / "out" / name).exists() for name in named)
+
+
 def test_packing_and_unpacking(source, tmp_path):
     folder, further = source
     model = hf.AutoModelForCausalLM.from_pretrained(folder)

@@ -139,3 +139,28 @@ def test_recovering_again(source, tmp_path):
     assert all(torch.equal(value, first.state_dict()[name]) for name, value in second.state_dict().items())
     with pytest.raises(ValueError, match="complete already, of a run with another"):
         again(steps=3)
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_saving_again(name, layout, tmp_path):
+    """A job that prunes in memory and saves may be started again; another model is refused with what differs."""
+
+    def job(sparsity=0.6, scale=1.0):
+        model = tiny(name)
+        report = prune(model, make_plan(model, SparsityConfig(sparsity, pruner="magnitude")))
+        with torch.no_grad():
+            model.lm_head.weight *= scale
+        return save_sparse(model, tmp_path / "out", report=report, layout=layout)
+
+    job()
+    before = files(tmp_path / "out")
+    assert job() == tmp_path / "out" and files(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="holds another sparse model: another plan or record"):
+        job(0.5)
+    with pytest.raises(ValueError, match=r"holds another sparse model: other values of lm_head.weight"):
+        job(scale=2.0)
+    assert files(tmp_path / "out") == before
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        job()

@@ -39,8 +39,12 @@ def test_it_prints_who_did_how_well_and_writes_the_plan(tmp_path, capsys):
         "tokens",
     ):
         assert word in said, word
-    with pytest.raises(ValueError, match=r"output .* exists"):
+    with pytest.raises(ValueError, match=r"output .* complete already, of a run with other arguments: config was"):
         race.run(parsed(*FEW, "--output", str(output)))
+    with pytest.raises(ValueError, match=r"other arguments: data was"):
+        race.run(parsed(*FEW[:-3], "9", *FEW[-2:], "--search", "--budget", "20 evals", "--output", str(output)))
+    again = race.run(parsed(*FEW, "--search", "--budget", "20 evals", "--output", str(output), "--report", str(page)))
+    assert again["chosen"] == done["chosen"] and "is complete already" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"report .* exists"):
         race.run(parsed(*FEW, "--output", str(tmp_path / "other.json"), "--report", str(page)))
     assert f"report written to {page}" in said and done["report"] == str(page)

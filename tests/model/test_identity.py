@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, LlamaModel
 
-from hf_sparsity import SparseModel, make_plan, measure_sparsity, pack, prune, save_sparse, unpack
+from hf_sparsity import SparseModel, make_plan, measure_sparsity, open_streamed, pack, prune, save_sparse, unpack
 from hf_sparsity.model.identity import renew_identity
 from hf_sparsity.model.sparsity import check_zeros, fit_names, model_plan
 from tests.conftest import tiny
@@ -42,6 +42,27 @@ def test_a_config_taken_from_a_packed_folder_can_be_pruned_into_a_folder(tmp_pat
     other.config.quantization_config = {"quant_method": "other"}
     renew_identity(other, None)
     assert other.config.quantization_config == {"quant_method": "other"}
+
+
+def test_a_new_model_with_the_config_of_a_packed_one(tmp_path):
+    """It is neither packed nor pruned: what claims so is dropped or refused, and transformers' own files of it load."""
+    model = tiny("llama").to(torch.bfloat16)
+    prune(model, make_plan(model, PRUNE))
+    save_sparse(model, tmp_path / "packed", layout="bitmask")
+    new = LlamaForCausalLM(AutoConfig.from_pretrained(tmp_path / "packed"))
+    new.save_pretrained(tmp_path / "new")
+    for again in (AutoModelForCausalLM.from_pretrained(tmp_path / "new"), open_streamed(tmp_path / "new")):
+        assert not hasattr(again.config, "quantization_config") and not hasattr(again.config, "transformers_weights")
+        assert torch.equal(again.lm_head.weight, new.lm_head.weight)
+    assert measure_sparsity(again).sparsity < 0.01
+    with pytest.raises(ValueError, match="do not have the zeros that their plan promises"):
+        SparseModel.from_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match="do not have the zeros that their plan promises"):
+        save_sparse(new, tmp_path / "saved")
+    del new.config.sparsity_config
+    save_sparse(new, tmp_path / "saved")
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert not hasattr(config, "quantization_config") and not hasattr(config, "sparsity_config")
 
 
 def test_packed_files_are_not_quantized_while_loading(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 from markupsafe import Markup
 
+from ...checkpoint.source import LEFT_OUT
 from ...config import CHOOSERS
 from ...evaluation.metrics import Score
 from ...pictures.grid import Grid, make_grid
@@ -203,11 +204,16 @@ def _context(facts: Facts) -> dict[str, Any]:
         "trained_otherwise": any(record.get("method") not in RECOVER for record in facts.recoveries),
         "grouped": any(layer.pattern != "unstructured" for layer in facts.plan.layers.values()),
         "text_names": list(dict.fromkeys(text.name for text in texts)),
-        "skipped": Counter(map(str, report.skipped.values())).most_common(REASONS) if report else [],
+        "skipped": _reasons(report.skipped.values()) if report else [],
         "notes": list(report.notes.items()) if report else [],
         "papers": _papers(facts),
         "unknown_algorithms": [name for role, name in facts.algorithms if name not in {*TABLES[role], *CHOOSERS}],
     }
+
+
+def _reasons(reasons: Iterable[Any]) -> list[tuple[str, int]]:
+    """Returns the most frequent reasons for leaving layers dense; files that were left out are no layers."""
+    return Counter(reason for reason in map(str, reasons) if reason != LEFT_OUT).most_common(REASONS)
 
 
 def _cite(facts: Facts, role: str, name: str) -> CitedAlgorithm:
