@@ -106,15 +106,16 @@ def prepare(
     *,
     teacher: Any,
     tokenizer: Any,
-    auto_class: Any,
     length: int | None,
     seed: int,
-    **dataset: Any,
+    **reading: Any,
 ) -> Preparation:
     """Loads the models, cuts the data into sequences, and checks that all of it fits together.
 
-    The arguments are those of `recover`; `dataset` has `column` and `split`.
+    The arguments are those of `recover`; `reading` has `auto_class`, by which folders are opened, and the dataset's `column`
+    and `split`.
     """
+    auto_class = reading.pop("auto_class")
     if isinstance(method, Reconstruction):
         method = dataclasses.replace(method, blocks=_checked_blocks(method.blocks))
     if tokenizer is None and isinstance(model, (str, os.PathLike)):
@@ -130,7 +131,7 @@ def prepare(
     method = method.resolved(length=length, width=text_config(model.config).hidden_size)
     _check(method, model, teacher)
     writer = model if teacher is None else teacher
-    rows, held_out = _split(_sequences(data, tokenizer, method, length, writer, seed, **dataset))
+    rows, held_out = _split(_sequences(data, tokenizer, method, length, writer, seed, **reading))
     prepare_batches(model, torch.cat([rows, held_out]))  # raises ValueError for ids that the model does not have
     return Preparation(model, teacher, tokenizer, method, rows, held_out, seed)
 
