@@ -134,7 +134,8 @@ def taught_loss(
     Args:
         trainer: whose settings say how losses are scaled.
         teacher: what to learn, and how it is weighed.
-        usual: the trainer's own `compute_loss`; not called where `hard` is 0.
+        usual: the trainer's own `compute_loss`; not called where `hard` is 0. Where it is not the Trainer's (TRL's fuses the
+            head with the loss, and the outputs it returns have no gradient), the model runs once more for its logits.
         model: the student, as the trainer wraps it.
         inputs: the batch.
         items: the trainer's `num_items_in_batch`.
@@ -150,11 +151,13 @@ def taught_loss(
         # Without labels a decoder computes no loss, which is not needed; an encoder-decoder makes its inputs from them.
         bare = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
     loss: Any = 0.0
-    if teacher.hard:
+    if teacher.hard and shares_forward(trainer):
         loss, outputs = usual(model, {**inputs, **teacher.options}, True, items)
-        loss = teacher.hard * loss
     else:
+        if teacher.hard:
+            loss = usual(model, dict(inputs), False, items)
         outputs = model(**bare, **teacher.options)
+    loss = teacher.hard * loss
     if outputs.get("logits") is None:
         raise ValueError(
             "the model returns no logits (is a fused loss such as Liger's on?), so nothing can be distilled"
@@ -166,6 +169,12 @@ def taught_loss(
             trainer.accelerator.num_processes // trainer.get_tp_size()
         )  # as the Trainer does with its loss
     return loss + extra, outputs
+
+
+def shares_forward(trainer: Any) -> bool:
+    """Returns whether the outputs that a trainer returns with its loss are those that the loss came from."""
+    kind = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    return kind.__module__.startswith(("transformers.", __package__ + "."))
 
 
 def teach(trainer: Any, teacher: Teacher) -> None:

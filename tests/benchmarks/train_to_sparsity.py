@@ -7,9 +7,9 @@
     python tests/benchmarks/train_to_sparsity.py --publish train.json                 # into results/train_to_sparsity.json
     python tests/benchmarks/train_to_sparsity.py --choose elsa --output trials.json   # learning rates and penalties
 
-Each way has `--steps` steps of 8 sequences of 128 tokens of the calibration modules, float32, one thread. The ways that prune
-first do it by the plan of a race with SparseGPT, the best one-shot of `allocators.py`; a race with magnitude makes the plan of the
-ways that end in "-plan". Both see 128 sequences. Judged on every second window of 128 tokens of the held-out modules, which no
+Each way has `--steps` steps of 8 sequences of 128 tokens of the calibration modules, float32, one thread. The plan is that of a race
+with Wanda on 128 sequences (`--short-race`: of two allocators, 12 steps of descent, on 32 sequences); the ways that prune first do it by SparseGPT and this plan, about the best one-shot of `allocators.py`.
+Judged on every second window of 128 tokens of the held-out modules, which no
 plan, choice or training has seen; `--choose` judges on sequences of the calibration modules that `recover` holds out.
 """
 
@@ -53,7 +53,7 @@ LENGTH, BATCH, SEQUENCES = 128, 8, 128
 TARGETS = (0.8, 0.9)
 RESULTS = Path(__file__).parent / "results" / "train_to_sparsity.json"
 WAYS = {
-    "pruned": "one-shot: race, SparseGPT",
+    "pruned": "one-shot: the race's budgets, SparseGPT",
     "lora": "+ masked LoRA",
     "full": "+ full fine-tuning",
     "distilled": "+ full fine-tuning, distilled",
@@ -86,13 +86,14 @@ PENALTY = 0.03
 class Bench:
     """The model, its texts, the held-out windows and the plans, made once."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, race: dict[str, Any], sequences: int, windows: int | None):
+        self.folder, self.race = folder, race
         self.tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
         self.texts = [text for _, text in demo.texts("calibration")]
         heldout = "\n\n".join(text for _, text in demo.texts("heldout"))
-        self.heldout = text_windows(heldout, self.tokenizer, LENGTH)[::2]
+        self.heldout = text_windows(heldout, self.tokenizer, LENGTH)[::2][:windows]
         self.batches = calibration_batches(self.texts, self.tokenizer, sequences=SEQUENCES, length=LENGTH, seed=0)
+        self.planning = self.batches[:sequences]
 
     def dense(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(demo.PATH, dtype=torch.float32)
@@ -100,21 +101,24 @@ class Bench:
     def perplexity(self, model: Any) -> float:
         return evaluate_text(model, self.heldout).perplexity
 
-    def plan(self, target: float, pruner: str, allocator: str) -> Plan:
+    def plan(self, target: float, allocator: str) -> Plan:
         """Returns a plan, from a file beside the output once it is made."""
-        file = self.folder / f"plan-{pruner}-{allocator}-{100 * target:.0f}.json"
+        file = self.folder / f"plan-{allocator}-{100 * target:.0f}.json"
         if not file.exists():
-            make_plan(self.dense(), SparsityConfig(target, pruner=pruner, allocator=allocator), self.batches).save(file)
+            make_plan(self.dense(), SparsityConfig(target, pruner="wanda", allocator=allocator), self.batches).save(
+                file
+            )
         return Plan.load(file)
 
     def run(self, target: float, way: str, steps: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         """Returns what came of one way."""
         model, start, loss = self.dense(), time.process_time(), None
         if way in ONE_SHOT:
-            plan = self.plan(target, "sparsegpt", "race")
+            plan = self.plan(target, "race")
+            plan = replace(plan, config={**plan.config, "pruner": {"name": "sparsegpt"}})
             prune(model, plan, self.batches)
         else:
-            plan = self.plan(target, "magnitude", "race" if "-plan" in way else "uniform")
+            plan = self.plan(target, "race" if "-plan" in way else "uniform")
         if way != "pruned":
             method = replace(method_of(way, plan, steps), **(changes or {}))
             teacher = self.dense() if "distilled" in way else None
@@ -133,6 +137,7 @@ class Bench:
             "perplexity": self.perplexity(model),
             "calibration_perplexity": None if loss is None else math.exp(loss),
             "sparsity": measure_sparsity(model).sparsity,
+            "windows": len(self.heldout),
             "tokens": 0 if way == "pruned" else steps * BATCH * LENGTH,
             "cpu_seconds": round(time.process_time() - start, 1),
         }
@@ -194,16 +199,19 @@ def main() -> None:
         publish(json.loads(args.publish.read_text()))
         return
     torch.set_num_threads(1)
-    bench = Bench(args.output.parent)
+    short = {"name": "race", "candidates": ["owl", "fisher"], "slices": [1024, 2048], "descent": 12}
+    bench = Bench(
+        args.output.parent, short if args.short_race else {"name": "race"}, 32 if args.short_race else SEQUENCES
+    )
     found = json.loads(args.output.read_text()) if args.output.exists() else []
 
     def add(target: float, way: str, tried: dict[str, Any] | None = None) -> None:
-        case = {"target": target, "way": way, "steps": args.steps} | ({"tried": tried} if tried else {})
+        case: dict[str, Any] = {"target": target, "way": way, "steps": args.steps} | ({"tried": tried} if tried else {})
         if any(all(r.get(key) == value for key, value in case.items()) and r.get("tried") == tried for r in found):
             return
         changes = dict(tried or {})
         if "penalty" in changes:
-            schedule = method_of(way, Plan.load(bench.folder / "plan-magnitude-uniform-80.json"), args.steps).schedule
+            schedule = method_of(way, bench.plan(target, "uniform"), args.steps).schedule
             changes["schedule"] = replace(schedule, penalty=changes.pop("penalty"))
         if way == "dense":
             result = {"perplexity": bench.perplexity(bench.dense()), "tokens": 0, "sparsity": 0.0, "cpu_seconds": 0.0}
@@ -215,7 +223,6 @@ def main() -> None:
 
     targets = [t for t in TARGETS if args.sparsity in (None, t)]
     if args.choose:
-        bench.plan(0.8, "magnitude", "uniform")
         for target in targets:
             for rate in args.rates:
                 for penalty in args.penalties if "elsa" in args.choose else [None]:

@@ -167,11 +167,11 @@ def test_it_resumes_to_the_same_weights(tmp_path):
 
 def train_together(processes, folder):
     again = Reallocation("fisher", IDS[:2], at=(2,))
-    options = Gradual(end=6, interval=2, scores="fisher", regrow=0.3, reallocate=again)
-    run, masks = grow(folder, options, steps=7)
+    options = Gradual(end=4, interval=1, scores="fisher", regrow=0.3, reallocate=again)
+    run, masks = grow(folder, options, steps=4, save_strategy="no")
     run.train()
     check_zeros(run.model)
-    assert sum(int((masks.seen[2][n] & ~p).sum()) for n, p in masks.seen[4].items()) > 0
+    assert sum(int((masks.seen[2][n] & ~p).sum()) for n, p in masks.seen[3].items()) > 0
     return {name: parameter.detach().numpy() for name, parameter in run.model.named_parameters()}
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +70,7 @@ def test_a_dense_model_becomes_sparse_and_resumes_to_the_bit(method, tmp_path, m
     assert "while it was pruned" in str(make_card(tmp_path / "whole"))
     done = recover(tiny("llama"), IDS, method, output_dir=tmp_path / "whole", teacher=tiny("llama"))
     assert all(torch.equal(value, state(whole)[name]) for name, value in state(done).items())
-    with pytest.raises(ValueError, match="other arguments"):
+    with pytest.raises(ValueError, match="complete already, of a run with another options"):
         other = {**vars(method), "lr": 1e-3}
         recover(tiny("llama"), IDS, type(method)(**other), output_dir=tmp_path / "whole")
 
@@ -127,6 +130,18 @@ def test_recipes_are_methods_that_may_be_changed():
     assert (changed.steps, changed.tokens, changed.plan, changed.config) == (5, None, "plan.json", None)
     with pytest.raises(TypeError):
         recipe(80, ranks=3)
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "examples" / "train_to_80.py"), "--steps", "8", "--heldout", "4"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    for number, more in enumerate(([], ["--elsa"])):
+        given = ["--allocator", "uniform", "--output", str(tmp_path / str(number)), *more]
+        done = subprocess.run([*command, *given], capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        check_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / str(number)))
 
 
 def parsed(*given):

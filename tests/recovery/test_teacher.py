@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_sparsity import SparsityCallback
+from hf_sparsity import SparsityCallback, demo
 from hf_sparsity.recovery.distillation import DistillationTrainer
 from hf_sparsity.recovery.losses import square_head
 from hf_sparsity.recovery.stored_logits import SHARD, StoredLogits, store_logits
@@ -145,3 +145,51 @@ def test_a_teacher_has_to_be_put_into_the_trainer(tmp_path):
         SparsityCallback(teacher=tiny("llama")).add_to(taught)
     with pytest.raises(ValueError, match=r"write Teacher\(model, soft="):
         DistillationTrainer(sparse(), arguments, teacher=Teacher(tiny("llama")), soft=2.0)
+
+
+def test_a_trainer_whose_outputs_have_no_gradient_learns_all_the_same(tmp_path):
+    """As TRL's, whose loss is fused with the head, so that it runs the model again for the outputs."""
+
+    class Fused(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            if not return_outputs:
+                return loss
+            with torch.no_grad():
+                return loss, model(**{k: v for k, v in inputs.items() if k != "labels"})
+
+    options = {"hard": 0.5, "hidden": 0.3, "top_k": 8}
+    dense = tiny("llama")
+    _, fused, _ = run(tmp_path, Fused, callback=SparsityCallback(teacher=Teacher(dense, **options)))
+    _, usual, _ = run(tmp_path, teacher=Teacher(dense, **options))
+    assert_same(fused, usual, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_trls_trainer_learns_from_a_teacher(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer, default_data_collator
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
+    rows = Dataset.from_dict({"input_ids": IDS[:8].tolist(), "labels": IDS[:8].tolist()})
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, bf16=False,
+        save_strategy="no", disable_tqdm=True, eos_token=tokenizer.eos_token, gradient_checkpointing=False, logging_strategy="no",
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    seen = {}
+    for name, teacher in (("with", Teacher(tiny("llama"), hard=0.0)), ("without", None)):
+        keep, model = Keep(), sparse()
+        trainer = trl.SFTTrainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            callbacks=[keep],
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+        )
+        SparsityCallback(teacher=teacher).add_to(trainer)
+        trainer.train()
+        seen[name] = keep.seen
+    assert any(not torch.allclose(seen["with"][n], g) for n, g in seen["without"].items())
