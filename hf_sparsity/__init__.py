@@ -21,6 +21,7 @@ _HOME = {
     "PlanFile": "checkpoint.plan_file",
     "make_plan": "planning.make_plan",
     "prune": "pruning.prune",
+    "refit": "pruning.refit",
     "SparseModel": "sparse_model",
     "open_streamed": "checkpoint.streamed",
     "Output": "checkpoint.output",
@@ -107,6 +108,7 @@ __all__ = [
     "push_sparse",
     "recipe",
     "recover",
+    "refit",
     "save_sparse",
     "sparse_lora",
     "store_logits",
@@ -133,6 +135,7 @@ if TYPE_CHECKING:
     from .planning.make_plan import make_plan
     from .pruning.prune import prune
     from .pruning.reconstruction import BlockReconstruction
+    from .pruning.refit import refit
     from .publish.card.make_card import make_card
     from .publish.hub import push_sparse
     from .publish.layouts import pack, unpack

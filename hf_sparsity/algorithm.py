@@ -288,6 +288,8 @@ class Pruner(Algorithm, ABC):
     """Decides which weights of a layer go, and what becomes of the others."""
 
     updates_survivors: ClassVar[bool] = False  # `prune` also changes the weights that stay
+    takes_zeros: ClassVar[bool] = False  # the zeros are there already, so that rows have nothing to decide
+    without_inputs: ClassVar[str] = "pruned by magnitude"  # what becomes of a layer whose inputs nobody saw
     checked_against: ClassVar[str] = (
         ""  # a cheaper pruner of ours, whose result is taken where its output error is lower
     )

@@ -20,6 +20,7 @@ A = TypeVar("A", bound=Algorithm)
 CHOOSERS: dict[str, type[Race]] = {"race": Race, "search": Search}  # these compare allocators on the model itself
 
 ALLOW_UNSEEN = 0.05  # share of the weights whose inputs need not be seen
+REFINEMENTS = ("swaps",)  # what may improve a pruner's masks after it, see `core/swaps.py`
 PARTS = ("vision", "audio")  # parts of a model beside its language model, which `include` names
 
 
@@ -40,6 +41,9 @@ class SparsityConfig:
             default. Calibration data for pruners that need it then have to have images or sound.
         refit: after pruning, set the weights that stay to their least-squares optimum on the calibration data; a row that
             would not gain stays as it was.
+        refine: `"swaps"`: before the refit, exchange kept and removed weights one for one, within each row (and group, for
+            N:M), as long as that lowers the squared change of the layer's outputs on the calibration data. It takes as
+            long as ALPS and brings a refit with it.
         allow_unseen: share of the prunable weights, in [0, 1], that may lie in layers whose inputs no calibration data
             shows (the model does not use them on this data, or multiplies them where it cannot be observed). They
             are measured and pruned by magnitude, which the plan and the report say; more of them are an error.
@@ -57,6 +61,7 @@ class SparsityConfig:
     seed: int
     include: tuple[str, ...]
     refit: bool
+    refine: str | None
     allow_unseen: float
 
     def __init__(
@@ -69,8 +74,9 @@ class SparsityConfig:
         ignore: str | Sequence[str] = (),
         seed: int = 0,
         include: str | Sequence[str] = (),
-        refit: bool = False,
+        refit: bool | None = None,
         allow_unseen: float = ALLOW_UNSEEN,
+        refine: str | None = None,
     ) -> None:
         parsed = Pattern.parse(pattern)
         check_number("seed", seed, whole=True)
@@ -88,13 +94,18 @@ class SparsityConfig:
             "ignore": _names(ignore),
             "seed": seed,
             "include": _parts(include),
-            "refit": refit,
+            "refit": refine is not None if refit is None else refit,
+            "refine": refine,
             "allow_unseen": allow_unseen,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen: the one place that sets
-        if not isinstance(refit, bool):
+        if not isinstance(refit, bool | None):
             raise ValueError(f"refit={refit!r}: True or False is expected")
+        if refine not in (None, *REFINEMENTS):
+            raise ValueError(f"refine={refine!r}: {', '.join(map(repr, REFINEMENTS))} or None is expected")
+        if refine is not None and refit is False:
+            raise ValueError(f"refine={refine!r} ends with a refit: leave refit=False out")
         if isinstance(allow_unseen, bool) or not isinstance(allow_unseen, (int, float)) or not 0 <= allow_unseen <= 1:
             raise ValueError(f"allow_unseen={allow_unseen!r}: a share of the weights is expected, from 0 to 1")
         self._check_together(parsed)
@@ -128,7 +139,7 @@ class SparsityConfig:
         values["ignore"] = list(self.ignore)
         values["include"] = list(self.include)
         # Left out at their defaults, as in plans from before there was a choice.
-        for later, default in {"include": [], "refit": False, "allow_unseen": ALLOW_UNSEEN}.items():
+        for later, default in {"include": [], "refit": False, "refine": None, "allow_unseen": ALLOW_UNSEEN}.items():
             if values[later] == default:
                 del values[later]
         return {k: v.to_dict() if isinstance(v, Algorithm) else v for k, v in values.items()}

@@ -242,7 +242,8 @@ class LayerReport:
     error of the layer's output, ‖(W − W′)X‖² / ‖WX‖² (exact where the Gram matrix was collected, else from the
     column norms alone; None without data); `tokens` reached it; `note` says what was done differently; `mask` is the
     hash of where the zeros are (`model/sparsity.mask_hash`), 32 hex digits; `error_before_refit`, only with `refit`, is
-    the error of what the pruner itself left.
+    the error of what the pruner itself left; `swapped`, only with `refine="swaps"`, is how many weights that the pruner
+    had removed took the place of one that it had kept.
     """
 
     zeros: int
@@ -254,6 +255,7 @@ class LayerReport:
     note: str = ""
     mask: str | None = None
     error_before_refit: float | None = None
+    swapped: int | None = None
 
     def __post_init__(self) -> None:
         if not (

@@ -100,6 +100,7 @@ MANY_PARAMETERS = {
     "evaluation/evaluate.py evaluate",
     "evaluation/tasks.py score_tasks",
     "pruning/prune.py prune",
+    "pruning/refit.py refit",
     "recovery/recover.py recover",
     "sparse_model.py from_pretrained",
     "streaming/stream.py stream_blocks",

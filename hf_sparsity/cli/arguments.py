@@ -12,6 +12,11 @@ _MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
 def add_model(command: argparse.ArgumentParser) -> None:
     """Adds which model a command works on, and how it is loaded."""
     command.add_argument("model", help=_MODEL)
+    add_loading(command)
+
+
+def add_loading(command: argparse.ArgumentParser) -> None:
+    """Adds how a model is loaded."""
     add_model_class(command)
     command.add_argument("--dtype", default="auto", help="type of the loaded weights (default: the checkpoint's)")
     command.add_argument("--device-map", metavar="MAP", help="as in transformers: 'auto', 'cpu', 'cuda:0'")
@@ -71,9 +76,11 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
     )
     command.add_argument(
         "--refit",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="after pruning, set the weights that stay to their least-squares optimum on the calibration data",
     )
+    add_refine(command)
     command.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     command.add_argument(
         "--allow-unseen",
@@ -81,6 +88,36 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
         default=0.05,
         metavar="SHARE",
         help="share of the prunable weights whose inputs the calibration text need not show (default: %(default)s)",
+    )
+
+
+def add_refine(command: argparse.ArgumentParser) -> None:
+    """Adds what may improve the masks after the pruner."""
+    command.add_argument(
+        "--refine",
+        choices=("swaps",),
+        help="exchange kept and removed weights one for one within each row as long as that lowers the error of the "
+        "layer's outputs on the calibration data; then refit",
+    )
+
+
+def add_layout(command: argparse.ArgumentParser) -> None:
+    """Adds how the output's weights are stored."""
+    command.add_argument(
+        "--layout",
+        choices=("dense", "bitmask"),
+        default="dense",
+        help="how zeros are stored: like other numbers, which loads everywhere, or as bits, which needs this package "
+        "(default: %(default)s)",
+    )
+
+
+def add_stream(command: argparse.ArgumentParser) -> None:
+    """Adds streaming."""
+    command.add_argument(
+        "--stream",
+        action="store_true",
+        help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
     )
 
 

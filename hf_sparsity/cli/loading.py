@@ -33,6 +33,7 @@ def sparsity_config(options: argparse.Namespace) -> SparsityConfig:
         include=tuple(options.include),
         seed=options.seed,
         refit=options.refit,
+        refine=options.refine,
         allow_unseen=options.allow_unseen,
     )
 
@@ -84,8 +85,7 @@ def hidden_limit(options: argparse.Namespace) -> int | None:
 
 def needed(config: SparsityConfig, *, planning: bool) -> frozenset[str]:
     """Returns the facts of a layer that the algorithms of a config need: to prune, and with `planning` also to plan."""
-    needs = config.pruner.needs | (config.row_allocator.needs if config.row_allocator else frozenset())
-    return needs | config.allocator.needs if planning else needs
+    return config.pruning_needs | config.allocator.needs if planning else config.pruning_needs
 
 
 def calibration(
@@ -103,6 +103,11 @@ def calibration(
     """
     if not always and not needed(config, planning=planning):
         return None
+    return calibration_text(options, config.seed, model, tokenizer)
+
+
+def calibration_text(options: argparse.Namespace, seed: int, model: Any, tokenizer: Any) -> Any:
+    """Returns the calibration data: token ids `[sequences, tokens]`, for several sources a `Mixture`."""
     if not options.calibration and options.model == DEMO:
         data: Any = [text for _, text in demo_model.texts("calibration")]
         length = options.length or DEMO_LENGTH
@@ -116,7 +121,7 @@ def calibration(
         tokenizer,
         sequences=options.sequences,
         length=length,
-        seed=config.seed,
+        seed=seed,
         column=options.column,
         split=options.split,
         model=model,

@@ -22,8 +22,22 @@ from types import ModuleType
 from .. import __version__
 from ..files import MARKER
 
-COMMANDS = ("plan", "race", "prune", "recover", "eval", "inspect", "verify", "card", "pack", "unpack", "push", "demo")
-RESUMABLE = ("plan", "race", "prune", "recover")
+COMMANDS = (
+    "plan",
+    "race",
+    "prune",
+    "refit",
+    "recover",
+    "eval",
+    "inspect",
+    "verify",
+    "card",
+    "pack",
+    "unpack",
+    "push",
+    "demo",
+)
+RESUMABLE = ("plan", "race", "prune", "refit", "recover")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

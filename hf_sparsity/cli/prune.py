@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_calibration, add_config, add_model, add_output
+from .arguments import add_calibration, add_config, add_layout, add_model, add_output, add_stream
 
 if TYPE_CHECKING:
     from ..plan import Plan, Report
@@ -25,18 +25,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_config(command)
     add_calibration(command)
     add_output(command)
-    command.add_argument(
-        "--layout",
-        choices=("dense", "bitmask"),
-        default="dense",
-        help="how zeros are stored: like other numbers, which loads everywhere, or as bits, which needs this package "
-        "(default: %(default)s)",
-    )
-    command.add_argument(
-        "--stream",
-        action="store_true",
-        help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
-    )
+    add_layout(command)
+    add_stream(command)
     command.add_argument(
         "--reconstruct",
         action="store_true",
@@ -113,6 +103,7 @@ def _outcome(plan: Plan, report: Report, pruned: Mapping[str, Any]) -> str:
     from .race import certificate
 
     parts = [tables.plan_table(plan, report), tables.after(report)]
+    parts += [line] if (line := tables.refined(report)) else []
     if checked := pruned.get("revalidation"):
         parts.append(verdict(checked))
     if report.sources:

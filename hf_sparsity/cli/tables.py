@@ -107,6 +107,25 @@ def after(report: Report) -> str:
     return "\n".join(lines)
 
 
+def errors(report: Report) -> dict[str, float] | None:
+    """Returns the mean relative error of the layers' outputs before a refit and after it; None without one."""
+    pairs = [(x.error_before_refit, x.error) for x in report.layers.values() if x.error_before_refit is not None]
+    if not pairs:
+        return None
+    before, after = (sum(one or 0.0 for one in side) / len(pairs) for side in zip(*pairs, strict=True))
+    return {"before": before, "after": after}
+
+
+def refined(report: Report) -> str:
+    """Returns a line on what a refit did to the outputs, and exchanges to the masks; "" without a refit."""
+    mean = errors(report)
+    if mean is None:
+        return ""
+    swapped = [layer.swapped for layer in report.layers.values() if layer.swapped is not None]
+    exchanged = f"; {sum(swapped)} weights took another's place" if swapped else ""
+    return f"mean error of the layers' outputs: {mean['before']:.2%} before the refit, {mean['after']:.2%} after{exchanged}"
+
+
 def by_source(report: Report) -> str:
     """Returns lines that say how far the model departs from the dense one on each source of the calibration mix."""
     scores = {name: SourceScore.from_dict(entry) for name, entry in report.sources.items()}

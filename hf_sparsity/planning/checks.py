@@ -26,6 +26,8 @@ def plan_config(plan: Plan, pruner: Pruner | None = None) -> SparsityConfig:
     given = dict(plan.config) | {role: value for role, value in plan.algorithms.items() if value is not None}
     if isinstance(allocator := given.get("allocator"), Mapping) and allocator.get("name") not in ALLOCATORS:
         given["allocator"] = "uniform"
+    if pruner is not None and pruner.takes_zeros:
+        given["row_allocator"] = None
     return SparsityConfig.from_dict(given | ({"pruner": pruner} if pruner is not None else {}))
 
 

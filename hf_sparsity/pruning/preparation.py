@@ -43,6 +43,7 @@ class PruningJob:
         rows: decides the sparsity of each row, if anything does.
         needs: facts about the layers' inputs that are used.
         refit: whether the weights that stay are set to their least-squares optimum.
+        swaps: whether kept and removed weights are exchanged before.
         run: the model, the batches to prune with, the output.
         given: all calibration batches, with those that judge.
         certificate: the last of them, on which a race promised its gain; the pruned model is scored on it.
@@ -56,6 +57,7 @@ class PruningJob:
     rows: RowAllocator | None
     needs: frozenset[str]
     refit: bool
+    swaps: bool
     run: Prepared
     given: list[Batch]
     certificate: list[Batch]
@@ -137,6 +139,7 @@ def prepare_pruning(
         pruner=config.pruner,
         rows=config.row_allocator,
         refit=config.refit,
+        swaps=config.refine == "swaps",
         needs=needs,
         run=run,
         given=given,

@@ -26,6 +26,7 @@ from .evidence import Evidence
 from .preparation import PruningJob, prepare_pruning
 from .prune_block import prune_block
 from .reconstruction import BlockReconstruction
+from .refinement import Refinement
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +130,13 @@ def _prune_blocks(job: PruningJob) -> dict[str, LayerReport]:
     for block in progress.over(stream):
         check_finite(block)
         reasons = fall_back(block, run.model_layers, job.needs)
-        fallbacks = {name: f"pruned by magnitude: {reason}" for name, reason in reasons.items()}
+        fallbacks = {name: f"{job.pruner.without_inputs}: {reason}" for name, reason in reasons.items()}
         for layer in block.layers.values():
             layer.sparsity = job.plan.layers[layer.name].sparsity
             layer.pattern = Pattern.parse(job.plan.layers[layer.name].pattern)
         dense = recovery.watch(block, run.model_layers.blocks[block.index]) if recovery else None
-        pruned = prune_block(block, job.pruner, job.rows, fallbacks, run.processes, progress, refit=job.refit)
+        finish = Refinement(job.refit, job.swaps)
+        pruned = prune_block(block, job.pruner, job.rows, fallbacks, run.processes, progress, finish)
         reports |= pruned
         if recovery and dense:
             recovery.train(block, dense, progress, run.journal)
@@ -163,6 +165,7 @@ def _record(job: PruningJob, report: Report, evidence: Evidence) -> dict[str, An
         "reconstruction": recovery.summary(job.run.model_layers, job.run.journal) if recovery else None,
         "revalidation": evidence.revalidation,
         "certificate": evidence.certificate,
+        "given": job.pruner.to_dict() if job.pruner.takes_zeros else None,
     }
     return {
         "sparsity": report.sparsity,

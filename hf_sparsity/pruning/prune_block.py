@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..algorithm import SCORES, Layer, Pruner, RowAllocator
-from ..core import least_squares
 from ..distributed import Processes, owners
 from ..model.sparsity import mask_hash
 from ..plan import LARGEST_DEVIATION, LARGEST_EXCESS, LayerReport
 from ..pruners import PRUNERS
 from ..streaming.run import Progress
 from ..streaming.stream import StreamedBlock
+from .refinement import Refinement
 
 
 def prune_block(
@@ -26,8 +26,7 @@ def prune_block(
     fallbacks: Mapping[str, str],
     processes: Processes,
     progress: Progress,
-    *,
-    refit: bool = False,
+    refine: Refinement,
 ) -> dict[str, LayerReport]:
     """Prunes the layers of a block, each group on one of the processes, writes them on all, and returns their reports."""
     groups = list(_sharing(block.layers.values()))
@@ -37,7 +36,7 @@ def prune_block(
     for group, rank in zip(groups, owner, strict=True):
         progress.say(f"layer {len(reports) + 1} of {len(block.layers)}")
         if rank == processes.rank:
-            pruned, told = _prune_group(group, pruner, rows, fallbacks, refit=refit)
+            pruned, told = _prune_group(group, pruner, rows, fallbacks, refine)
             reports |= told
             if processes.count == 1:
                 for name, weight in pruned.items():
@@ -54,7 +53,11 @@ def prune_block(
 
 
 def _prune_group(
-    group: list[Layer], pruner: Pruner, rows: RowAllocator | None, fallbacks: Mapping[str, str], *, refit: bool
+    group: list[Layer],
+    pruner: Pruner,
+    rows: RowAllocator | None,
+    fallbacks: Mapping[str, str],
+    refine: Refinement,
 ) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
     """The new weights of layers that share their inputs, and their reports."""
     start = time.perf_counter()
@@ -63,12 +66,10 @@ def _prune_group(
             layer.scores = pruner.scores(layer) if SCORES in rows.needs else None
             layer.rows = rows.rows(layer)
     pruned, notes = _best_of(group, pruner, fallbacks)
-    before = [_output_error(layer, weight) if refit else None for layer, weight in zip(group, pruned, strict=True)]
-    if refit:
-        pruned = [_refitted(layer, weight) for layer, weight in zip(group, pruned, strict=True)]
+    refined = [refine(layer, weight) for layer, weight in zip(group, pruned, strict=True)]
     solved = (time.perf_counter() - start) / len(group)
     weights, reports = {}, {}
-    for layer, weight, unfitted in zip(group, pruned, before, strict=True):
+    for layer, left, weight in zip(group, pruned, refined, strict=True):
         if not torch.isfinite(weight).all():
             raise RuntimeError(f"{layer.name}: pruning gave NaN or infinite weights; the layer was left as it was")
         zeros, size = weight.numel() - int(torch.count_nonzero(weight)), weight.numel()
@@ -81,12 +82,14 @@ def _prune_group(
         if not note and zeros / size > layer.sparsity + LARGEST_EXCESS:
             note = f"sparser than planned ({zeros / size:.3f}, not {layer.sparsity:.3f}): equal weights, or some were zero before"
         error = _output_error(layer, weight)
+        before = _output_error(layer, left) if refine.refit else None
+        swapped = int(((weight != 0) & (left == 0)).sum()) if refine.swaps else None
         tokens = layer.stats.tokens if layer.stats is not None else None
         layer.scores = layer.rows = None
         weights[layer.name] = weight
         mask = mask_hash(weight)
         reports[layer.name] = LayerReport(
-            zeros, size, layer.sparsity, error, tokens, round(solved, 6), note, mask, unfitted
+            zeros, size, layer.sparsity, error, tokens, round(solved, 6), note, mask, before, swapped
         )
     return weights, reports
 
@@ -103,13 +106,6 @@ def _best_of(group: list[Layer], pruner: Pruner, fallbacks: Mapping[str, str]) -
             pruned[index] = other
             notes.setdefault(layer.name, f"{pruner.checked_against}'s result was taken: its output error is lower")
     return pruned, notes
-
-
-def _refitted(layer: Layer, weight: Tensor) -> Tensor:
-    """The weight with its survivors at their least-squares optimum; as it is where nothing is known of the inputs."""
-    if layer.stats is None or layer.stats.is_flat or layer.stats.gram is None:
-        return weight
-    return least_squares.refit(layer.weight, weight, layer.stats.gram)[0]
 
 
 def _output_error(layer: Layer, weight: Tensor) -> float | None:

@@ -10,25 +10,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hf_sparsity.algorithm import GRAM, NORMS, Layer, Pattern
+from hf_sparsity.algorithm import NORMS, Layer, Pattern
 from hf_sparsity.core.least_squares import Problem, refit, solve_on_mask
 from hf_sparsity.core.stats import InputStats
 from hf_sparsity.pruners import PRUNERS
 from hf_sparsity.pruners.admm import ADMM
 from hf_sparsity.pruners.alps import ALPS, Search
 from hf_sparsity.pruners.ria import RIA
+from tests.pruners.layers import error, with_gram
 
 SETTINGS = {"50": (0.5, "unstructured"), "70": (0.7, "unstructured"), "2of4": (0.5, "2:4"), "4of8": (0.5, "4:8")}
 NAMES = {"q": "model.layers.0.self_attn.q_proj", "o": "model.layers.0.self_attn.o_proj"}
-
-
-def with_gram(weight, gram, sparsity, pattern="unstructured", **more):
-    """A layer whose statistics hold this Gram matrix."""
-    stats = InputStats(frozenset({GRAM}))
-    values, vectors = torch.linalg.eigh(gram.double())
-    stats.add((vectors * values.clamp(min=0).sqrt()).T.float(), sequences=4)  # tokens that have it
-    stats.gram.copy_(gram)
-    return Layer("x", weight, stats=stats, sparsity=sparsity, pattern=Pattern.parse(pattern), **more)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +44,6 @@ def kept(golden, method, tag, short):
     width = golden[f"weight.{short}"].shape[1]
     bits = np.unpackbits(golden[f"{method}.{tag}.{short}"].numpy(), axis=-1, count=width)
     return ~torch.from_numpy(bits.astype(bool))
-
-
-def error(layer, new):
-    return layer.stats.energy(layer.weight - new) / layer.stats.energy(layer.weight)
 
 
 @pytest.mark.parametrize("tag", SETTINGS)

@@ -17,7 +17,7 @@ from .markdown import number
 from .model_facts import Facts, field
 
 TABLES: dict[str, Mapping[str, Any]] = {"allocator": ALLOCATORS, "row_allocator": ROW_ALLOCATORS, "pruner": PRUNERS}
-BASE, TEXT = "BASE_MODEL", "CALIBRATION_TEXT"  # stand for what is not recorded or not public
+BASE, TEXT, ZEROS = "BASE_MODEL", "CALIBRATION_TEXT", "SPARSE_MODEL"  # stand for what is not recorded or not public
 SHARE = 16 / 15  # sequences of a recovery for each one that it trains on: one in 16 is held out
 RECOVER = ("lora", "full", "reconstruct", "distill")  # methods of `hf-sparsity recover`
 OPTIONS = ("length", "batch", "accumulation", "lr", "rank", "seed")  # its options that a record has
@@ -29,9 +29,10 @@ def commands(facts: Facts) -> list[list[str]]:
     Nothing where the model was not pruned in one run of this package, and nothing from the first training on that was not
     a run of `hf-sparsity recover`.
     """
-    if not facts.pruned or facts.gradual or facts.plan.config.get("pruner") is None:
+    given = bool(facts.pruned.get("given"))
+    if not facts.pruned or facts.gradual or (facts.plan.config.get("pruner") is None and not given):
         return []
-    lines = _prune(facts, "sparse")
+    lines = [_refit(facts, "sparse")] if given else _prune(facts, "sparse")
     last = "sparse"
     for nth, record in enumerate(facts.recoveries, 1):
         if record.get("method") not in RECOVER:
@@ -66,6 +67,17 @@ def _prune(facts: Facts, output: str) -> list[list[str]]:
     return [[*start, *_config(facts), *_data(facts, planning or pruning, facts.sources), *end]]
 
 
+def _refit(facts: Facts, output: str) -> list[str]:
+    """The command for a model whose zeros were there before it was refitted."""
+    words = ["hf-sparsity", "refit", ZEROS, "--dense", _base(facts), *_refine(facts)]
+    return [*words, *_data(facts, facts.pruned.get("data"), _mix(facts)), "--output", output]
+
+
+def _refine(facts: Facts) -> list[str]:
+    refined = facts.plan.config.get("refine")
+    return [f"--refine={refined}"] if isinstance(refined, str) else []
+
+
 def _reconstruct(pruned: Mapping[str, Any], again: bool) -> list[str]:
     return ["--reconstruct"] if pruned.get("reconstruction") and not again else []
 
@@ -88,7 +100,7 @@ def _config(facts: Facts) -> list[str]:
     words += [f"--ignore={name}" for name in ignored] if isinstance(ignored, list) else []
     included = config.get("include")
     words += [f"--include={part}" for part in included] if isinstance(included, list) else []
-    words += ["--refit"] if config.get("refit") is True else []
+    words += _refine(facts) or (["--refit"] if config.get("refit") is True else [])
     return [*words, "--seed", str(config.get("seed", 0))]
 
 

@@ -22,7 +22,8 @@ from ...pictures.grid import Grid, make_grid
 from ...records import Comparison, Interval
 from . import markdown
 from .citations import PAPERS, RECOVERY
-from .commands import BASE, RECOVER, TABLES, TEXT, as_text, commands
+from .commands import BASE, RECOVER, TABLES, TEXT, ZEROS, as_text, commands
+from .markdown import number
 from .model_facts import Facts, field
 
 REASONS = 6  # reasons for leaving a layer dense that a card lists, the most frequent first
@@ -182,8 +183,12 @@ def _context(facts: Facts) -> dict[str, Any]:
     texts, report = facts.metrics.texts, facts.report
     algorithms = [_cite(facts, role, name) for role, name in facts.algorithms]
     lines = commands(facts)
-    words = {word for command in lines for text in command for word in (BASE, TEXT) if word in text}
-    meanings = {BASE: "the dense model", TEXT: "the text, whose name is not recorded"}
+    words = {word for command in lines for text in command for word in (BASE, TEXT, ZEROS) if word in text}
+    meanings = {
+        BASE: "the dense model",
+        TEXT: "the text, whose name is not recorded",
+        ZEROS: "the sparse model whose zeros these are",
+    }
     ignored = facts.plan.config.get("ignore")
     return {
         "facts": facts,
@@ -192,6 +197,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "compared": next((text for text in texts if text.against is not None), None),
         "harnesses": sorted({task.harness for task in facts.metrics.tasks}),
         "sources": facts.sources,
+        "refit": _refit(facts),
         "certificate": _certificate(facts),
         "revalidation": _revalidation(facts),
         "model_class": _model_class(facts),
@@ -235,6 +241,22 @@ def _grid(facts: Facts) -> Grid | None:
         return make_grid(facts.plan, facts.report)
     except ValueError:  # more blocks than anyone can look at
         return None
+
+
+def _refit(facts: Facts) -> dict[str, Any] | None:
+    """Returns what a refit did to the outputs of the layers, and whether weights were exchanged first; None without one."""
+    if not facts.plan.config.get("refit"):
+        return None
+    layers = facts.report.layers.values() if facts.report else ()
+    pairs = [
+        (x.error_before_refit, x.error) for x in layers if x.error_before_refit is not None and x.error is not None
+    ]
+    means = [sum(number(one, "the report's error") for one in side) / len(pairs) for side in zip(*pairs, strict=True)]
+    return {
+        "swaps": facts.plan.config.get("refine") == "swaps",
+        "given": bool(facts.pruned.get("given")),
+        "errors": means,
+    }
 
 
 def _certificate(facts: Facts) -> Certificate | None:

@@ -243,6 +243,8 @@ def tensors(model: PreTrainedModel, dense: PreTrainedModel) -> list[Finding]:
 
 def updating(plan: Plan) -> str:
     """Says why pruning itself may have changed the kept weights; "" if it may not."""
+    if plan.config.get("refine"):
+        return "kept weights were exchanged with removed ones, and those that stay were refitted"
     if plan.config.get("refit"):
         return "the weights that stay were refitted"
     given = plan.config.get("pruner")
