@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_before_any_work(folders):
     other = load(sparse)
     with torch.no_grad():
         other.model.layers[1].input_layernorm.weight.mul_(2)
-    with pytest.raises(ValueError, match="input_layernorm.weight of the sparse model is not the dense"):
+    with pytest.raises(ValueError, match=r"input_layernorm\.weight of the sparse model is not the dense"):
         refit(model, other, batches)
     trained = load(sparse)
     trained.config.sparsity_config = {**trained.config.sparsity_config, "recovered": {"method": "lora"}}

@@ -70,7 +70,7 @@ def _prune(facts: Facts, output: str) -> list[list[str]]:
 def _refit(facts: Facts, output: str) -> list[str]:
     """The command for a model whose zeros were there before it was refitted."""
     words = ["hf-sparsity", "refit", ZEROS, "--dense", _base(facts), *_refine(facts)]
-    return [*words, *_data(facts, facts.pruned.get("data"), _mix(facts)), "--output", output]
+    return [*words, *_data(facts, facts.pruned.get("data"), facts.sources), "--output", output]
 
 
 def _refine(facts: Facts) -> list[str]:
