@@ -113,7 +113,7 @@ def add_layout(command: argparse.ArgumentParser) -> None:
 
 
 def add_stream(command: argparse.ArgumentParser) -> None:
-    """Adds streaming."""
+    """Adds the option to read a model block by block, for models larger than memory."""
     command.add_argument(
         "--stream",
         action="store_true",
