@@ -30,14 +30,14 @@ SMALLEST = 1e-6  # of a curvature: below it rounding decides
 def swap(
     weight: Tensor, pruned: Tensor, gram: Tensor, *, ridge: float = 0.01, group: int | None = None, rounds: int = ROUNDS
 ) -> Tensor:
-    """Returns better weights with as many zeros in every row, and in every group; in the dtype of `pruned`.
+    """Returns better weights, in the dtype of `pruned`; the number of zeros of every row, and of every group, stays.
 
     Args:
         weight: the dense weights, `[out, in]`.
         pruned: what some pruner left of them, same shape; its non-zeros are the mask.
         gram: sum of x x^T, float32 `[in, in]`; inputs that were always 0 take no weight back.
         ridge: above 0, relative to the mean of the Gram matrix' diagonal.
-        group: of an N:M pattern: exchanges stay within groups of so many consecutive inputs.
+        group: of an N:M pattern: its M, the consecutive inputs within which exchanges stay.
         rounds: at most.
     """
     problem = Problem.of(gram.to(torch.float32), ridge)
