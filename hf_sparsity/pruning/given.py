@@ -39,7 +39,7 @@ class Given(Pruner):
     without_inputs = "left as it was given"
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"name": "given", "weights": hash}`."""
+        """Returns `{"name": "given", "weights": hash}`."""
         return {"name": self.name, "weights": self.weights}
 
     def scores(self, layer: Layer) -> Tensor:
@@ -47,7 +47,7 @@ class Given(Pruner):
         raise ValueError(f"{layer.name}: its zeros are given, so there are no scores to choose others by")
 
     def compared_within(self, layer: Layer) -> Cells | None:
-        """None: no scores are compared."""
+        """Returns None, since no scores are compared."""
         return None
 
     def prune(self, layer: Layer) -> Tensor:
