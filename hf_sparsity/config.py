@@ -13,7 +13,7 @@ from .algorithm import GRAM, Algorithm, Allocator, Pattern, Pruner, RowAllocator
 from .allocators import ALLOCATORS, ROW_ALLOCATORS
 from .allocators.race import Race, Search
 from .pruners import PRUNERS
-from .validation import check_number
+from .validation import check_compute_dtype, check_number
 
 A = TypeVar("A", bound=Algorithm)
 
@@ -47,6 +47,9 @@ class SparsityConfig:
         allow_unseen: share of the prunable weights, in [0, 1], that may lie in layers whose inputs no calibration data
             shows (the model does not use them on this data, or multiplies them where it cannot be observed). They
             are measured and pruned by magnitude, which the plan and the report say; more of them are an error.
+        compute_dtype: the precision of forward passes: `"float32"`, `"bfloat16"`, `"model"` (that of the weights), or
+            `"auto"`: the model's own where its device has instructions for it, else float32. Weights stay as they are
+            stored; a block at a time is computed in this.
 
     Raises:
         ValueError: unknown names (the nearest known ones are given) and contradictions.
@@ -63,6 +66,7 @@ class SparsityConfig:
     refit: bool
     refine: str | None
     allow_unseen: float
+    compute_dtype: str
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class SparsityConfig:
         refit: bool | None = None,
         allow_unseen: float = ALLOW_UNSEEN,
         refine: str | None = None,
+        compute_dtype: str = "auto",
     ) -> None:
         parsed = Pattern.parse(pattern)
         check_number("seed", seed, whole=True)
@@ -97,6 +102,7 @@ class SparsityConfig:
             "refit": refine is not None if refit is None else refit,
             "refine": refine,
             "allow_unseen": allow_unseen,
+            "compute_dtype": compute_dtype,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen: the one place that sets
@@ -108,6 +114,7 @@ class SparsityConfig:
             raise ValueError(f"refine={refine!r} ends with a refit: leave refit=False out")
         if isinstance(allow_unseen, bool) or not isinstance(allow_unseen, (int, float)) or not 0 <= allow_unseen <= 1:
             raise ValueError(f"allow_unseen={allow_unseen!r}: a share of the weights is expected, from 0 to 1")
+        check_compute_dtype(compute_dtype)
         self._check_together(parsed)
 
     def _check_together(self, pattern: Pattern) -> None:
@@ -139,7 +146,13 @@ class SparsityConfig:
         values["ignore"] = list(self.ignore)
         values["include"] = list(self.include)
         # Left out at their defaults, as in plans from before there was a choice.
-        for later, default in {"include": [], "refit": False, "refine": None, "allow_unseen": ALLOW_UNSEEN}.items():
+        for later, default in {
+            "include": [],
+            "refit": False,
+            "refine": None,
+            "allow_unseen": ALLOW_UNSEEN,
+            "compute_dtype": "auto",
+        }.items():
             if values[later] == default:
                 del values[later]
         return {k: v.to_dict() if isinstance(v, Algorithm) else v for k, v in values.items()}

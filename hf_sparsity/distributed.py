@@ -65,11 +65,6 @@ class Processes:
         """True on the one process that writes files and speaks to the user."""
         return self.rank == 0
 
-    @property
-    def hide_bars(self) -> bool | None:
-        """The value for `tqdm(disable=...)`: bars show on the main process only, and there only on a terminal."""
-        return None if self.main else True
-
     def share(self, items: Sequence[T]) -> list[T]:
         """Returns this process's items: a contiguous stretch, whose lengths differ by one at most between processes.
 

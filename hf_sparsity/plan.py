@@ -8,6 +8,7 @@ A plan is data: readable, editable, publishable. The same schema stands in `plan
      "model":    {"type", "name", "layers", "weights"},    # fingerprints
      "data":     {"sequences", "tokens", "sha256"} | null,
      "versions": {"hf_sparsity", "torch", "transformers"},
+     "compute_dtype": "float32",              # what computed the measures; only where there was a choice
      "chosen":   {...},                       # only of a race or search
      "unseen":   {name: reason},              # only if the inputs of layers were not seen
      "layers":   {name: {"sparsity", "size", "pattern"?, "measure"?}}}
@@ -74,6 +75,7 @@ class Plan:
     chosen: Mapping[str, Any] | None = None  # how a race or search came to it, see `planning/race/choose.py`
     # Layers that could be measured by magnitude only, because no calibration data showed their inputs -> the reason.
     unseen: Mapping[str, str] = field(default_factory=dict)
+    compute_dtype: str | None = None  # what computed the measures; None: the model's own dtype, or there are none
     # Instances of algorithms from outside our tree, so that `prune` need not know their names. Not in the JSON.
     algorithms: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     story: RaceDetails | None = field(default=None, repr=False, compare=False)  # of a race or search. Not in the JSON.
@@ -167,6 +169,7 @@ class Plan:
             "versions": dict(self.versions),
             **({} if self.chosen is None else {"chosen": dict(self.chosen)}),
             **({"unseen": dict(self.unseen)} if self.unseen else {}),
+            **({"compute_dtype": self.compute_dtype} if self.compute_dtype else {}),
             "layers": _fold(entries),
         }
 
@@ -187,6 +190,8 @@ class Plan:
         for key in ("model", "data", "versions", "chosen", "unseen"):
             if not isinstance(data.get(key), (Mapping, type(None))):
                 raise ValueError(f"the plan's {key!r} must be an object, not {data[key]!r}")
+        if not isinstance(data.get("compute_dtype"), (str, type(None))):
+            raise ValueError(f"the plan's 'compute_dtype' must be a name, not {data['compute_dtype']!r}")
         if not isinstance(layers, Mapping) or not all(isinstance(v, Mapping) for v in layers.values()):
             raise ValueError("the plan's 'layers' must be an object of {layer name: {'sparsity': ..., 'size': ...}}")
         default = str(config.get("pattern", "unstructured"))
@@ -210,6 +215,7 @@ class Plan:
             versions=dict(data.get("versions") or {}),
             chosen=data.get("chosen"),
             unseen=dict(data.get("unseen") or {}),
+            compute_dtype=data.get("compute_dtype"),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -285,7 +291,8 @@ class Report:
     "kl", "perplexity": {"dense", "pruned"}}`; KL of the pruned model from the dense one in nats a token. `certificate`: of a
     plan that a race or a search chose, `{"masks", "pruned"}`: what it promised against uniform (`evaluation/certificate.py`), and
     `{"kl", "perplexity", "data"}` of the finished model on the same text if that was at hand. `revalidation`: of a plan
-    from another model, what `planning/transfer.py` found.
+    from another model, what `planning/transfer.py` found. `compute_dtype`: what computed the statistics; None: the
+    model's own dtype.
     """
 
     target: float
@@ -295,6 +302,7 @@ class Report:
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     certificate: Mapping[str, Any] | None = None
     revalidation: Mapping[str, Any] | None = None
+    compute_dtype: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -317,6 +325,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "skipped": dict(self.skipped),
             **{key: dict(value) for key, value in judged.items() if value},
+            **({"compute_dtype": self.compute_dtype} if self.compute_dtype else {}),
             "layers": layers,
         }
 
@@ -328,7 +337,8 @@ class Report:
                 raise ValueError(f"the report has version {data['version']!r}; this release reads version {VERSION}")
             layers = {name: LayerReport(**entry) for name, entry in data["layers"].items()}
             judged = {key: {**data[key]} for key in _JUDGED if key in data}
-            return cls(data["target"], layers, data["skipped"], data["seconds"], **judged)
+            computes = data.get("compute_dtype")
+            return cls(data["target"], layers, data["skipped"], data["seconds"], **judged, compute_dtype=computes)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a pruning report: {error}") from None
 

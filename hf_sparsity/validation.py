@@ -1,10 +1,18 @@
-"""The one check of numbers that users give. Standard library only."""
+"""Checks of numbers and choices that users give. Standard library only."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
 from typing import Any
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "model")  # what may be asked for; `model/precision.py` says what they mean
+
+
+def check_compute_dtype(value: Any) -> None:
+    """Raises ValueError unless `value` names a precision of computing."""
+    if value not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype={value!r}: one of {', '.join(COMPUTE_DTYPES)} is expected")
 
 
 def check_number(name: str, value: Any, within: str = "(-inf, inf)", *, whole: bool = False, hint: str = "") -> None:

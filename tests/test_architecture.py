@@ -31,7 +31,7 @@ HUGGING_FACE = {
 # A part imports parts on earlier lines, and itself; parts on one line never import each other.
 FLOORS = [
     ["validation.py"],
-    ["files.py", "records.py", "demo"],
+    ["files.py", "records.py", "progress.py", "demo"],
     ["core", "race_record.py"],
     ["plan.py", "algorithm.py"],
     ["allocators", "pruners", "model"],
@@ -55,6 +55,7 @@ TORCH = set(FLOOR) - {
     "files.py",
     "records.py",
     "race_record.py",
+    "progress.py",
     "plan.py",
     "demo",
     "pictures",
@@ -77,7 +78,8 @@ KNOWS_HUGGING_FACE = {
 }
 OTHERS = {
     "pictures": {"matplotlib"},
-    **{part: {"tqdm", "numpy", "psutil", "lm_eval", *HUGGING_FACE} for part in KNOWS_HUGGING_FACE},
+    "progress.py": {"tqdm"},
+    **{part: {"numpy", "psutil", "lm_eval", *HUGGING_FACE} for part in KNOWS_HUGGING_FACE},
     "checkpoint/bitmask/kernels.py": {"llvmlite"},
     "publish/card/render.py": {"jinja2", "markupsafe"},
     "pictures/pages.py": {"jinja2"},

@@ -96,7 +96,7 @@ def talk(processes, empty):
     said = processes.gather({"rank": processes.rank, "long": "ä" * 1000 * processes.rank, "nothing": None})
     nothing = processes.gather([] if empty else {})
     total = processes.sum(torch.tensor([0.1, 10.0**processes.rank], dtype=torch.float64).repeat(2, 1).T)
-    return processes.rank, processes.count, processes.main, processes.hide_bars, said, nothing, total.tolist()
+    return processes.rank, processes.count, processes.main, said, nothing, total.tolist()
 
 
 def disagree(processes):
@@ -199,8 +199,8 @@ def test_layers_share_after_it_only_what_they_share_everywhere(two, needs):
 
 
 def test_what_one_says_all_hear(two):
-    for rank, (own, count, main, hidden, said, nothing, total) in enumerate(two(talk, True)):
-        assert (own, count, main, hidden) == (rank, 2, rank == 0, None if rank == 0 else True)
+    for rank, (own, count, main, said, nothing, total) in enumerate(two(talk, True)):
+        assert (own, count, main) == (rank, 2, rank == 0)
         assert said == [{"rank": r, "long": "ä" * 1000 * r, "nothing": None} for r in range(2)]
         assert nothing == [[], []] and total == [[0.2, 0.2], [11.0, 11.0]]
 
@@ -249,7 +249,7 @@ def test_alone_nothing_is_distributed(monkeypatch):
     for name in ("all_reduce", "all_gather", "broadcast", "barrier", "init_process_group", "get_backend_config"):
         monkeypatch.setattr(torch.distributed, name, None)
     alone = Processes.current()
-    assert alone == Processes(0, 1) and alone.main and alone.hide_bars is None
+    assert alone == Processes(0, 1) and alone.main
     needs = frozenset({NORMS})
     stats, devices = collected(tiny("llama"), torch.arange(3, 9)[None], needs)
     before = [one.mean_sq for one in stats.values()]

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..distributed import Processes
 from ..model.classes import text_config
 from ..model.inference import evaluating
 from ..model.offload import input_device, weight_store
+from ..progress import Bar
 from .sequences import packed_rows
 
 TOGETHER = 8192  # tokens that are written at a time, whose keys and values are in memory
@@ -44,10 +44,10 @@ def self_samples(model: PreTrainedModel, tokenizer: Any, *, sequences: int, leng
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else start,
     )
-    bar = tqdm(total=sequences, desc="Sampling", unit="sequence", disable=Processes.current().hide_bars, leave=False)
+    bar = Bar("Sampling", sequences, "sequence", shown=Processes.current().main)
     with bar, evaluating(model), _generating(model, config), torch.no_grad():
         documents = _documents(model, start, set(ends), max(1, min(sequences, TOGETHER // length)), seed)
-        rows = packed_rows(_counted(documents, bar, length), tokenizer, sequences, length)
+        rows = packed_rows(_counted(documents, bar, length, sequences), tokenizer, sequences, length)
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -136,9 +136,10 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-def _counted(documents: Iterator[list[int]], bar: Any, length: int) -> Iterator[list[int]]:
+def _counted(documents: Iterator[list[int]], bar: Bar, length: int, sequences: int) -> Iterator[list[int]]:
     tokens = 0
     for document in documents:
         yield document
         tokens += len(document) + 1
-        bar.update(min(tokens // length, bar.total) - bar.n)
+        while bar.count < min(tokens // length, sequences):
+            bar.step()

@@ -135,6 +135,15 @@ class Output:
             if arguments is not None
         }
 
+    def earlier_arguments(self) -> set[str] | None:
+        """Returns the names of the arguments of the run that began or completed the folder; None if there was none."""
+        if self._wipe:
+            return None
+        phases = ("plan", "prune")
+        before = self._record["phases"] if self._record else {name: self.journal.recall("begin", name) for name in phases}
+        known = [set(before[name]) for name in phases if before.get(name)]
+        return set().union(*known) if known else None
+
     @property
     def goes_on(self) -> bool:
         """True if a pruning pass into this folder was begun before: it will be continued, or is complete."""

@@ -63,8 +63,17 @@ class PlanFile:
             )
         return plan
 
+    def earlier_arguments(self) -> set[str] | None:
+        """Returns the names of the arguments of the run that began or completed the file; None if there was none."""
+        if self._plan is not None:
+            return {"config", "model", "data", *(["compute_dtype"] if self._plan.compute_dtype else [])}
+        before = None if self._wipe else self.journal.recall("begin", "plan")
+        return None if before is None else set(before)
+
     def _compare(self, plan: Plan, arguments: Mapping[str, Any]) -> None:
         before = {"config": plan.config, "model": plan.model, "data": plan.data or arguments.get("data")}
+        if plan.data is not None:
+            before["compute_dtype"] = plan.compute_dtype
         now = {key: arguments.get(key) for key in before}
         if plan.chosen:  # its `data` are those of the choice; what the whole of them was, the race's record says
             before["data"], now["data"] = (

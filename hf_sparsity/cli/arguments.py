@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..validation import COMPUTE_DTYPES
+
 _MODEL = "a folder or Hub id; 'demo' is the small model inside the package"
 
 
@@ -81,6 +83,7 @@ def add_config(command: argparse.ArgumentParser, *, allocator: bool = True) -> N
         help="after pruning, set the weights that stay to their least-squares optimum on the calibration data",
     )
     add_refine(command)
+    add_compute_dtype(command)
     command.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     command.add_argument(
         "--allow-unseen",
@@ -118,6 +121,17 @@ def add_stream(command: argparse.ArgumentParser) -> None:
         "--stream",
         action="store_true",
         help="for models larger than memory: read each block from disk when its turn comes, and write it at once",
+    )
+
+
+def add_compute_dtype(command: argparse.ArgumentParser) -> None:
+    """Adds the precision of computing."""
+    command.add_argument(
+        "--compute-dtype",
+        default="auto",
+        choices=COMPUTE_DTYPES,
+        help="precision of forward passes; weights stay as they are stored. auto: the model's own where the device has "
+        "instructions for it, else float32, a block at a time (default: %(default)s)",
     )
 
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .arguments import parse_algorithm
+from .arguments import add_compute_dtype, parse_algorithm
 
 if TYPE_CHECKING:
     from ..config import SparsityConfig
@@ -23,6 +23,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the arguments of this command."""
     command.add_argument("--sparsity", type=float, default=0.6)
     command.add_argument("--pruner", default="wanda", metavar="NAME[:KEY=VALUE,...]")
+    add_compute_dtype(command)
     command.add_argument(
         "--output", default="hf_sparsity_demo", metavar="FOLDER", help="new or empty folder (default: %(default)s)"
     )

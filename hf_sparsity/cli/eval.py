@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model
+from .arguments import add_compute_dtype, add_model
 
 if TYPE_CHECKING:
     from ..evaluation.metrics import Metrics, TaskRecord, TextRecord
@@ -16,6 +16,7 @@ HELP = "perplexity on texts and scores on tasks; with --against also how far it 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the arguments of this command."""
     add_model(command)
+    add_compute_dtype(command)
     command.add_argument(
         "--text",
         action="append",
@@ -91,6 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         resamples=options.resamples,
         seed=options.seed,
         record=False if options.no_record else options.model,
+        compute_dtype=options.compute_dtype,
         trust_remote_code=options.trust_remote_code,
     )
     recorded = f"{options.model}/{METRICS_FILE}" if not options.no_record and recordable(options.model) else None

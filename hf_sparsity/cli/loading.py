@@ -35,6 +35,7 @@ def sparsity_config(options: argparse.Namespace) -> SparsityConfig:
         refit=options.refit,
         refine=options.refine,
         allow_unseen=options.allow_unseen,
+        compute_dtype=options.compute_dtype,
     )
 
 

@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def execute(options: argparse.Namespace) -> int:
     """Runs the command that was parsed; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_sparsity.progress").setLevel(logging.INFO)  # a line now and then where there is no terminal
     try:
         with _ended_like_ctrl_c():
             return _run(options)

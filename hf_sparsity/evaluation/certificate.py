@@ -19,6 +19,7 @@ from ..model.classes import require_next_token
 from ..model.inference import Batch, evaluating
 from ..model.layers import ModelLayers
 from ..model.loading import load_model
+from ..model.precision import computing_as
 from ..model.sparsity import planned_layers
 from ..plan import Plan, read_json
 from ..records import Comparison, PlanPair
@@ -53,11 +54,13 @@ def certify(
     *,
     confidence: float = 0.95,
     seed: int = 0,
+    compute_dtype: str = "auto",
 ) -> dict[str, Any]:
     """Compares two finished models, pruned uniformly and by a plan, each against the dense one.
 
     Args:
         texts: token ids or batches, see `prepare_batches`, that neither pruning nor the choice of the plan has seen.
+        compute_dtype: the precision of forward passes, see `SparsityConfig`.
 
     Returns:
         `Comparison.to_dict()`: kl and perplexity of both, the differences with their intervals, and what they rest on.
@@ -69,7 +72,8 @@ def certify(
         check_kind(model)
         require_next_token(model, "a certificate")
     batches = prepare_batches(dense, texts)
-    scores = [_against(dense, model, batches) for model in (uniform, chosen)]
+    with computing_as(compute_dtype, dense, uniform, chosen):
+        scores = [_against(dense, model, batches) for model in (uniform, chosen)]
     compared = compare(*scores, confidence=confidence, seed=seed)
     return replace(compared, of="models", data=data_fingerprint(batches)).to_dict()
 
@@ -133,11 +137,14 @@ def check(
         raise ValueError(f"the certificate is of {count} sequences, and {len(batches)} were given")
     batches = batches[-count:]
     model_layers = planned_layers(model, plan)
-    scores = (
-        _against(dense, model, batches)
-        if dense is not None
-        else PlanScores.of(DenseReference(model, model_layers, batches).rows())
-    )
+    own = str(model.dtype).removeprefix("torch.")
+    choice = "model" if plan.compute_dtype in (None, own) else plan.compute_dtype  # as when it was recorded
+    with computing_as(choice, model, dense):
+        scores = (
+            _against(dense, model, batches)
+            if dense is not None
+            else PlanScores.of(DenseReference(model, model_layers, batches).rows())
+        )
     now = {"kl": scores.mean() if dense is not None else None, "perplexity": scores.perplexity}
     same = data_fingerprint(batches)["sha256"] == stored["data"]["sha256"]
     near = all(v is None or abs(v - stored[k]) <= 0.01 * abs(stored[k]) + 1e-6 for k, v in now.items())

@@ -24,6 +24,7 @@ from ..model.inference import Batch, prepared
 from ..model.layers import Block, ModelLayers
 from ..model.masked import masked
 from ..model.offload import onload
+from ..model.precision import lent_precision
 from ..streaming.forward import drive
 from ..streaming.lockstep import Arrival, lockstep
 from .perplexity import LOGITS
@@ -146,7 +147,7 @@ class DenseReference:
                         dense = {n: self._last[n][self._stack(arrival)] for n in waiting}
                     else:
                         dense = {n: arrival.run(2 * n, stay=False) for n in waiting}
-                    with masked(block, masks(block) if masks else {}):
+                    with masked(block, masks(block) if masks else {}), lent_precision(block.module):
                         for number, output in dense.items():
                             arrival.finish(2 * number, output)
                             arrival.finish(2 * number + 1, arrival.run(2 * number + 1, stay=False))

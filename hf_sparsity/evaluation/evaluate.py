@@ -18,8 +18,10 @@ from ..model.accepted import check_kind
 from ..model.classes import location_of, require_next_token
 from ..model.fingerprint import versions, weights_fingerprint
 from ..model.loading import find_tokenizer, load_model
+from ..model.precision import compute_dtype as dtype_of
+from ..model.precision import recorded_name
 from ..plan import read_json
-from ..validation import check_number
+from ..validation import check_compute_dtype, check_number
 from .metrics import Metrics, TextAgainst, TextRecord
 from .perplexity import score_windows
 from .resampling import CONFIDENCE, RESAMPLES, Resampling
@@ -47,6 +49,7 @@ def evaluate(
     resamples: int = RESAMPLES,
     seed: int = 0,
     record: bool | str | os.PathLike[str] = True,
+    compute_dtype: str = "auto",
     **loading: Any,
 ) -> Metrics:
     """Measures perplexity on texts and scores on tasks, compares with the dense model, records it in the folder.
@@ -72,6 +75,7 @@ def evaluate(
         seed: of the bootstrap and of the tasks' random numbers.
         record: add the results to `sparsity_metrics.json`: in the model's folder when a folder is given as `model`, or in
             the folder named here. A dense model's folder gets no record, and a warning says so.
+        compute_dtype: the precision of both models' forward passes, see `SparsityConfig`; weights stay as they are stored.
         **loading: to `from_pretrained` of both (`dtype`, `device_map`, `trust_remote_code`, ...).
 
     Returns:
@@ -87,6 +91,7 @@ def evaluate(
         raise ValueError(
             "nothing to evaluate: give texts, such as 'wikitext2' or a local file, or tasks, such as 'arc_easy'"
         )
+    check_compute_dtype(compute_dtype)
     for given_model in (model, against):
         if given_model is not None and not isinstance(given_model, (str, os.PathLike)):
             check_kind(given_model)
@@ -114,11 +119,11 @@ def evaluate(
     for judged in (model, *(reference or ())[1:]):
         require_next_token(judged, "evaluation", decoder_only=bool(texts))
         check_length(judged, length)
-    bootstrap = {"resamples": resamples, "seed": seed}
-    measured = [_measure(model, cut(text, tokenizer, length, windows), reference, **bootstrap) for text in read]
+    how: dict[str, Any] = {"resamples": resamples, "seed": seed, "compute_dtype": compute_dtype}
+    measured = [_measure(model, cut(text, tokenizer, length, windows), reference, **how) for text in read]
     metrics = _record(folder, Metrics(texts=tuple(measured)))
     if isinstance(tasks, Tasks):
-        options: dict[str, Any] = {"shots": shots, "limit": limit, "batch_size": batch_size, **bootstrap}
+        options: dict[str, Any] = {"shots": shots, "limit": limit, "batch_size": batch_size, **how}
         scored = score_tasks(model, tokenizer, tasks, reference, **options)
         metrics = metrics.updated(_record(folder, Metrics(tasks=tuple(scored))))
     return metrics
@@ -131,9 +136,11 @@ def _measure(
     *,
     resamples: int,
     seed: int,
+    compute_dtype: str,
 ) -> TextRecord:
     text, ids, units = windows.text, windows.ids, windows.units
-    scores = score_windows(model, ids, reference[1] if reference is not None else None)
+    other = reference[1] if reference is not None else None
+    scores = score_windows(model, ids, other, compute_dtype=compute_dtype)
     columns = [scores.predictions, scores.loss]
     if scores.reference is not None and scores.kl is not None and scores.same is not None:
         columns += [scores.reference, scores.kl, scores.same]
@@ -171,6 +178,7 @@ def _measure(
         resamples=resamples,
         seed=seed,
         versions=versions(),
+        compute_dtype=recorded_name(model, dtype_of(model, compute_dtype)),
     )
 
 

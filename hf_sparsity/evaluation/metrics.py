@@ -12,7 +12,8 @@
 
 INTERVAL is {"value", "low", "high"}, the last two null where there was only one unit to draw from; SCORE is {"value",
 "stderr"}, null where the harness gives none. `weights` fingerprints the scored weights (`model/fingerprint.py`), so that a
-reader sees whether they are still the folder's. `unit` is what was resampled, `documents` how many of them there were.
+reader sees whether they are still the folder's. `compute_dtype` stands beside "versions" where there was a choice, see
+`model/precision.recorded_name`. `unit` is what was resampled, `documents` how many of them there were.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class TextRecord:
     resamples: int
     seed: int
     versions: Mapping[str, str]
+    compute_dtype: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -111,6 +113,7 @@ class TaskRecord:
     seed: int
     harness: str
     versions: Mapping[str, str]
+    compute_dtype: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -131,7 +134,7 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types."""
-        return {"version": VERSION, "texts": [asdict(x) for x in self.texts], "tasks": [asdict(x) for x in self.tasks]}
+        return {"version": VERSION, "texts": [_plain(x) for x in self.texts], "tasks": [_plain(x) for x in self.tasks]}
 
     @classmethod
     def from_dict(cls, data: Any) -> Metrics:
@@ -169,6 +172,11 @@ class Metrics:
             raise ValueError(f"{path}: {error}") from None
 
 
+def _plain(record: TextRecord | TaskRecord) -> dict[str, Any]:
+    """Returns JSON types; the precision of computing only where there was a choice."""
+    return {key: value for key, value in asdict(record).items() if key != "compute_dtype" or value}
+
+
 def _updated(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple({record.key: record for record in (*old, *new)}.values())
 
@@ -199,7 +207,7 @@ _COUNTS = ("length", "windows", "documents", "predictions", "samples", "shots", 
 
 def _checked(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the same data, whose plain fields have the types that readers rely on; `ValueError` otherwise."""
-    for name in {"name", "unit", "harness"} & set(data):
+    for name in {"name", "unit", "harness", "compute_dtype"} & set(data):
         if not isinstance(data[name], str):
             raise ValueError(f"{name} of a recorded evaluation is {data[name]!r}; text is expected")
     for name in set(_COUNTS) & set(data):

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration.batches import prepare_batches
 from ..model.accepted import check_kind
 from ..model.classes import require_next_token, text_config
 from ..model.inference import Batch, evaluating
+from ..model.precision import computing_as
+from ..progress import follow
 from .token_scores import token_scores
 
 Array = np.ndarray[Any, Any]
@@ -49,19 +50,22 @@ class Quality:
     top1: float | None = None
 
 
-def evaluate_text(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> Quality:
+def evaluate_text(
+    model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None, *, compute_dtype: str = "auto"
+) -> Quality:
     """Measures perplexity over windows, and divergence from a reference model.
 
     Args:
         ids: `[windows, tokens]`, each window scored by itself on its `tokens - 1` predictions: the papers'
             protocol when the windows are cut from joined text (see `text_windows`).
         reference: the dense model, of the same vocabulary.
+        compute_dtype: the precision of both models' forward passes, see `SparsityConfig`.
 
     Raises:
         ValueError: a model that does not predict the next token of the text it reads; ids outside the vocabulary, windows
             longer than the model's positions, models of different vocabularies.
     """
-    scores = score_windows(model, ids, reference)
+    scores = score_windows(model, ids, reference, compute_dtype=compute_dtype)
     tokens = int(scores.predictions.sum())
     loss = float(scores.loss.sum()) / tokens
     if scores.reference is None or scores.kl is None or scores.same is None:
@@ -90,7 +94,9 @@ class WindowScores:
     same: Array | None = None
 
 
-def score_windows(model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None) -> WindowScores:
+def score_windows(
+    model: PreTrainedModel, ids: Tensor, reference: PreTrainedModel | None = None, *, compute_dtype: str = "auto"
+) -> WindowScores:
     """Scores each window by itself; arguments and errors are those of `evaluate_text`."""
     for judged in (model, reference):
         if judged is not None:
@@ -100,8 +106,8 @@ def score_windows(model: PreTrainedModel, ids: Tensor, reference: PreTrainedMode
     size = max(1, LOGITS // (ids.shape[1] * vocabulary))
     batches = prepare_batches(model, [{"input_ids": rows} for rows in ids.split(size)])
     columns: list[list[Tensor]] = []
-    with evaluating(model), torch.no_grad():
-        for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=None, leave=False):
+    with evaluating(model), computing_as(compute_dtype, model, reference), torch.no_grad():
+        for batch in follow(batches, "Evaluating", "batch"):
             logits = model(**batch, use_cache=False).logits
             dense = None
             if reference is not None:

@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 
 from ..model.fingerprint import versions, weights_fingerprint
 from ..model.inference import evaluating
+from ..model.precision import compute_dtype as dtype_of
+from ..model.precision import computing_as, recorded_name
 from .metrics import TaskAgainst, TaskRecord
 from .resampling import CONFIDENCE, RESAMPLES
 from .task_results import differences, documents, prompt_examples, shown, task_scores
@@ -93,6 +95,7 @@ def score_tasks(
     batch_size: int = BATCH,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    compute_dtype: str = "auto",
 ) -> list[TaskRecord]:
     """Runs tasks, and compares with a dense model on the same documents.
 
@@ -104,6 +107,7 @@ def score_tasks(
         batch_size: requests that run at a time.
         resamples: of the paired bootstrap over documents, for the difference of every metric that is a mean.
         seed: of the examples drawn, of generation, and of the bootstrap. The harness sets Python's, numpy's and torch's.
+        compute_dtype: the precision of forward passes, see `SparsityConfig`.
 
     Raises:
         ValueError: a task cannot be run: its data could not be reached, or it wants images or code execution.
@@ -116,8 +120,10 @@ def score_tasks(
         "resamples": resamples,
         "seed": seed,
     }
-    sparse = _run(model, tokenizer, tasks, **options)
-    dense = _run(reference[1], tokenizer, tasks, **options) if reference is not None else None
+    with computing_as(compute_dtype, model):
+        sparse = _run(model, tokenizer, tasks, **options)
+    with computing_as(compute_dtype, reference[1] if reference is not None else None):
+        dense = _run(reference[1], tokenizer, tasks, **options) if reference is not None else None
     weights = weights_fingerprint(model)
     against = (reference[0], weights_fingerprint(reference[1])) if reference is not None else None
     records = []
@@ -140,6 +146,7 @@ def score_tasks(
                 seed=seed,
                 harness=_version(),
                 versions=versions(),
+                compute_dtype=recorded_name(model, dtype_of(model, compute_dtype)),
             )
         )
     return records

@@ -27,6 +27,8 @@ _ROUTER = re.compile(r"(^|_)(router|gating|gate|wg)$|router|gating", re.IGNORECA
 _TOWER_CONFIGS = ("vision_config", "audio_config")
 _AUDIO = re.compile(r"audio|speech|sound", re.IGNORECASE)
 
+STANDS_FOR = "_hf_sparsity_stands_for"  # attribute of a copy that computes: the parameter that is stored
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -50,11 +52,16 @@ class Weight:
         return self.shape[0] * self.shape[1]
 
     @property
-    def stored(self) -> nn.Parameter:
-        """The parameter that holds the weight now; while a block is lent or masked it is another object than before."""
+    def used(self) -> nn.Parameter:
+        """The parameter that the module computes with now: `stored`, or a copy in the dtype that computes."""
         parameter = self.module._parameters[self.attribute]
         assert parameter is not None
         return parameter
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter that holds the weight now; while a block is lent or masked it is another object than before."""
+        return getattr(self.used, STANDS_FOR, self.used)
 
     def read(self) -> Tensor:
         """Returns the weight as a view `[out, in]` of the parameter, which must be on a device (see `onload`)."""

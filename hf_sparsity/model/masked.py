@@ -22,8 +22,8 @@ def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[None]:
             weight = block.weights[name]
             key = (id(weight.module), weight.attribute)
             if key not in own:
-                own[key] = (weight.module, weight.stored)
-                copy = nn.Parameter(weight.stored.detach().clone(), requires_grad=False)
+                own[key] = (weight.module, weight.used)
+                copy = nn.Parameter(weight.used.detach().clone(), requires_grad=False)
                 weight.module._parameters[weight.attribute] = copy
             weight.read().mul_(mask.to(weight.read().device))
         yield

@@ -70,8 +70,13 @@ class Onloaded:
 
     @torch.no_grad()
     def write(self, weight: Weight, value: Tensor) -> None:
-        """Replaces a weight by `value` `[out, in]`; an offloaded one is stored when the block leaves its device."""
+        """Replaces a weight by `value` `[out, in]`; an offloaded one is stored when the block leaves its device.
+
+        A copy that computes for it gets what is stored, rounded to its dtype.
+        """
         weight.read().copy_(value)
+        if weight.used is not weight.stored:
+            weight.part(weight.used.detach()).copy_(weight.read())
         key = (id(weight.module), weight.attribute)
         if key in self.owners:
             self.changed.add(key)

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..distributed import Processes
 from ..model.inference import Batch, can_be_sliced
 from ..model.layers import Block, ModelLayers, Weight
+from ..progress import follow
 from ..streaming.gradients import BlocksNotAlone, Gradients, differentiable
 
 
@@ -44,8 +44,7 @@ def fisher_information(
     try:
         with differentiable(model, model_layers, energy):
             mine = processes.share(sequences)
-            hidden = processes.hide_bars
-            for batch, row in tqdm(mine, desc="Fisher information", unit="sequence", disable=hidden, leave=False):
+            for batch, row in follow(mine, "Fisher information", "sequence", shown=processes.main):
                 _loss(model, batch, row).backward()
                 energy.flush()
     except BlocksNotAlone as error:

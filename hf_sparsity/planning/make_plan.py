@@ -21,9 +21,10 @@ from ..config import SparsityConfig
 from ..core.stats import STATS
 from ..distributed import Processes
 from ..model.classes import require_next_token
-from ..model.fingerprint import model_fingerprint, versions
+from ..model.fingerprint import versions
 from ..model.inference import Batch, without_autocast
 from ..model.layers import Weight, find_layers
+from ..model.precision import computing
 from ..plan import LayerPlan, Plan
 from ..race_record import RaceDetails
 from .allocate import Choice, allocate
@@ -80,15 +81,16 @@ def make_plan(
         model,
         model_layers,
         data,
-        model_fingerprint(model, model_layers),
         needs=needs | config.pruning_needs if isinstance(output, Output) else needs,  # pruning into the folder follows
         output=output,
         hidden_limit=hidden_limit,
+        computes=config.compute_dtype,
     )
     looks_at_data = (needs | config.pruning_needs) & STATS
     if isinstance(output, Output) and output.goes_on:  # the plan is known, and all was seen when it was made
         looks_at_data = frozenset()
-    unseen = check_unseen(model, model_layers, data if looks_at_data else [], config.allow_unseen)
+    with computing(model, run.compute_dtype):
+        unseen = check_unseen(model, model_layers, data if looks_at_data else [], config.allow_unseen)
     if on_start is not None:
         on_start(run)
     run.begin("plan", {"config": config.to_dict()})
@@ -97,10 +99,11 @@ def make_plan(
     if (finished := _finished_plan(run, config)) is not None:
         return finished
 
-    if isinstance(allocator, Race):
-        choice = choose(run, config, allocator, batches.sources if isinstance(batches, Mixture) else ())
-    else:
-        choice = allocate(run, config, allocator)
+    with computing(model, run.compute_dtype):
+        if isinstance(allocator, Race):
+            choice = choose(run, config, allocator, batches.sources if isinstance(batches, Mixture) else ())
+        else:
+            choice = allocate(run, config, allocator)
     choice = dataclasses.replace(choice, unseen={**unseen, **choice.unseen})
     warn_of_unseen(choice.unseen)
 
@@ -162,6 +165,7 @@ def _plan_of(run: Prepared, config: SparsityConfig, choice: Choice, *, has_data:
         algorithms=_instances(config),
         story=choice.story,
         unseen=choice.unseen,
+        compute_dtype=run.compute_name if has_data else None,
     )
 
 

@@ -26,6 +26,7 @@ from ..model.fingerprint import model_fingerprint
 from ..model.inference import Batch
 from ..model.layers import ModelLayers, find_layers
 from ..model.offload import weight_store
+from ..model.precision import computing
 from ..plan import Plan
 from ..planning.checks import check_plan, check_unseen, plan_config
 from ..planning.preparation import Prepared, prepare
@@ -103,8 +104,7 @@ def prepare_pruning(
     _check_data_is_there(config, needs, recovery, batches)
     if output_dir is None and weight_store(model) is not None:
         raise ValueError("a streamed model is pruned into a folder: pass output_dir")
-    fingerprint = model_fingerprint(model, model_layers)
-    has_travelled = made_on_other_weights(plan, fingerprint)
+    has_travelled = made_on_other_weights(plan, model_fingerprint(model, model_layers))
 
     prunes_with_data = bool(needs or recovery or plan.chosen)
     looks_at_data = prunes_with_data or has_travelled or isinstance(batches, Mixture)
@@ -121,15 +121,16 @@ def prepare_pruning(
         model,
         model_layers,
         data,
-        fingerprint,
         needs=needs | {NORMS} if recovery else needs,
         output=output,
         hidden_limit=hidden_limit,
         copies=STREAMS if recovery else 1,
+        computes=config.compute_dtype,
     )
     run.processes.agree("the plan", plan.to_dict()["layers"])
     if output is None or not output.goes_on:  # else it was checked before
-        check_unseen(model, model_layers, data if needs else [], config.allow_unseen)
+        with computing(model, run.compute_dtype):
+            check_unseen(model, model_layers, data if needs else [], config.allow_unseen)
     if output is not None:
         check_writable(model)
         if output.layout == "bitmask":

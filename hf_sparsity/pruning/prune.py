@@ -17,12 +17,14 @@ from ..distributed import share
 from ..model.fingerprint import versions
 from ..model.identity import renew_identity
 from ..model.inference import without_autocast
+from ..model.precision import computing, lent_precision
 from ..plan import LayerReport, Plan, Report
 from ..planning.preparation import Prepared
 from ..streaming.fallback import check_finite, fall_back
 from ..streaming.run import PassOptions, Progress
 from ..streaming.stream import stream_blocks
 from .evidence import Evidence
+from .half_blocks import DenseOutputs
 from .preparation import PruningJob, prepare_pruning
 from .prune_block import prune_block
 from .reconstruction import BlockReconstruction
@@ -95,13 +97,14 @@ def prune(
     if job.output is not None and job.output.is_complete:
         renew_identity(model, job.output.path)
         return job.output.restore(model, job.run.model_layers)
-    evidence = Evidence(job)
-    if job.output is not None:
-        job.output.resume(model, job.run.model_layers)
+    with computing(model, job.run.compute_dtype):
+        evidence = Evidence(job)
+        if job.output is not None:
+            job.output.resume(model, job.run.model_layers)
 
-    layers = _prune_blocks(job)
+        layers = _prune_blocks(job)
 
-    evidence.measure_pruned()
+        evidence.measure_pruned()
     report = _report(job, layers, evidence, seconds=time.perf_counter() - start)
     model.config.sparsity_config = plan.to_dict() | {"pruned": _record(job, report, evidence)}
     renew_identity(model, job.output.path if job.output else None)
@@ -134,14 +137,19 @@ def _prune_blocks(job: PruningJob) -> dict[str, LayerReport]:
         for layer in block.layers.values():
             layer.sparsity = job.plan.layers[layer.name].sparsity
             layer.pattern = Pattern.parse(job.plan.layers[layer.name].pattern)
-        dense = recovery.watch(block, run.model_layers.blocks[block.index]) if recovery else None
+        inside = run.model_layers.blocks[block.index]
+        dense: DenseOutputs | None = None
+        if recovery:
+            with lent_precision(inside.module):
+                dense = recovery.watch(block, inside)
         finish = Refinement(job.refit, job.swaps)
         pruned = prune_block(block, job.pruner, job.rows, fallbacks, run.processes, progress, finish)
         reports |= pruned
         if recovery and dense:
-            recovery.train(block, dense, progress, run.journal)
+            with lent_precision(inside.module):
+                recovery.train(block, dense, progress, run.journal)
         if output is not None:
-            output.write_block(run.model, run.model_layers, run.model_layers.blocks[block.index], pruned)
+            output.write_block(run.model, run.model_layers, inside, pruned)
     return reports
 
 
@@ -155,6 +163,7 @@ def _report(job: PruningJob, layers: Mapping[str, LayerReport], evidence: Eviden
         sources={name: score.to_dict() for name, score in evidence.sources.items()},
         certificate={"masks": promised, "pruned": evidence.certificate} if promised else None,
         revalidation=evidence.revalidation,
+        compute_dtype=job.run.compute_name,
     )
 
 

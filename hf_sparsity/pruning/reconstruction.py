@@ -175,6 +175,7 @@ class _Fit:
     def __init__(self, half: HalfBlock, train: Sequence[Example], held: Sequence[Example]):
         self.half, self.train, self.held = half, train, held
         self.stored = {name: weights[0].stored.detach() for name, weights in half.weights.items()}
+        self.computes = {name: weights[0].used.dtype for name, weights in half.weights.items()}
         self.kept = {name: _survivors(half, name, value) for name, value in self.stored.items()}
         self.best: dict[str, Tensor] = {}  # parameters in the model's dtype; empty unless better than what is stored
 
@@ -204,7 +205,7 @@ class _Fit:
     def step(self, masters: Mapping[str, Tensor], example: Example) -> None:
         """Sets the gradients of one batch, zero outside the mask: so are Adam's moments there, and a zero never moves."""
         with torch.enable_grad(), example.lent():
-            lent = {name: value.to(self.stored[name].dtype) for name, value in masters.items()}
+            lent = {name: value.to(self.computes[name]) for name, value in masters.items()}
             # The scale makes no difference to Adam, but keeps half-precision gradients in range.
             scale = max(float(energy(example.target.to(torch.float32), example.real)) / example.target.numel(), 1e-12)
             loss = example.error(self.half, lent) / scale
@@ -216,9 +217,10 @@ class _Fit:
     def judge(self, parameters: Mapping[str, Tensor]) -> float:
         """Returns the summed squared error on the held-out batches."""
         total = 0.0
+        lent = {name: value.to(self.computes[name]) for name, value in parameters.items()}
         for sample in self.held:
             with sample.lent():
-                total += float(sample.error(self.half, parameters))
+                total += float(sample.error(self.half, lent))
         return total
 
     def rounded(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ..checkpoint.journal import Journal
 from ..model.sparsity import planned_layers
+from ..progress import Bar
 from .callback import SparsityCallback
 from .distillation import DistillationTrainer
 from .methods import TrainToSparsity, uses_adapters
@@ -134,21 +134,22 @@ class _Checkpoints(TrainerCallback):
     """Records in the journal each checkpoint that is whole, and shows a progress bar."""
 
     def __init__(self, journal: Journal):
-        self.journal, self.bar = journal, None
+        self.journal = journal
+        self.bar: Bar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(desc="Recovering", total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+        self.bar = Bar("Recovering", state.max_steps, "step", done=state.global_step, shown=state.is_world_process_zero)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            self.bar.update()
+            self.bar.step()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.journal.remember("checkpoint", str(state.global_step), True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self.bar.__exit__()
 
 
 def _last_checkpoint(journal: Journal) -> str | None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ..model.inference import Batch, can_be_sliced
+from ..model.inference import Batch, can_be_sliced, replaced_forwards
 from ..model.layers import Block, ModelLayers, Weight
 from ..model.offload import onload, weight_store
+from ..model.precision import is_lent_precision, lent_precision
 from .forward import drive
-from .lockstep import replaced_forwards
 from .observer import InputObserver, hidden_reason
 from .operands import Operands, tensors_in
 
@@ -107,10 +107,12 @@ def _run(model: PreTrainedModel, model_layers: ModelLayers, batch: Batch) -> Fir
         def forward(*args: Any, **kwargs: Any) -> Any:
             order.append(index)
             with ExitStack() as stack:
-                if any(weight.stored.device.type == "meta" for weight in block.weights.values()):
+                if _come_for_a_call(block):
                     stack.enter_context(onload(block.module))
+                    stack.enter_context(lent_precision(block.module))
                     observers.append(InputObserver(Operands(block.weights.values()), note))
                     stack.enter_context(observers[-1])
+                    stack.callback(observers[0].operands.forget_copies)  # the first saw them being made, and holds them
                 return original(*args, **kwargs)
 
         return forward
@@ -127,11 +129,43 @@ def _run(model: PreTrainedModel, model_layers: ModelLayers, batch: Batch) -> Fir
     hidden = {name: func for observer in reversed(observers) for name, func in observer.hidden.items()}
     unseen = _unseen(model_layers, set(order), seen, hidden)
     if NOT_USED in unseen.values():  # as far as Python can see
-        with _UseWatcher(Operands(resident)) as watcher, torch.no_grad():
-            drive(model, None)(**sequence)
-        scripted = {name for name, reason in unseen.items() if reason == NOT_USED} & watcher.used
+        used = _used(model, blocks, resident, sequence)
+        scripted = {name for name, reason in unseen.items() if reason == NOT_USED} & used
         unseen |= dict.fromkeys(scripted, SCRIPTED)
     return FirstPass(order, unseen)
+
+
+def _come_for_a_call(block: Block) -> bool:
+    """Returns whether what a block computes with is there only while it is called: read from disk, or a copy."""
+    away = any(weight.stored.device.type == "meta" for weight in block.weights.values())
+    return bool(block.weights) and (away or is_lent_precision(block.module))
+
+
+def _used(model: PreTrainedModel, blocks: list[Block], resident: list[Weight], sequence: Batch) -> set[str]:
+    """Returns the weights that any operation of a forward pass uses, also of code that is not Python.
+
+    Of a block that computes with copies, those that its own forward uses.
+    """
+    watchers: list[_UseWatcher] = []
+
+    def watched(block: Block) -> Callable[..., Any]:
+        original = block.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with onload(block.module), lent_precision(block.module):
+                watchers.append(_UseWatcher(Operands(block.weights.values())))
+                with watchers[-1]:
+                    return original(*args, **kwargs)
+
+        return forward
+
+    copied = [block for block in blocks if block.weights and is_lent_precision(block.module)]
+    inside = {weight.parameter for block in copied for weight in block.weights.values()}
+    watchers.append(_UseWatcher(Operands(weight for weight in resident if weight.parameter not in inside)))
+    forwards = [watched(block) for block in copied]
+    with replaced_forwards([block.module for block in copied], forwards), watchers[0], torch.no_grad():
+        drive(model, None)(**sequence)
+    return set().union(*(watcher.used for watcher in watchers))
 
 
 class _UseWatcher(TorchDispatchMode):

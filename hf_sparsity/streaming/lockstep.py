@@ -17,13 +17,13 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..model.inference import replaced_forwards
 from .spill import Spill
 
 
@@ -230,19 +230,3 @@ def lockstep(
                 )
         finally:
             walk.stop()
-
-
-@contextmanager
-def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Gives each module another `forward` inside; also code that calls `module.forward` itself meets it."""
-    own = [module.__dict__.get("forward") for module in modules]  # accelerate's hooks live there too
-    for module, new in zip(modules, forwards, strict=True):
-        module.forward = new
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward

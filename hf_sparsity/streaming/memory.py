@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,8 +30,8 @@ class Estimate:
     """Bytes of memory and disk that a run takes.
 
     `model`: weights that stay in memory: all of them, or what is outside the blocks and one block when streamed or
-    offloaded. `hidden`: hidden states of the calibration batches. `block`: one block's statistics, scores and working
-    copies of its largest matrix. `disk`: the output. `resident`: the part of `model` that is in memory already.
+    offloaded. `hidden`: hidden states of the calibration batches. `block`: one block's statistics, scores, working
+    copies of its largest matrix, and the copy that computes. `disk`: the output. `resident`: the part of `model` that is in memory already.
     """
 
     model: int
@@ -75,6 +76,7 @@ def estimate_memory(
     *,
     hidden_limit: int | None = None,
     journal: bool = False,
+    computes: torch.dtype | None = None,
 ) -> Estimate:
     """Returns what `prune` will hold at once, from shapes alone; activations inside one block call come on top.
 
@@ -82,6 +84,7 @@ def estimate_memory(
         needs: the facts of the inputs that are collected.
         hidden_limit: see `prune`.
         journal: whether the run is written to a folder, which also keeps the hidden states on disk.
+        computes: the dtype that computes; None: the model's own. In another, a block is copied.
     """
     config = text_config(model.config)
     whole = _bytes(model.parameters())
@@ -89,7 +92,9 @@ def estimate_memory(
     inside = [_bytes(block.module.parameters()) for block in model_layers.blocks]
     away = any(p.device.type == "meta" for p in model.parameters())
     weights = resident + max(inside) if away else whole
-    itemsize = next(model.parameters()).element_size()
+    own = next(model.parameters()).dtype
+    itemsize = (computes or own).itemsize
+    copied = 0 if computes in (None, own) else max(inside) // own.itemsize * itemsize
     longest, tokens = 0, 0
     for batch in batches:
         count = batch.get("input_ids", next(iter(batch.values()))).numel()
@@ -100,7 +105,7 @@ def estimate_memory(
     return Estimate(
         weights,
         kept,
-        max(_block_bytes(block, needs, len(batches)) for block in model_layers.blocks),
+        max(_block_bytes(block, needs, len(batches)) for block in model_layers.blocks) + copied,
         (whole if journal else 0) + (2 * hidden if journal else 0) + spilled,
         resident if weight_store(model) is None else 0,
     )
@@ -114,13 +119,20 @@ def check_room(
     *,
     hidden_limit: int | None,
     output: Path | None,
+    computes: torch.dtype | None = None,
 ) -> Estimate:
     """Returns what the run will take; raises ValueError with advice when memory or disk cannot hold it.
 
     Memory is not checked when the model is on an accelerator, whose own errors are plain.
     """
     estimate = estimate_memory(
-        model, model_layers, batches, needs, hidden_limit=hidden_limit, journal=output is not None
+        model,
+        model_layers,
+        batches,
+        needs,
+        hidden_limit=hidden_limit,
+        journal=output is not None,
+        computes=computes,
     )
     on_host = all(p.device.type in ("cpu", "meta") for p in model.parameters())
     estimate.check(output, memory=None if on_host else estimate.peak)

@@ -109,7 +109,7 @@ class Operands:
         self._copies: dict[int, list[_Place]] = {}
         self._held: list[Tensor] = []  # the copies: while they live, no other tensor gets their memory
         for group in by_parameter.values():
-            parameter = group[0].stored
+            parameter = group[0].used
             if (storage := storage_address(parameter)) is not None:
                 self._places.setdefault(storage, []).append(_Place.of(parameter, group))
 

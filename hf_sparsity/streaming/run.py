@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoint.journal import Journal
 from ..core.stats import InputStats
 from ..distributed import Processes
 from ..model.layers import Block, ModelLayers
+from ..progress import Bar
 from .first_pass import merged_order
 from .merge import merge_stats
 from .spill import Spill
@@ -78,24 +78,25 @@ class Progress:
         names = [block.name for block in model_layers.blocks if block.weights]
         self._done = sum(map(run.journal.finished, names)) if run.journal else 0
         self._tokens = sum(batch.get("input_ids", next(iter(batch.values()))).numel() for batch in batches)
-        self._options = {"total": len(names), "initial": self._done, "desc": title, "disable": run.processes.hide_bars}
-        self._bar: Any = None
+        self._title, self._total, self._shown = title, len(names), run.processes.main
+        self._bar: Bar | None = None
         self._speed = ""
 
     def over(self, stream: Iterator[Step]) -> Iterator[Step]:
         """Yields what the stream yields, a step of the bar for each."""
-        with tqdm(unit="block", leave=False, **self._options) as self._bar:
+        with Bar(self._title, self._total, "block", done=self._done, shown=self._shown) as bar:
+            self._bar = bar
             start = time.perf_counter()
             for block in stream:
                 yield block
-                self._bar.update()
+                bar.step()
                 if self._tokens:
                     seconds = time.perf_counter() - start
-                    self._speed = f"{self._tokens * (self._bar.n - self._done) / seconds:.0f} tokens/s"
-                self._bar.set_postfix_str(self._speed)
+                    self._speed = f"{self._tokens * (bar.count - self._done) / seconds:.0f} tokens/s"
+                bar.say(self._speed)
         self._bar = None
 
     def say(self, text: str) -> None:
         """Shows how far the work on the current block is."""
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(filter(None, (text, self._speed))))
+            self._bar.say(", ".join(filter(None, (text, self._speed))))

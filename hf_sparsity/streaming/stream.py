@@ -22,6 +22,7 @@ from ..model.inference import Batch, prepared
 from ..model.layers import Block, ModelLayers, Weight, is_of_text
 from ..model.masked import masked
 from ..model.offload import Onloaded, onload
+from ..model.precision import lent_precision
 from .first_pass import first_pass
 from .forward import drive, padding
 from .lockstep import Arrival, lockstep
@@ -203,7 +204,7 @@ class _Pass:
                         streamed.layers.clear()
                         masks = streamed.masks
                     if not last:
-                        with masked(block, masks):
+                        with masked(block, masks), lent_precision(block.module):
                             _advance(arrival, keep)
                 if journal:
                     journal.commit(None if last else visit)
@@ -235,9 +236,10 @@ class _Pass:
         """Returns (the statistics of a block's inputs over all processes' batches, the reasons where they are missing)."""
         if not self.needs:
             return {}, {}
-        collector = Collector(Operands(block.weights.values()), self.needs)
-        sequences = self.add(collector, arrival, keep_outputs=keep_outputs)
-        return self.finish(collector, block, sequences)
+        with lent_precision(block.module):
+            collector = Collector(Operands(block.weights.values()), self.needs)
+            sequences = self.add(collector, arrival, keep_outputs=keep_outputs)
+            return self.finish(collector, block, sequences)
 
     def finish(
         self, collector: Collector, block: Block, sequences: int
@@ -270,7 +272,7 @@ class _Pass:
         with closing(self.arrivals()) as arrivals:
             for arrival in arrivals:
                 block = self.model_layers.blocks[arrival.index]
-                with onload(block.module):
+                with onload(block.module), lent_precision(block.module):
                     if arrival.index in repeated and block.weights and self.needs:
                         operands = Operands(block.weights.values())
                         collector = collectors.setdefault(arrival.index, Collector(operands, self.needs))

@@ -74,7 +74,7 @@ def _parts(reference: DenseReference, number: int) -> list[tuple[Batch, Tensor]]
     model, model_layers = reference.model, reference.model_layers
     batch, dense = reference.batches[number], reference.dense_logits(number)
     width = getattr(text_config(model.config), "hidden_size", None) or 1
-    each = len(model_layers.blocks) * dense.shape[1] * width * model.dtype.itemsize
+    each = len(model_layers.blocks) * dense.shape[1] * width * dense.element_size()
     limit = max(INPUTS, sum(weight.size for weight in model_layers.weights.values()) // SHARE)
     count = max(limit // each, 1)
     if count >= len(dense) or not can_be_sliced(batch):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...algorithm import Pattern
@@ -17,6 +16,7 @@ from ...model.fingerprint import sample
 from ...model.layers import Block, ModelLayers
 from ...model.offload import onload
 from ...plan import LayerPlan
+from ...progress import follow
 from .layer_facts import LayerFacts, look
 
 
@@ -72,7 +72,7 @@ def measure(
     """
     seen = Measured()
     twins = {block.name: block for block in dense_layout.blocks} if dense_layout is not None else {}
-    for block in tqdm(model_layers.blocks, desc="Verifying", unit="block", disable=None, leave=False):
+    for block in follow(model_layers.blocks, "Verifying", "block"):
         twin = twins.get(block.name)
         try:
             with ExitStack() as stack:
