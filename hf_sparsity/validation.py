@@ -6,7 +6,12 @@ import math
 from functools import cache
 from typing import Any
 
-COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "model")  # what may be asked for; `model/precision.py` says what they mean
+COMPUTE_DTYPES = (
+    "auto",
+    "float32",
+    "bfloat16",
+    "model",
+)  # what may be asked for; `model/precision.py` says what they mean
 
 
 def check_compute_dtype(value: Any) -> None:

@@ -140,7 +140,9 @@ class Output:
         if self._wipe:
             return None
         phases = ("plan", "prune")
-        before = self._record["phases"] if self._record else {name: self.journal.recall("begin", name) for name in phases}
+        before = (
+            self._record["phases"] if self._record else {name: self.journal.recall("begin", name) for name in phases}
+        )
         known = [set(before[name]) for name in phases if before.get(name)]
         return set().union(*known) if known else None
 

@@ -96,7 +96,9 @@ def prepare(
         check_number("hidden_limit", hidden_limit, "[0, inf)", hint=": bytes, or None for all")
     processes = Processes.current()
     earlier = output.earlier_arguments() if output is not None else None
-    of_old = earlier is not None and "compute_dtype" not in earlier  # begun by a version that knew no other than "model"
+    of_old = (
+        earlier is not None and "compute_dtype" not in earlier
+    )  # begun by a version that knew no other than "model"
     dtype = compute_dtype(model, "model" if of_old and computes == "auto" else computes)
     name = None if of_old and dtype == model.dtype else recorded_name(model, dtype)
     estimate = check_room(
@@ -111,6 +113,4 @@ def prepare(
     fingerprints = {"model": model_fingerprint(model, model_layers), "data": data_fingerprint(data) if data else None}
     processes.agree("model and data", fingerprints)
     processes.agree("precision of computing (set compute_dtype, --compute-dtype)", str(dtype))
-    return Prepared(
-        model, model_layers, data, fingerprints, estimate, processes, hidden_limit, output, dtype, name
-    )
+    return Prepared(model, model_layers, data, fingerprints, estimate, processes, hidden_limit, output, dtype, name)

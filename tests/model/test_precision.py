@@ -86,7 +86,10 @@ def test_one_block_at_a_time_is_lent_and_all_come_back(pruner):
     report = prune(model, plan, batches("llama"), reconstruct=BlockReconstruction(epochs=1))
     assert watched.most == 1
     assert watched.inputs == {torch.float32}
-    assert {tensor.dtype for tensor in [*model.parameters(), *model.buffers()]} == {HALF, torch.float32}  # rotary tables
+    assert {tensor.dtype for tensor in [*model.parameters(), *model.buffers()]} == {
+        HALF,
+        torch.float32,
+    }  # rotary tables
     assert {p.dtype for p in model.parameters()} == {HALF}
     assert all(weight.used is weight.stored for weight in find_layers(model).weights.values())
     assert not any("forward" in vars(module) for module in model.modules())
