@@ -45,7 +45,7 @@ class Bar:
         self._bar.close()
 
     def step(self) -> None:
-        """Counts one step."""
+        """Counts one more step and shows it."""
         self.count += 1
         self._bar.update()
         self._line()
