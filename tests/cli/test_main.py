@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import sysconfig
 
 import pytest
-import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from hf_sparsity import Plan, Report, demo
-from hf_sparsity.allocators import ALLOCATORS
-from hf_sparsity.cli import demo as command
-from hf_sparsity.cli import loading
+from hf_sparsity import Plan, Report
 from hf_sparsity.cli.arguments import parse_algorithm
 from hf_sparsity.cli.main import main
 from tests.conftest import tiny
@@ -168,22 +163,3 @@ def test_as_a_module():
     shown = subprocess.run([sys.executable, "-m", "hf_sparsity", "--help"], capture_output=True, text=True, check=True)
     assert "inspect" in shown.stdout
     assert subprocess.run([sys.executable, "-m", "hf_sparsity", "bake"], capture_output=True).returncode == 2
-
-
-def test_the_demo(capsys, tmp_path, monkeypatch):
-    """The demo on a tenth of its data: the table has every allocator, uniform first; the winner is saved and drawn."""
-    monkeypatch.setattr(loading, "DEMO_LENGTH", 64)
-    monkeypatch.setattr(command, "SEQUENCES", 4)
-    library = tmp_path / "library"  # a Python whose standard library is a few short files
-    for path, text in demo.texts("heldout")[:1] + demo.texts("calibration")[:30]:
-        (library / path).parent.mkdir(parents=True, exist_ok=True)
-        (library / path).write_text(text[:1000])
-    paths = sysconfig.get_paths() | {"stdlib": str(library)}
-    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: paths)
-    result = run_json(capsys, "demo", "--output", str(tmp_path / "out"))
-    assert [row["allocator"] for row in result["rows"]][: len(ALLOCATORS)] == list(ALLOCATORS)
-    assert all(row["sparsity"] == pytest.approx(0.6, abs=0.01) for row in result["rows"])
-    assert result["best"] == min(result["rows"], key=lambda row: row["selection"])["allocator"]
-    assert (tmp_path / "out" / "sparsities.png").read_bytes()[:4] == b"\x89PNG"
-    assert torch.isfinite(torch.tensor([row["heldout"] for row in result["rows"]])).all()
-    assert Plan.load(tmp_path / "out") == Plan.load(tmp_path / "out" / "plan.json")
