@@ -311,6 +311,18 @@ def test_tests_stand_where_what_they_test_stands():
     assert theirs - ours == set(), "these folders of tests are called like no folder of the package"
 
 
+def test_tests_called_like_a_module_stand_in_its_folder():
+    """`test_x.py` is where one looks for the tests of `x.py`; files about several modules have names of their own."""
+    modules = {(here(path.parent), path.stem) for path in FILES} | {(".", path.parent.name) for path in FILES}
+    misplaced = [
+        f"tests/{path.relative_to(TESTS)}: the module of that name is in another folder"
+        for path in TESTS.rglob("test_*.py")
+        if (name := path.stem.removeprefix("test_")) in {stem for _, stem in modules}
+        and (path.parent.relative_to(TESTS).as_posix(), name) not in modules
+    ]
+    assert not misplaced, offences(misplaced)
+
+
 def test_tests_do_not_import_each_other():
     """What several files use is in `tests/tools.py`, in a `conftest.py` or in a file of the folder that holds no test."""
     borrowed = [

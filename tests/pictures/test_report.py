@@ -214,7 +214,7 @@ def test_divergence_by_source_is_shown_where_it_is_recorded(text):
         report.page(plan)
 
 
-# ---- charts
+# ---- numbers
 
 
 @pytest.mark.parametrize(("value", "text"), [(1e-7, "1e-7"), (2.5e12, "2.5e12"), (0.05, "0.05"), (123456.0, "1.23e5")])
