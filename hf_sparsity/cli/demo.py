@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..pictures.canvas import check_matplotlib
     from ..pictures.heatmaps import draw_plans
     from . import tables
-    from .loading import DEMO_LENGTH, heldout_text, load_demo
+    from .loading import heldout_text, load_demo
 
     check_matplotlib()  # before the work, not after it
     output = check_output(options.output)
@@ -49,8 +49,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     dense, tokenizer = load_demo()
     texts = [text for _, text in demo_model.texts("calibration")]
-    data = calibration_batches(texts, tokenizer, sequences=SEQUENCES + SELECTION, length=DEMO_LENGTH, seed=0)
-    heldout = text_windows(heldout_text(), tokenizer, DEMO_LENGTH)
+    data = calibration_batches(texts, tokenizer, sequences=SEQUENCES + SELECTION, length=demo_model.LENGTH, seed=0)
+    heldout = text_windows(heldout_text(), tokenizer, demo_model.LENGTH)
     before = evaluate_text(dense, heldout).perplexity
 
     rows: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _try(name: str, config: SparsityConfig, data: Any, heldout: Any) -> tuple[Any, Plan, Report, dict[str, Any]]:
     """(model, plan, report, row of the table) of the embedded model pruned by one config.
 
-    `data`: token ids `[SEQUENCES + SELECTION, DEMO_LENGTH]`; the last ones judge. `heldout`: windows of another text.
+    `data`: token ids `[SEQUENCES + SELECTION, demo.LENGTH]`; the last ones judge. `heldout`: windows of another text.
     """
     from ..evaluation.perplexity import evaluate_text
     from ..planning.make_plan import make_plan

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..evaluation.metrics import METRICS_FILE
     from ..evaluation.tasks import find_tasks
     from ..evaluation.texts import Text, read_text
-    from .loading import DEMO, DEMO_LENGTH, load
+    from .loading import DEMO, load
 
     is_demo = DEMO in (options.model, options.against)
     names = [name for name in (options.tasks or "").split(",") if name]
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     length = options.length
     if not texts and not names:
         texts = [Text("demo held-out", [text for _, text in demo_model.texts("heldout")])]
-        length = length or DEMO_LENGTH
+        length = length or demo_model.LENGTH
     # Before a large model is loaded for nothing.
     tasks = find_tasks(names, options.include_path, trust_remote_code=options.trust_remote_code) if names else ()
     model, tokenizer = load(options)

@@ -18,7 +18,6 @@ from ..validation import check_number
 from .arguments import parse_algorithm, parse_source
 
 DEMO = demo_model.NAME
-DEMO_LENGTH = 512  # tokens of a calibration or evaluation window of the embedded model
 
 
 def sparsity_config(options: argparse.Namespace) -> SparsityConfig:
@@ -111,7 +110,7 @@ def calibration_text(options: argparse.Namespace, seed: int, model: Any, tokeniz
     """Returns the calibration data: token ids `[sequences, tokens]`, for several sources a `Mixture`."""
     if not options.calibration and options.model == DEMO:
         data: Any = [text for _, text in demo_model.texts("calibration")]
-        length = options.length or DEMO_LENGTH
+        length = options.length or demo_model.LENGTH
     elif not options.calibration:
         raise ValueError("--calibration is missing: a local file, such as text or jsonl, or a Hub dataset, such as c4")
     else:

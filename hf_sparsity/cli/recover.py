@@ -14,7 +14,6 @@ from ..recovery.recipes import RECIPES, in_words, recipe
 from .arguments import add_model_class, add_output, parse_algorithm, parse_source
 
 HELP = "train what pruning left, every zero kept, into a new folder"
-DEMO_LENGTH = 128  # tokens of a sequence for the embedded model, so that a default run takes minutes
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -106,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         sources = [Source(**parse_source(text)) for text in data]
         data = sources if len(sources) > 1 else sources[0].data
     else:
-        data, length = [text for _, text in demo.texts("calibration")], length or DEMO_LENGTH
+        data, length = [text for _, text in demo.texts("calibration")], length or demo.TRAINING_LENGTH
     method = _method(options)
     if options.recipe is not None:
         print(in_words(options.recipe, method), file=sys.stderr if options.json else sys.stdout, flush=True)

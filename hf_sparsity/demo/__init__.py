@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 
 NAME = "demo"  # what the command line calls it
 PATH = str(Path(__file__).parent / "model")  # what `from_pretrained` takes; a folder of nothing but the model
+LENGTH = 512  # tokens of a window of text that it is calibrated on and evaluated on
+TRAINING_LENGTH = 128  # tokens of a sequence that it is trained on, so that a default run takes minutes
 
 SPLITS = ("calibration", "heldout", "training")
 

@@ -11,7 +11,6 @@ import torch
 from hf_sparsity import Plan, demo
 from hf_sparsity.allocators import ALLOCATORS
 from hf_sparsity.cli import demo as command
-from hf_sparsity.cli import loading
 from hf_sparsity.cli.main import main
 
 
@@ -26,7 +25,7 @@ def run_json(capsys, *arguments, code=0):
 
 def test_the_demo(capsys, tmp_path, monkeypatch):
     """The demo on a tenth of its data: the table has every allocator, uniform first; the winner is saved and drawn."""
-    monkeypatch.setattr(loading, "DEMO_LENGTH", 64)
+    monkeypatch.setattr(demo, "LENGTH", 64)
     monkeypatch.setattr(command, "SEQUENCES", 4)
     library = tmp_path / "library"  # a Python whose standard library is a few short files
     for path, text in demo.texts("heldout")[:1] + demo.texts("calibration")[:30]:
