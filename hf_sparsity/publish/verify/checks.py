@@ -48,14 +48,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Known:
+class FolderFacts:
     """The facts that the checks compare.
 
     Attributes:
         plan: of the folder.
         model_layers: of the model.
         reports: layer -> its report; empty where there is none.
-        seen: what was measured.
+        measured: what was measured of the weights.
         compared: in which dtype weights were compared with the dense model's; "" if they were not.
         excuse: why the kept weights may differ from the dense model's; "" if they may not.
     """
@@ -63,7 +63,7 @@ class Known:
     plan: Plan
     model_layers: ModelLayers
     reports: Mapping[str, LayerReport]
-    seen: Measured
+    measured: Measured
     compared: str = ""
     excuse: str = ""
 
@@ -75,44 +75,44 @@ def _failures(check: str, wrong: Mapping[str, str], right: str) -> list[Finding]
     return [Finding(check, FAILED, where, message) for where, message in wrong.items()]
 
 
-def files(known: Known) -> list[Finding]:
+def files(folder: FolderFacts) -> list[Finding]:
     """Checks that the files are whole: their headers, and every checksum of packed ones."""
-    return _failures(FILES, known.seen.damaged, "every tensor could be read")
+    return _failures(FILES, folder.measured.damaged, "every tensor could be read")
 
 
-def plan(known: Known, model: PreTrainedModel) -> list[Finding]:
+def plan(folder: FolderFacts, model: PreTrainedModel) -> list[Finding]:
     """Checks that the plan names this model's layers with their sizes, and meets its own target."""
     try:
-        check_plan(Plan(known.plan.config, known.plan.layers), model, known.model_layers)
+        check_plan(Plan(folder.plan.config, folder.plan.layers), model, folder.model_layers)
     except ValueError as error:
         return [Finding(PLAN, FAILED, "", str(error))]
-    return [Finding(PLAN, OK, "", f"it fits the {len(known.model_layers.weights)} layers and meets its target")]
+    return [Finding(PLAN, OK, "", f"it fits the {len(folder.model_layers.weights)} layers and meets its target")]
 
 
-def fingerprints(known: Known, kind: str) -> list[Finding]:
+def fingerprints(folder: FolderFacts, kind: str) -> list[Finding]:
     """Checks that config.json names the model, the data and the versions, and that they fit."""
-    made, wrong, absent = known.plan.model, {}, []
-    if made.get("type") not in (None, kind):
-        wrong["type"] = f"the plan was made for a model of type {made['type']!r}, this is {kind!r}"
-    if made.get("layers") not in (None, shapes_hash(known.model_layers)):
+    model, wrong, absent = folder.plan.model, {}, []
+    if model.get("type") not in (None, kind):
+        wrong["type"] = f"the plan was made for a model of type {model['type']!r}, this is {kind!r}"
+    if model.get("layers") not in (None, shapes_hash(folder.model_layers)):
         wrong["layers"] = "the plan was made for layers of other names or shapes"
-    absent += [f"the model's {key}" for key in ("type", "layers", "weights") if made.get(key) is None]
-    data = known.plan.data
+    absent += [f"the model's {key}" for key in ("type", "layers", "weights") if model.get(key) is None]
+    data = folder.plan.data
     if data is not None and not all(data.get(key) for key in ("sequences", "tokens", "sha256")):
         wrong["data"] = f"the fingerprint of the calibration data is incomplete: {dict(data)}"
-    absent += [f"the version of {name}" for name in ("hf_sparsity", "torch") if not known.plan.versions.get(name)]
-    found = _failures(FINGERPRINTS, wrong, "those of the model's type, its layers and the data fit")
-    return found + ([Finding(FINGERPRINTS, NOTE, "", f"not recorded: {', '.join(absent)}")] if absent else [])
+    absent += [f"the version of {name}" for name in ("hf_sparsity", "torch") if not folder.plan.versions.get(name)]
+    findings = _failures(FINGERPRINTS, wrong, "those of the model's type, its layers and the data fit")
+    return findings + ([Finding(FINGERPRINTS, NOTE, "", f"not recorded: {', '.join(absent)}")] if absent else [])
 
 
-def report(told: Report, plan: Plan) -> list[Finding]:
+def report(recorded: Report, plan: Plan) -> list[Finding]:
     """Checks that the report is about the layers of the plan, with their sizes and planned sparsities."""
-    names = [name for name in {**plan.layers, **told.layers} if (name in plan.layers) != (name in told.layers)]
+    names = [name for name in {**plan.layers, **recorded.layers} if (name in plan.layers) != (name in recorded.layers)]
     wrong = {n: f"it is in {'the plan' if n in plan.layers else 'the report'} alone" for n in names}
-    if abs(told.target - plan.target) > 1e-6:
-        wrong[REPORT_FILE] = f"its target is {told.target}, the plan's {plan.target}"
-    for name in plan.layers.keys() & told.layers.keys():
-        layer, entry = plan.layers[name], told.layers[name]
+    if abs(recorded.target - plan.target) > 1e-6:
+        wrong[REPORT_FILE] = f"its target is {recorded.target}, the plan's {plan.target}"
+    for name in plan.layers.keys() & recorded.layers.keys():
+        layer, entry = plan.layers[name], recorded.layers[name]
         if entry.size != layer.size or abs(entry.planned - layer.sparsity) > 1e-6:
             wrong[name] = (
                 f"the report says {entry.size} weights and a planned sparsity of {entry.planned:.6f}, "
@@ -121,57 +121,60 @@ def report(told: Report, plan: Plan) -> list[Finding]:
     return _failures(REPORT, wrong, f"it is about the {len(plan.layers)} layers of the plan")
 
 
-def zeros(known: Known) -> list[Finding]:
+def zeros(folder: FolderFacts) -> list[Finding]:
     """Checks that each layer has the zeros of its report, and of the plan within what pruning may deviate."""
-    if not known.seen.facts:
+    if not folder.measured.facts:
         return [Finding(ZEROS, NOT_APPLICABLE, "", "no planned layer could be read")]
     wrong, sparser = {}, {}
-    for name, fact in known.seen.facts.items():
-        wanted, told = known.plan.layers[name], known.reports.get(name)
+    for name, fact in folder.measured.facts.items():
+        wanted, reported = folder.plan.layers[name], folder.reports.get(name)
         least = wanted.sparsity - LARGEST_DEVIATION - 1 / fact.width
-        if told is not None and fact.zeros != told.zeros:
-            more = "more" if fact.zeros > told.zeros else "fewer"
-            wrong[name] = f"{fact.zeros} zeros, {abs(fact.zeros - told.zeros)} {more} than the report's {told.zeros}"
+        if reported is not None and fact.zeros != reported.zeros:
+            more = "more" if fact.zeros > reported.zeros else "fewer"
+            wrong[name] = (
+                f"{fact.zeros} zeros, {abs(fact.zeros - reported.zeros)} {more} than the report's {reported.zeros}"
+            )
         elif fact.sparsity < least:
             wrong[name] = f"a sparsity of {fact.sparsity:.4f} where the plan says {wanted.sparsity:.4f}"
-        elif told is None and gained(wanted, fact, None):
+        elif reported is None and gained(wanted, fact, None):
             sparser[name] = f"a sparsity of {fact.sparsity:.4f}, more than the plan's {wanted.sparsity:.4f}"
-    source = "plan and report" if known.reports else "the plan"
-    found = _failures(ZEROS, wrong, f"those of all {len(known.seen.facts)} layers are as {source} say")
-    return found + [Finding(ZEROS, NOTE, name, message) for name, message in sparser.items()]
+    source = "plan and report" if folder.reports else "the plan"
+    findings = _failures(ZEROS, wrong, f"those of all {len(folder.measured.facts)} layers are as {source} say")
+    return findings + [Finding(ZEROS, NOTE, name, message) for name, message in sparser.items()]
 
 
-def pattern(known: Known) -> list[Finding]:
+def pattern(folder: FolderFacts) -> list[Finding]:
     """Checks that in a layer with a pattern N:M no group of M consecutive inputs keeps more than N."""
-    named = {n: x.pattern for n, x in known.plan.layers.items() if ":" in x.pattern and n in known.seen.facts}
+    named = {n: x.pattern for n, x in folder.plan.layers.items() if ":" in x.pattern and n in folder.measured.facts}
     if not named:
         return [Finding(PATTERN, NOT_APPLICABLE, "", "no layer has a pattern N:M")]
     wrong = {}
     for name, text in named.items():
-        fact = known.seen.facts[name]
+        fact = folder.measured.facts[name]
         if not fact.groups:
             wrong[name] = f"the pattern {text} does not fit its width {fact.width}"
         elif fact.crowded:
             wrong[name] = f"{fact.crowded} of {fact.groups} groups keep more than {text} allows"
-    groups = sum(known.seen.facts[name].groups for name in named)
+    groups = sum(folder.measured.facts[name].groups for name in named)
     return _failures(PATTERN, wrong, f"all {groups} groups of {len(named)} layers are valid")
 
 
-def masks(known: Known) -> list[Finding]:
+def masks(folder: FolderFacts) -> list[Finding]:
     """Checks that the zeros are where the report says, by a hash of each layer's mask."""
-    stored = {n: told.mask for n, told in known.reports.items() if told.mask is not None and n in known.seen.facts}
+    reports = {n: report for n, report in folder.reports.items() if n in folder.measured.facts}
+    stored = {n: report.mask for n, report in reports.items() if report.mask is not None}
     if not stored:
         return [Finding(MASKS, NOT_APPLICABLE, "", "the report has no hashes of masks")]
     text = "as many zeros as reported, in other places"
-    wrong = {n: text for n in stored if moved(known.seen.facts[n], known.reports[n])}
-    wrong |= {n: "another mask" for n in stored if n not in wrong and known.seen.facts[n].mask != stored[n]}
+    wrong = {n: text for n in stored if moved(folder.measured.facts[n], folder.reports[n])}
+    wrong |= {n: "another mask" for n in stored if n not in wrong and folder.measured.facts[n].mask != stored[n]}
     return _failures(MASKS, wrong, f"the zeros of {len(stored)} layers are where they were put")
 
 
-def finite(known: Known) -> list[Finding]:
+def finite(folder: FolderFacts) -> list[Finding]:
     """Checks that no parameter has NaN or infinity."""
-    wrong = dict.fromkeys(known.seen.not_finite, "NaN or infinite values")
-    return _failures(FINITE, wrong, f"all {len(known.seen.samples)} parameters are finite")
+    wrong = dict.fromkeys(folder.measured.not_finite, "NaN or infinite values")
+    return _failures(FINITE, wrong, f"all {len(folder.measured.samples)} parameters are finite")
 
 
 def tied(model: PreTrainedModel, plan: Plan) -> list[Finding]:
@@ -197,31 +200,33 @@ def evaluation(folder: Path, weights: list[str]) -> list[Finding]:
         return [Finding(EVALUATION, FAILED, METRICS_FILE, str(error))]
     entries = [(text.name, text.weights) for text in metrics.texts]
     entries += [(task.name, task.weights) for task in metrics.tasks]
-    known = [(name, value) for name, value in entries if value is not None]
-    if not known or not weights:
-        reason = "the weights cannot be read" if known else f"{len(entries)} are recorded, without a fingerprint"
+    fingerprinted = [(name, value) for name, value in entries if value is not None]
+    if not fingerprinted or not weights:
+        reason = (
+            "the weights cannot be read" if fingerprinted else f"{len(entries)} are recorded, without a fingerprint"
+        )
         return [Finding(EVALUATION, NOT_APPLICABLE, "", reason if entries else "none is recorded")]
-    old = [name for name, value in known if value not in weights]
+    old = [name for name, value in fingerprinted if value not in weights]
     wrong = dict.fromkeys(old, "evaluated before the weights were last changed: evaluate again")
-    return _failures(EVALUATION, wrong, f"all {len(known)} are of these weights")
+    return _failures(EVALUATION, wrong, f"all {len(fingerprinted)} are of these weights")
 
 
-def survivors(known: Known) -> list[Finding]:
+def survivors(folder: FolderFacts) -> list[Finding]:
     """Checks that the kept weights are the dense model's, where nothing was meant to change them."""
-    if not known.compared:
+    if not folder.compared:
         return [Finding(SURVIVORS, NOT_APPLICABLE, "", "no dense model to compare with was given")]
-    kept = {name: fact.size - fact.zeros for name, fact in known.seen.facts.items()}
-    changed = {name: count for name, count in known.seen.changed.items() if count}
-    others = known.seen.others
-    if known.excuse:
+    kept = {name: fact.size - fact.zeros for name, fact in folder.measured.facts.items()}
+    changed = {name: count for name, count in folder.measured.changed.items() if count}
+    others = folder.measured.others
+    if folder.excuse:
         total = f"{sum(changed.values())} of {sum(kept.values())} weights that are left"
         total += f" and {len(others)} parameters that are not planned" if others else ""
         return [
-            Finding(SURVIVORS, NOTE, "", f"{total} differ from the dense, {known.compared}; expected: {known.excuse}")
+            Finding(SURVIVORS, NOTE, "", f"{total} differ from the dense, {folder.compared}; expected: {folder.excuse}")
         ]
     wrong = {n: f"{count} of {kept[n]} weights that are left differ from the dense" for n, count in changed.items()}
     wrong |= dict.fromkeys(others, "it is not planned, and differs from the dense model's")
-    return _failures(SURVIVORS, wrong, f"all {sum(kept.values())} weights left are the dense ones, {known.compared}")
+    return _failures(SURVIVORS, wrong, f"all {sum(kept.values())} weights left are the dense ones, {folder.compared}")
 
 
 def tensors(model: PreTrainedModel, dense: PreTrainedModel) -> list[Finding]:
@@ -247,16 +252,16 @@ def updating(plan: Plan) -> str:
         return "kept weights were exchanged with removed ones, and those that stay were refitted"
     if plan.config.get("refit"):
         return "the weights that stay were refitted"
-    given = plan.config.get("pruner")
-    name = given.get("name") if isinstance(given, Mapping) else given
+    pruner = plan.config.get("pruner")
+    name = pruner.get("name") if isinstance(pruner, Mapping) else pruner
     if not isinstance(name, str) or name not in PRUNERS:
         return f"nothing is known of the pruner {name!r}"
     return f"{name} updates the weights that stay" if PRUNERS[name].updates_survivors else ""
 
 
-def explained(known: Known) -> list[Finding]:
+def explained(folder: FolderFacts) -> list[Finding]:
     """Returns notes on what a later step seems to have done."""
-    facts = {n: x for n, x in known.seen.facts.items() if known.plan.layers[n].size == x.size}
-    changed = {} if known.excuse else known.seen.changed
-    told = explain(known.plan.layers, facts, known.reports, changed)
-    return [Finding(EXPLANATION, NOTE, "", text) for text in told]
+    facts = {n: x for n, x in folder.measured.facts.items() if folder.plan.layers[n].size == x.size}
+    changed = {} if folder.excuse else folder.measured.changed
+    sentences = explain(folder.plan.layers, facts, folder.reports, changed)
+    return [Finding(EXPLANATION, NOTE, "", text) for text in sentences]

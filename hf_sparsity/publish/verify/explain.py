@@ -30,8 +30,9 @@ def gained(plan: LayerPlan, facts: LayerFacts, report: LayerReport | None) -> bo
 
 def moved(facts: LayerFacts, report: LayerReport | None) -> bool:
     """Returns whether the layer has as many zeros as its report, in other places."""
-    known = report is not None and report.mask is not None and report.zeros == facts.zeros
-    return known and report is not None and report.mask != facts.mask
+    if report is None or report.mask is None:
+        return False
+    return report.zeros == facts.zeros and report.mask != facts.mask
 
 
 def explain(
@@ -50,36 +51,36 @@ def explain(
     full = [n for n in less if facts[n].sparsity < DENSE]
     some = [n for n in less if n not in set(full)]
     grid = [n for n in facts if facts[n].on_grid]
-    told = []
+    sentences = []
     if full:
-        told.append(
+        sentences.append(
             f"{_of(full, facts)} lost their zeros altogether ({_kinds(full)}). This looks like merge_and_unload() of a "
             "plain LoRA, or training without SparsityCallback: to keep zeros use sparse_lora or merge_lora, or the callback"
         )
     if some:
-        told.append(
+        sentences.append(
             f"{_of(some, facts)} lost some of their zeros ({_kinds(some)}): weights were edited, or trained without "
             "SparsityCallback"
         )
     if other:
-        told.append(
+        sentences.append(
             f"{_of(other, facts)} have as many zeros as reported, in other places: the model was pruned again, or "
             "weights and report are of two runs"
         )
     if more:
         cause = "rounding to few values made zeros of small weights" if set(more) <= set(grid) else "pruned further"
-        told.append(
+        sentences.append(
             f"{_of(more, facts)} have more zeros than {'reported' if reports else 'planned'} ({_kinds(more)}): {cause}"
         )
     trained = [n for n in facts if changed.get(n)]
     if len(grid) > len(facts) / 2:
-        told.append(f"{_of(grid, facts)} take only few values, as after quantization to 8 bits or fewer")
+        sentences.append(f"{_of(grid, facts)} take only few values, as after quantization to 8 bits or fewer")
     elif trained and not less:
-        told.append(
+        sentences.append(
             f"{_of(trained, facts)} have all their zeros, and other values than the dense model: fine-tuned with the "
             "zeros held, of which config.json says nothing, or made from another dense model"
         )
-    return told
+    return sentences
 
 
 def _of(some: list[str], every: Mapping[str, LayerFacts]) -> str:

@@ -106,22 +106,22 @@ def verify(
     seen = measure(model, model_layers, plan.layers, dense, dense_layout)
     reports = report.layers if report is not None else {}
     compared = _how(model, dense) if dense is not None else ""
-    known = checks.Known(plan, model_layers, reports, seen, compared, _trained(path) or checks.updating(plan))
+    facts = checks.FolderFacts(plan, model_layers, reports, seen, compared, _trained(path) or checks.updating(plan))
     weights = seen.fingerprints(model)
     findings = [
-        *checks.files(known),
-        *checks.plan(known, model),
-        *checks.fingerprints(known, config.model_type),
+        *checks.files(facts),
+        *checks.plan(facts, model),
+        *checks.fingerprints(facts, config.model_type),
         *findings,
-        *checks.zeros(known),
-        *checks.pattern(known),
-        *checks.masks(known),
-        *checks.finite(known),
+        *checks.zeros(facts),
+        *checks.pattern(facts),
+        *checks.masks(facts),
+        *checks.finite(facts),
         *checks.tied(model, plan),
         *checks.evaluation(path, weights),
-        *checks.survivors(known),
+        *checks.survivors(facts),
         *(checks.tensors(model, dense) if dense is not None else ()),
-        *checks.explained(known),
+        *checks.explained(facts),
     ]
     return Verification(str(path), findings, _measured(plan, model_layers, seen), weights[0] if weights else None)
 
@@ -164,7 +164,7 @@ def _report(path: Path, plan: Plan) -> tuple[list[Finding], Report | None]:
 
 def _same(model: PreTrainedModel, dense: PreTrainedModel, plan: Plan) -> ModelLayers:
     """The layers of the dense model; `ValueError` unless it has the names and shapes of the sparse one."""
-    ours, theirs = ({n: tuple(p.shape) for n, p in one.named_parameters()} for one in (model, dense))
+    ours, theirs = ({n: tuple(p.shape) for n, p in each.named_parameters()} for each in (model, dense))
     if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
         name = different[0]
         raise ValueError(
@@ -180,14 +180,14 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def _how(model: PreTrainedModel, dense: PreTrainedModel) -> str:
     """Says in which dtype the two are compared."""
-    ours, theirs = (str(one.dtype).removeprefix("torch.") for one in (model, dense))
+    ours, theirs = (str(each.dtype).removeprefix("torch.") for each in (model, dense))
     return f"in {ours}" if ours == theirs else f"in {ours}, to which the dense ones ({theirs}) were cast"
 
 
 def _trained(path: Path) -> str:
     """Says how the kept weights were trained on purpose, by the config; "" if they were not."""
-    known = read_json(path / CONFIG_NAME)["sparsity_config"]
-    recovered, pruned = known.get("recovered"), known.get("pruned")
+    recorded = read_json(path / CONFIG_NAME)["sparsity_config"]
+    recovered, pruned = recorded.get("recovered"), recorded.get("pruned")
     if isinstance(recovered, Mapping):
         return f"recovered by {recovered.get('method')}"
     return "reconstructed while pruning" if isinstance(pruned, Mapping) and pruned.get("reconstruction") else ""

@@ -45,13 +45,13 @@ class Measured:
         names = [name for name, _ in model.named_parameters()]
         if any(name not in self.samples for name in names):
             return []
-        found = []
+        fingerprints = []
         for dtype in (torch.float64, torch.bfloat16, torch.float16):
             values = hashlib.sha256()
             for name in names:
                 values.update(name.encode() + self.samples[name].to(dtype).to(torch.float64).numpy().tobytes())
-            found.append(values.hexdigest())
-        return found
+            fingerprints.append(values.hexdigest())
+        return fingerprints
 
 
 @torch.no_grad()
