@@ -229,25 +229,25 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"{hint} (known: {', '.join(known) or 'none'})"
 
 
-def _sparsity(given: Any, pattern: Pattern) -> float:
+def _sparsity(value: Any, pattern: Pattern) -> float:
     implied = pattern.sparsity
-    if given is None:
+    if value is None:
         if implied is None:
             raise ValueError(
                 f"sparsity is missing: give a number in [0, 1), or a fixed pattern such as '2:4' instead of {str(pattern)!r}"
             )
         return implied
-    check_number("sparsity", given, "[0, 1)", hint=": the fraction of weights to remove, in [0, 1) (0.7, not 70)")
-    if implied is not None and abs(given - implied) > 1e-9:
+    check_number("sparsity", value, "[0, 1)", hint=": the fraction of weights to remove, in [0, 1) (0.7, not 70)")
+    if implied is not None and abs(value - implied) > 1e-9:
         raise ValueError(
-            f"sparsity={given} contradicts pattern={str(pattern)!r}, which keeps {pattern.kept} of {pattern.group} and so has sparsity "
+            f"sparsity={value} contradicts pattern={str(pattern)!r}, which keeps {pattern.kept} of {pattern.group} and so has sparsity "
             f"{implied:g}; leave sparsity out, or use pattern='*:{pattern.group}'"
         )
-    if pattern.group is not None and given > 1 - 1 / pattern.group:
+    if pattern.group is not None and value > 1 - 1 / pattern.group:
         raise ValueError(
-            f"sparsity={given} is out of reach of pattern={str(pattern)!r}: at least 1 of {pattern.group} stays, so at most {1 - 1 / pattern.group:g}"
+            f"sparsity={value} is out of reach of pattern={str(pattern)!r}: at least 1 of {pattern.group} stays, so at most {1 - 1 / pattern.group:g}"
         )
-    return float(given)
+    return float(value)
 
 
 def _parts(include: Any) -> tuple[str, ...]:

@@ -191,14 +191,14 @@ class Genes:
         joined = head[:cut] + tail[cut:]
         return self.repair([n + self.random.choice((-1, 1)) if self.random.random() < mutation else n for n in joined])
 
-    def distinct(self, count: int, make: Callable[[], Genotype], given: Sequence[Genotype]) -> list[Genotype]:
-        """`given` and what `make` adds up to `count`, without duplicates; fewer where the space is small."""
-        found = dict.fromkeys(given)
+    def distinct(self, count: int, make: Callable[[], Genotype], first: Sequence[Genotype]) -> list[Genotype]:
+        """Returns `first` and what `make` adds up to `count`, without duplicates; fewer where the space is small."""
+        genotypes = dict.fromkeys(first)
         for _ in range(10 * count):
-            if len(found) >= count:
+            if len(genotypes) >= count:
                 break
-            found[make()] = None
-        return list(found)
+            genotypes[make()] = None
+        return list(genotypes)
 
     def repair(self, genotype: Sequence[int]) -> Genotype:
         """Clips to 1 .. levels and meets the budget: lowers genes drawn by 1 / Fisher, raises genes drawn by Fisher.

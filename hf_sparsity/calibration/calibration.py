@@ -250,14 +250,14 @@ def model_batches(
     return calibration_batches(data, tokenizer, model=model, **options)
 
 
-def _is_batch(one: Any) -> bool:
+def _is_batch(entry: Any) -> bool:
     """Returns whether an entry is a batch for the model: a dict with tensors, arrays or nested lists of ids."""
-    if not isinstance(one, Mapping):
+    if not isinstance(entry, Mapping):
         return False
-    ids = one.get(IDS)
+    ids = entry.get(IDS)
     if isinstance(ids, (list, tuple)):
         return bool(ids) and isinstance(ids[0], (list, tuple))
-    return any(hasattr(value, "shape") for value in one.values())
+    return any(hasattr(value, "shape") for value in entry.values())
 
 
 def _labelled_rows(model: PreTrainedModel, data: Any, options: Mapping[str, Any]) -> list[dict[str, Any]] | None:

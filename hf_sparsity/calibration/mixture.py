@@ -111,38 +111,38 @@ def sources_in(data: Any, column: str | None = None) -> list[Source] | None:
     """
     if isinstance(data, Source):
         return [data]
-    if not isinstance(data, (list, tuple)) or not any(_is_source(one, column) for one in data):
+    if not isinstance(data, (list, tuple)) or not any(_is_source(entry, column) for entry in data):
         return None
-    found: list[Source] = []
-    for number, one in enumerate(data):
-        if not _is_source(one, column):
+    sources: list[Source] = []
+    for number, entry in enumerate(data):
+        if not _is_source(entry, column):
             if not any(isinstance(other, Source) for other in data):
                 return None  # documents, some of which have a field "data"
             raise ValueError(
-                f"entry {number} of the calibration mix is a {type(one).__name__}; write Source(data, weight)"
+                f"entry {number} of the calibration mix is a {type(entry).__name__}; write Source(data, weight)"
             )
-        found.append(one if isinstance(one, Source) else Source(**one))
-    given = [one.name for one in found if one.name is not None]
-    if twice := next((name for name in given if given.count(name) > 1), None):
+        sources.append(entry if isinstance(entry, Source) else Source(**entry))
+    called = [source.name for source in sources if source.name is not None]
+    if twice := next((name for name in called if called.count(name) > 1), None):
         raise ValueError(f"two sources of the calibration mix are called {twice!r}; give them different names")
-    return found
+    return sources
 
 
-def _is_source(one: Any, column: str | None) -> bool:
-    if isinstance(one, Mapping):
-        return "data" in one and column != "data" and set(one) <= {field.name for field in fields(Source)}
-    return isinstance(one, Source)
+def _is_source(entry: Any, column: str | None) -> bool:
+    if isinstance(entry, Mapping):
+        return "data" in entry and column != "data" and set(entry) <= {field.name for field in fields(Source)}
+    return isinstance(entry, Source)
 
 
 def names(sources: Sequence[Source]) -> list[str]:
     """Returns a different name for each source: names made from the data are numbered where they repeat."""
-    taken = {one.name for one in sources if one.name is not None}
+    taken = {source.name for source in sources if source.name is not None}
     result: list[str] = []
-    for one in sources:
-        name, number = one.called, 1
-        while one.name is None and name in taken:
+    for source in sources:
+        name, number = source.called, 1
+        while source.name is None and name in taken:
             number += 1
-            name = f"{one.called} {number}"
+            name = f"{source.called} {number}"
         taken.add(name)
         result.append(name)
     return result
@@ -161,7 +161,7 @@ def counts(weights: Sequence[float], total: int) -> list[int]:
         )
     parts = [Fraction(str(weight)) for weight in weights]  # decimals as they were written, so that ties are ties
     exact = [part * total / sum(parts) for part in parts]
-    result = [math.floor(one) for one in exact]
+    result = [math.floor(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: result[i] - exact[i])
     for i in by_remainder[: total - sum(result)]:
         result[i] += 1

@@ -100,8 +100,8 @@ def as_dataset(data: Any, split: str, columns: Sequence[str]) -> Any:
         return data.to_list()
     if isinstance(data, Mapping):
         return _columns(data) if set(columns) & set(data) else _choose_split(data, split)
-    if isinstance(data, (list, tuple)) and data and all(_is_file(one) for one in data):
-        missing = [str(one) for one in data if not _exists(Path(one))]
+    if isinstance(data, (list, tuple)) and data and all(map(_is_file, data)):
+        missing = [str(path) for path in data if not _exists(Path(path))]
         if missing:
             raise ValueError(f"calibration data {missing[0]!r} cannot be read: No such file or directory")
         return load_files(list(data)) if len(data) > 1 else load(data[0], split)
@@ -116,11 +116,12 @@ def _kind(path: Path) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _is_file(one: Any) -> bool:
+def _is_file(entry: Any) -> bool:
     """Returns whether an entry of a list is the path of a file, not a text."""
-    if isinstance(one, Path):
+    if isinstance(entry, Path):
         return True
-    return isinstance(one, str) and len(one) < 1024 and not set(one) & set("\n\t") and _kind(Path(one)) is not None
+    one_line = isinstance(entry, str) and len(entry) < 1024 and not set(entry) & set("\n\t")
+    return one_line and _kind(Path(entry)) is not None
 
 
 def _exists(path: Path) -> bool:
@@ -166,8 +167,8 @@ def _load_folder(path: Path, split: str) -> Any:
     has_files = any(_kind(file) not in (None, "text") for file in path.rglob("*") if file.is_file())
     saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
     if saved or not has_files:
-        found = datasets.load_from_disk(str(path))
-        return _choose_split(found, split) if isinstance(found, Mapping) else found
+        dataset = datasets.load_from_disk(str(path))
+        return _choose_split(dataset, split) if isinstance(dataset, Mapping) else dataset
     return datasets.load_dataset(str(path), split=split)
 
 
@@ -182,7 +183,7 @@ def _load_from_hub(source: str, split: str) -> Any:
     try:
         if not arguments["streaming"]:
             return datasets.load_dataset(**arguments, split=split)
-        parts = [datasets.load_dataset(**arguments, split=one) for one in split.split("+")]
+        parts = [datasets.load_dataset(**arguments, split=part) for part in split.split("+")]
         return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except (ConnectionError, FileNotFoundError) as error:
         if (cached := _cached(arguments, split)) is not None:

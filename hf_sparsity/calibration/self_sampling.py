@@ -67,17 +67,17 @@ def _check(model: Any) -> None:
 
 def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Returns the tokens that end a text, the tokenizer's first."""
-    found: list[int] = []
-    config = text_config(model.config)
-    for given in (getattr(one, "eos_token_id", None) for one in (tokenizer, model.generation_config, config)):
-        found += given if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    return list(dict.fromkeys(int(one) for one in found))
+    tokens: list[int] = []
+    for place in (tokenizer, model.generation_config, text_config(model.config)):
+        ends = getattr(place, "eos_token_id", None)
+        tokens += ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+    return list(dict.fromkeys(map(int, tokens)))
 
 
 def _start(model: PreTrainedModel, tokenizer: Any, ends: list[int]) -> int:
-    config = text_config(model.config)
-    begins = [getattr(one, "bos_token_id", None) for one in (tokenizer, model.generation_config, config)]
-    start = next((int(one) for one in [*begins, *ends[:1]] if one is not None), None)
+    places = (tokenizer, model.generation_config, text_config(model.config))
+    begins = [getattr(place, "bos_token_id", None) for place in places]
+    start = next((int(token) for token in [*begins, *ends[:1]] if token is not None), None)
     if start is None:
         raise ValueError("calibration data 'self': the model has no token that begins or ends a text to start from")
     return start

@@ -23,14 +23,14 @@ class HeldOut:
 
 
 def hold_out(
-    given: Any, data: Sequence[Batch], certificate: Sequence[Batch] = ()
+    batches: Any, data: Sequence[Batch], certificate: Sequence[Batch] = ()
 ) -> tuple[list[Batch], HeldOut | None]:
     """Splits the sequences of a mix: returns (those to measure and prune with, those held out).
 
     The last eighth of each source is held out, at least one sequence.
 
     Args:
-        given: what the caller gave; unless it is a `Mixture`, nothing is held out.
+        batches: what the caller passed; unless it is a `Mixture`, nothing is held out.
         data: its prepared batches, in order.
         certificate: the batches behind them, which are held out already; no more is taken of sources that they hold.
 
@@ -38,20 +38,20 @@ def hold_out(
         ValueError: nothing would be left to prune with.
     """
     whole = [*data, *certificate]
-    if not isinstance(given, Mixture) or not whole:
+    if not isinstance(batches, Mixture) or not whole:
         return list(data), None
     taken: list[int] = []
-    for name in given.weights:
-        own = [i for i, source in enumerate(given.sources) if source == name]
+    for name in batches.weights:
+        own = [i for i, source in enumerate(batches.sources) if source == name]
         kept = [i for i in own if i >= len(data)]
         taken += (kept or own)[-max(1, len(own) // HELD_OUT_SHARE) :]
     taken.sort()
     rest = [batch for i, batch in enumerate(data) if i not in set(taken)]
     if not rest:
         raise ValueError(
-            f"a mix of {len(given)} sequences has none left to prune with, once one of each source is held out"
+            f"a mix of {len(batches)} sequences has none left to prune with, once one of each source is held out"
         )
-    return rest, HeldOut([whole[i] for i in taken], [given.sources[i] for i in taken], given.weights)
+    return rest, HeldOut([whole[i] for i in taken], [batches.sources[i] for i in taken], batches.weights)
 
 
 FEWEST_SEQUENCES = 8  # sequences of a race: two to certify, three to choose by, three for statistics

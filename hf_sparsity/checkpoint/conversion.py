@@ -57,7 +57,7 @@ def read_parameters(
     The model itself stays as it was.
     """
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    known = {id(parameter) for _, parameters, _ in before for parameter in parameters.values()}
+    unchanged = {id(parameter) for _, parameters, _ in before for parameter in parameters.values()}
     try:
         with opened(stored, keys) as tensors:
             convert(model, tensors, device)
@@ -66,7 +66,7 @@ def read_parameters(
         for module, parameters, buffers in before:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-    return {name: p.detach() for name, p in after.items() if p is not None and id(p) not in known}
+    return {name: p.detach() for name, p in after.items() if p is not None and id(p) not in unchanged}
 
 
 def rehearse(model: PreTrainedModel, stored: Mapping[str, Stored]) -> set[str]:
@@ -80,10 +80,10 @@ def rehearse(model: PreTrainedModel, stored: Mapping[str, Stored]) -> set[str]:
     empty = {key: torch.empty(tensor.shape, device="meta") for key, tensor in stored.items()}
     info, used = convert(model, empty, torch.device("meta"))
     if info.mismatched_keys:
-        key, found, expected = sorted(info.mismatched_keys)[0]
+        key, shape, expected = sorted(info.mismatched_keys)[0]
         raise ValueError(
             f"{len(info.mismatched_keys)} tensors of the checkpoint have another shape than the config says: "
-            f"{key} is {list(found)}, not {list(expected)}"
+            f"{key} is {list(shape)}, not {list(expected)}"
         )
     if info.conversion_errors:
         raise ValueError(f"the checkpoint cannot be converted: {some(info.conversion_errors)}")
@@ -117,15 +117,15 @@ def targets(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    known = model.state_dict()
-    found: dict[str, str] = {}
+    expected = model.state_dict()
+    result: dict[str, str] = {}
     for key in keys:
-        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        if target not in known and key in known:  # as the converter does
-            target, _ = rename_source_key(key, [], [], model.base_model_prefix, known)
-        if target in known:
-            found[key] = target
-    return found
+        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if target not in expected and key in expected:  # as the converter does
+            target, _ = rename_source_key(key, [], [], model.base_model_prefix, expected)
+        if target in expected:
+            result[key] = target
+    return result
 
 
 def _undoing_prefix(model: PreTrainedModel, keys: Mapping[str, Any], used: list[Any]) -> list[Any]:

@@ -416,8 +416,8 @@ def _save_config(model: PreTrainedModel, folder: Path) -> None:
             model.generation_config.save_pretrained(folder)
 
 
-def open_output(given: str | os.PathLike[str] | Output | None, overwrite: bool, processes: Processes) -> Output | None:
+def open_output(output: str | os.PathLike[str] | Output | None, overwrite: bool, processes: Processes) -> Output | None:
     """Returns the `Output` for a folder; an `Output` or None is returned as it is."""
-    if given is None or isinstance(given, Output):
-        return given
-    return Output(given, overwrite=overwrite, processes=processes)
+    if output is None or isinstance(output, Output):
+        return output
+    return Output(output, overwrite=overwrite, processes=processes)

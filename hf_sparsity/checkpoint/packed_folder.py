@@ -296,11 +296,11 @@ def write_shards(
         name = f"{stem}-{number:05d}-of-{len(sources):05d}.safetensors" if len(sources) > 1 else f"{stem}.safetensors"
         stored, checks = {}, {}
         with opened_file(source) as tensors:
-            known = checksums(tensors)
+            recorded = checksums(tensors)
             for key in tensors.keys():  # noqa: SIM118  (not a dict)
                 if key in weight_map:
                     raise ValueError(f"{source}: {key} is in another file, too")
-                stored[key], converted = convert(tensors.get_tensor(key), key, known)
+                stored[key], converted = convert(tensors.get_tensor(key), key, recorded)
                 changed += converted
                 if not converted:
                     checks[key] = codec.checksum(stored[key])

@@ -265,7 +265,7 @@ def _check_loaded(model: PreTrainedModel, loading_info: Any, stored: dict[str, b
         reason = next((line for line in reversed(text.splitlines()) if line.startswith("ValueError")), text[-300:])
         raise ValueError(f"packed folder: {count} weights could not be unpacked, such as {name}: {reason}")
     # Only where a name took another way than `_unconverted` foresaw; `ignore_mismatched_sizes` would fill it in.
-    astray = {name for name, found, wanted in loading_info.mismatched_keys if len(found) == 1 < len(wanted)}
+    astray = {name for name, stored, wanted in loading_info.mismatched_keys if len(stored) == 1 < len(wanted)}
     missing = set(loading_info.missing_keys) | astray
     if type(model).__name__ not in (model.config.architectures or ()):
         kinds = {_kind(name, model) for name in stored}

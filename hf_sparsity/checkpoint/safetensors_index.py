@@ -83,7 +83,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Stored]:
     Raises:
         ValueError: a file is missing, cut short, or not safetensors.
     """
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in sorted(files):
         try:
             size = os.path.getsize(file)
@@ -102,8 +102,8 @@ def read_headers(files: Iterable[str]) -> dict[str, Stored]:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
         if max((tensor.end for tensor in tensors.values()), default=begin) != size:
             raise ValueError(f"{file} has {size} bytes, not what its header says: was its download or copy cut short?")
-        found |= tensors
-    return found
+        stored |= tensors
+    return stored
 
 
 @contextmanager

@@ -38,15 +38,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     against = demo.PATH if options.against == "demo" else options.against
     location = {"revision": options.revision} if options.revision else {}
     result = verify(options.folder, against, auto_class=options.model_class, **location)
-    found = result.to_dict()
+    findings = result.to_dict()
     certificate = _certificate(options) if options.certificate else None
     if certificate is not None:
-        found |= {"ok": found["ok"] and certificate["holds"], "certificate": certificate}
+        findings |= {"ok": findings["ok"] and certificate["holds"], "certificate": certificate}
     if not options.json:
         print(_text(result))
         if certificate is not None:
             print(_scored_again(certificate))
-    return found
+    return findings
 
 
 def _certificate(options: argparse.Namespace) -> dict[str, Any]:

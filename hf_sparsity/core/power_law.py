@@ -150,10 +150,10 @@ def sparsities_by_exponent(
     value may exceed 1, and the numerator is rounded to float32. A layer without alpha gets the mean
     of its block's (or else of all); alphas all equal, or none known, give `target` everywhere.
     """
-    known = [a for block in alphas for a in block.values() if a is not None]
+    fitted = [a for block in alphas for a in block.values() if a is not None]
     values: dict[str, float] = {}
     for block in alphas:
-        here = [a for a in block.values() if a is not None] or known
+        here = [a for a in block.values() if a is not None] or fitted
         mean = math.fsum(here) / len(here) if here else 0.0
         values |= {name: mean if per == "block" or a is None else a for name, a in block.items()}
     if not values:

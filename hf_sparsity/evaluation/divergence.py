@@ -110,10 +110,10 @@ class DenseReference:
 
     def dense_logits(self, number: int) -> Tensor:
         """Returns the dense logits of a batch, from the stored output of its last block or from a run of the model."""
-        found: list[Tensor] = []
+        logits: list[Tensor] = []
         with (
             prepared(self.model),
-            self._arrivals(lambda _, o: found.append(o.logits), [self.batches[number]]) as arrivals,
+            self._arrivals(lambda _, output: logits.append(output.logits), [self.batches[number]]) as arrivals,
         ):
             for arrival in arrivals:
                 if self.replays:
@@ -121,7 +121,7 @@ class DenseReference:
                     continue
                 with onload(self.model_layers.blocks[arrival.index].module):
                     arrival.finish(0, arrival.run(0, stay=False))
-        return found[0]
+        return logits[0]
 
     def rows(self, masks: Callable[[Block], Mapping[str, Tensor]] | None = None) -> SequenceSums:
         """Returns the sums of each sequence, in order, for the model as it is now or with masks on its layers.
@@ -158,16 +158,16 @@ def joined(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Batch]:
     """Returns batches in which plain texts of equal length are joined, several sequences at a time."""
     vocabulary = getattr(text_config(model.config), "vocab_size", None) or 2**17
     most = min(TOGETHER, LOGITS // vocabulary)
-    made: list[Batch] = []
+    result: list[Batch] = []
     for batch in batches:
         alone = set(batch) != {"input_ids"}
-        if made and not alone and set(made[-1]) == {"input_ids"}:
-            before, ids = made[-1]["input_ids"], batch["input_ids"]
+        if result and not alone and set(result[-1]) == {"input_ids"}:
+            before, ids = result[-1]["input_ids"], batch["input_ids"]
             if before.shape[1] == ids.shape[1] and before.numel() + ids.numel() <= most:
-                made[-1] = {"input_ids": torch.cat([before, ids])}
+                result[-1] = {"input_ids": torch.cat([before, ids])}
                 continue
-        made.append(batch)
-    return made
+        result.append(batch)
+    return result
 
 
 def compared(batch: Batch, dense: Tensor, logits: Tensor) -> SequenceSums:

@@ -140,9 +140,9 @@ class Metrics:
     def from_dict(cls, data: Any) -> Metrics:
         """Returns the records that `to_dict` wrote; `ValueError` when `data` is something else."""
         if not isinstance(data, Mapping) or data.get("version") != VERSION:
-            found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
+            version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(
-                f"recorded evaluations of version {VERSION} are expected, not {found!r}; evaluate again, or update hf_sparsity"
+                f"recorded evaluations of version {VERSION} are expected, not {version!r}; evaluate again, or update hf_sparsity"
             )
         try:
             return cls(tuple(map(_text, data["texts"])), tuple(map(_task, data["tasks"])))

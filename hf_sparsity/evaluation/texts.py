@@ -150,7 +150,7 @@ def cut(text: Text, tokenizer: Any, length: int, windows: int | None = None) -> 
     if fast:
         begin = [start for start, _ in encoded["offset_mapping"][: count * length : length]]
         ends = np.cumsum([len(document) + len(text.joiner) for document in text.documents])
-        found, units = np.unique(np.searchsorted(ends, begin, side="right"), return_inverse=True)
-        if FEWEST <= len(found) < count:
+        documents, units = np.unique(np.searchsorted(ends, begin, side="right"), return_inverse=True)
+        if FEWEST <= len(documents) < count:
             return Windows(text, rows, units, "document")
     return Windows(text, rows, np.arange(count), "window")

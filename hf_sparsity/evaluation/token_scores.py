@@ -1,4 +1,4 @@
-"""The loss of each next token, and the divergence of a model from a reference there: the one place that computes them."""
+"""The loss of each next token, and the divergence of a model from a reference there."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def token_scores(
     targets = ids[:, 1:].to(logits.device)
     size = max(1, POSITIONS // logits.shape[-1])
     both = [logits] if reference is None else [logits, reference.to(logits.device)]
-    parts = [_log_probabilities(one, size, lowest) for one in both]
+    parts = [_log_probabilities(each, size, lowest) for each in both]
     loss, kl, same = [], [], []
     for target, model, *dense in zip(targets.flatten().split(size), *parts, strict=True):
         loss.append(F.nll_loss(model, target, reduction="none"))

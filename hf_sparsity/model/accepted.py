@@ -70,10 +70,10 @@ def _what_to_do(model: Any) -> str:
         )
     inner = next(_inside(model), None)
     if inner is not None:
-        path, found = inner
+        path, inside = inner
         return (
             f"a transformers model is expected, not a module around one ({kind}): pass model{_accessor(path)}, the "
-            f"{type(found).__name__} in it, which is changed in place"
+            f"{type(inside).__name__} in it, which is changed in place"
         )
     if isinstance(model, nn.Module):
         return f"a transformers model (PreTrainedModel) is expected; {kind} is none, and has none inside"

@@ -59,7 +59,7 @@ def intervals_figure(rows: Mapping[str, Interval], caption: str) -> Figure:
 
 def scale_of(intervals: Sequence[Interval]) -> tuple[float, float]:
     """Returns the ends of a scale for all of these and zero, with at least a third as much room on zero's other side."""
-    ends = [0.0, *(end for one in intervals for end in (one.low, one.high) if end is not None)]
+    ends = [0.0, *(end for interval in intervals for end in (interval.low, interval.high) if end is not None)]
     low, high = min(ends), max(ends)
     return (min(low, -high / 3), max(high, -low / 3)) if low < high else (-1.0, 1.0)
 

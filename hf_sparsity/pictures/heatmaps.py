@@ -140,8 +140,8 @@ def _dots(axis: Axes, panel: Dots) -> None:
     for y, row in enumerate(panel.rows):
         if row is not None:
             axis.plot([row.low, row.high], [y, y], color=colours.ACCENT, linewidth=1, alpha=0.6)
-    known = [(row.mean, y) for y, row in enumerate(panel.rows) if row is not None]
-    axis.plot(*zip(*known, strict=True), "o", color=colours.ACCENT, markersize=3.5)
+    points = [(row.mean, y) for y, row in enumerate(panel.rows) if row is not None]
+    axis.plot(*zip(*points, strict=True), "o", color=colours.ACCENT, markersize=3.5)
     axis.grid(axis="x", color=colours.EMPTY)
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel(panel.caption, fontsize=7)

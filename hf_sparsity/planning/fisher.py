@@ -62,19 +62,19 @@ def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
     ids, decoder = batch.get("input_ids"), batch.get("decoder_input_ids")
     of_decoder = decoder is not None and (ids is None or ids.shape != decoder.shape or not torch.equal(ids, decoder))
     # An encoder-decoder that was given one text is to write it again; given two, to write the second.
-    one = {name: tensor for name, tensor in batch.items() if of_decoder or not name.startswith("decoder_")}
-    if can_be_sliced(one):
-        one = {name: tensor[row : row + 1] for name, tensor in one.items()}
+    inputs = {name: tensor for name, tensor in batch.items() if of_decoder or not name.startswith("decoder_")}
+    if can_be_sliced(inputs):
+        inputs = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         row = 0
     side = "decoder_" if of_decoder else ""
-    labels = one[f"{side}input_ids"]
-    if f"{side}attention_mask" in one:
-        labels = labels.masked_fill(one[f"{side}attention_mask"] == 0, -100)
+    labels = inputs[f"{side}input_ids"]
+    if f"{side}attention_mask" in inputs:
+        labels = labels.masked_fill(inputs[f"{side}attention_mask"] == 0, -100)
     if of_decoder:  # what comes after each token that it reads
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
     others = torch.arange(len(labels), device=labels.device) != row
     labels = labels.masked_fill(others[:, None], -100)
-    loss = getattr(model(**one, labels=labels, use_cache=False), "loss", None)
+    loss = getattr(model(**inputs, labels=labels, use_cache=False), "loss", None)
     if loss is None:
         raise ValueError(
             f"{type(model).__name__} returns no loss for labels; Fisher information needs a language model"

@@ -70,12 +70,12 @@ class Measuring:
     def _without_inputs(self) -> list[dict[str, Any]]:
         """Measures weights alone; the blocks are shared out among the processes."""
         names = {index: block.name for index, block in enumerate(self.model_layers.blocks) if block.weights}
-        known = {i: self.journal.recall("measure", name) for i, name in names.items()} if self.journal else {}
-        todo = [index for index in names if known.get(index) is None]
+        recorded = {i: self.journal.recall("measure", name) for i, name in names.items()} if self.journal else {}
+        todo = [index for index in names if recorded.get(index) is None]
         mine = dict(self._blocks(None, only=self.run.processes.share(todo)))
         if self.run.processes.count > 1:
             mine = {int(i): value for part in self.run.processes.gather(mine) for i, value in part.items()}
-        return [known[index] if index not in mine else mine[index] for index in names]
+        return [recorded[index] if index not in mine else mine[index] for index in names]
 
     def _pass(self, sparsities: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
         measures = dict(self._blocks(sparsities))

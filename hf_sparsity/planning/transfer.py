@@ -85,26 +85,26 @@ def revalidate(
         scores = [PlanScores.of(reference.rows(_masks(model_layers, Path(place), side))) for side in range(2)]
     compared = compare(*scores, seed=int(plan.config.get("seed", 0)))
     pays = compared.pays
-    made = compared.to_dict() | {
+    record = compared.to_dict() | {
         "pays": pays,
         "made_on": str(plan.model.get("name") or ""),
         "data": data_fingerprint(judging),
     }
-    logger.log(logging.INFO if pays else logging.WARNING, "%s", verdict(made))
-    return made
+    logger.log(logging.INFO if pays else logging.WARNING, "%s", verdict(record))
+    return record
 
 
-def verdict(made: Mapping[str, Any]) -> str:
-    """Returns what `revalidate` found, as a sentence."""
-    compared = Comparison.from_dict(made)
+def verdict(record: Mapping[str, Any]) -> str:
+    """Returns the result of `revalidate` as a sentence."""
+    compared = Comparison.from_dict(record)
     says = {
         True: "it still pays",
         False: "it does harm here: plan anew, or prune uniformly",
         None: "it cannot be told from uniform here: plan anew, or prune uniformly",
     }
     return (
-        f"the plan was made on other weights ({made['made_on'] or 'unnamed'}); on {compared.predictions} predictions of "
-        f"calibration text {compared.lines()[0]}: {says[made['pays']]}"
+        f"the plan was made on other weights ({record['made_on'] or 'unnamed'}); on {compared.predictions} predictions of "
+        f"calibration text {compared.lines()[0]}: {says[record['pays']]}"
     )
 
 
@@ -141,15 +141,15 @@ def _write_masks(
     stream = stream_blocks(model, model_layers, batches, needs, rewrites=False, run=run)
     for block in Progress("Checking the plan", model_layers, run, batches).over(stream):
         fall_back(block, model_layers, needs)
-        found: dict[str, Tensor] = {}
+        bits: dict[str, Tensor] = {}
         for name, layer in block.layers.items():
             scores = pruner.scores(layer)
             for side, plan in enumerate(sides):
                 layer.sparsity, layer.pattern = plan[name].sparsity, Pattern.parse(plan[name].pattern)
                 if layer.sparsity:
                     mask = pruner.mask(layer, scores).cpu().numpy()
-                    found[f"{side}.{name}"] = torch.from_numpy(np.packbits(mask))
-        write_tensors(place / f"{block.index}.safetensors", found)
+                    bits[f"{side}.{name}"] = torch.from_numpy(np.packbits(mask))
+        write_tensors(place / f"{block.index}.safetensors", bits)
 
 
 def _masks(model_layers: ModelLayers, place: Path, side: int) -> Callable[[Block], dict[str, Tensor]]:

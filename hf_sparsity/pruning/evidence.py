@@ -38,7 +38,7 @@ def _revalidate(job: PruningJob) -> dict[str, Any] | None:
     result: dict[str, Any] | None = journal.recall("revalidation") if journal else None
     if result is None:
         folder = journal.folder if journal else None
-        alone = revalidate(run.model, run.model_layers, job.plan, job.pruner, job.given, folder)
+        alone = revalidate(run.model, run.model_layers, job.plan, job.pruner, job.all_batches, folder)
         result = run.processes.gather(alone)[0]
         if journal and result:
             journal.remember("revalidation", "", result)

@@ -46,7 +46,7 @@ class PruningJob:
         refit: whether the weights that stay are set to their least-squares optimum.
         swaps: whether kept and removed weights are exchanged before.
         run: the model, the batches to prune with, the output.
-        given: all calibration batches, with those that judge.
+        all_batches: the calibration batches, with those that judge.
         certificate: the last of them, on which a race promised its gain; the pruned model is scored on it.
         held_out: sequences of a calibration mix, on which the pruned model is compared with the dense one.
         has_travelled: the plan was made on other weights.
@@ -60,7 +60,7 @@ class PruningJob:
     refit: bool
     swaps: bool
     run: Prepared
-    given: list[Batch]
+    all_batches: list[Batch]
     certificate: list[Batch]
     held_out: HeldOut | None
     has_travelled: bool
@@ -108,8 +108,8 @@ def prepare_pruning(
 
     prunes_with_data = bool(needs or recovery or plan.chosen)
     looks_at_data = prunes_with_data or has_travelled or isinstance(batches, Mixture)
-    given = prepare_batches(model, batches) if looks_at_data and batches is not None else []
-    data, certificate = split_of(plan.chosen, given)
+    all_batches = prepare_batches(model, batches) if looks_at_data and batches is not None else []
+    data, certificate = split_of(plan.chosen, all_batches)
     data, held_out = hold_out(batches, data, certificate)
     data = data if prunes_with_data else []
     if recovery:
@@ -143,7 +143,7 @@ def prepare_pruning(
         swaps=config.refine == "swaps",
         needs=needs,
         run=run,
-        given=given,
+        all_batches=all_batches,
         certificate=certificate,
         held_out=held_out,
         has_travelled=has_travelled,

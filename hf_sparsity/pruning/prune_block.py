@@ -36,8 +36,8 @@ def prune_block(
     for group, rank in zip(groups, owner, strict=True):
         progress.say(f"layer {len(reports) + 1} of {len(block.layers)}")
         if rank == processes.rank:
-            pruned, told = _prune_group(group, pruner, rows, fallbacks, refine)
-            reports |= told
+            pruned, pruned_reports = _prune_group(group, pruner, rows, fallbacks, refine)
+            reports |= pruned_reports
             if processes.count == 1:
                 for name, weight in pruned.items():
                     block.write(name, weight)

@@ -56,10 +56,10 @@ def hold_zeros(
         if not callable(getattr(optimizer_of(each), "register_step_post_hook", None)):
             raise ValueError(f"optimizer is a {type(each).__name__}; a torch optimizer or a list of them is expected")
         check_supported(inner, None, each)
-    given = as_plan(plan)
-    known = fit_names(given, inner) if given else model_plan(inner)
-    masks = ZeroMasks(fitting_layers(inner, known).weights)
-    check_has_zeros(masks, known)
+    passed = as_plan(plan)
+    fitted = fit_names(passed, inner) if passed else model_plan(inner)
+    masks = ZeroMasks(fitting_layers(inner, fitted).weights)
+    check_has_zeros(masks, fitted)
     record = TrainingRecord(inner, "own loop", {})
     steps = 0
 

@@ -79,11 +79,11 @@ def _other_type(config: Any) -> str:
 
 def changed_base(configs: Mapping[str, Any]) -> str:
     """Returns which adapters changed the base weights when they were put on, in words; "" if none is known to have."""
-    found = []
+    settings = []
     for name, config in configs.items():
         init = getattr(config, "init_lora_weights", True)
         if isinstance(config, LoraConfig) and init not in (*INITS, "eva"):
-            found.append(f"init_lora_weights={init!r} of adapter {name!r}")
+            settings.append(f"init_lora_weights={init!r} of adapter {name!r}")
         if getattr(config, "kasa_config", None):
-            found.append(f"KaSA of adapter {name!r}")
-    return " and ".join(found)
+            settings.append(f"KaSA of adapter {name!r}")
+    return " and ".join(settings)

@@ -135,9 +135,9 @@ class _Inside(TorchDispatchMode):
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         shown = [tensor for tensor in tensors_in(args, kwargs) if operands.touched(tensor)]
-        known = func in _COPIES and len(shown) == 1 and (shown[0] is args[0] or func is _aten.mul.Tensor)
-        known = known and operands.add_copy(shown[0], result)
-        if shown and not known and not _is_view(result, shown):
+        is_copy = func in _COPIES and len(shown) == 1 and (shown[0] is args[0] or func is _aten.mul.Tensor)
+        is_copy = is_copy and operands.add_copy(shown[0], result)
+        if shown and not is_copy and not _is_view(result, shown):
             self.observer.hide(shown, self.func)
         return result
 

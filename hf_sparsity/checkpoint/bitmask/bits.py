@@ -1,7 +1,7 @@
 """Masks of weights as bits: set, counted, coded in groups, and what they keep taken out and put back.
 
 Bits are uint8 tensors, lowest bit first, padded with zeros to whole words of 8 bytes. The three steps that touch every
-weight have loops in `compiled.py`, and here a form for other devices and CPUs. That is arithmetic on whole tensors
+weight have loops in `kernels.py`, and here a form for other devices and CPUs. That is arithmetic on whole tensors
 without a branch on a weight: torch's `masked_select`, `masked_scatter` and `nonzero`, which branch, take four to eight
 times as long on masks of random weights.
 """
@@ -118,9 +118,9 @@ def decode(codes: Tensor, groups: int, kept: int, group: int) -> Tensor:
     bits = codes.new_zeros(padded(len(words) * group))
     wrong = bool(groups % 8) and int(words[-1]) >> groups % 8 * width != 0
     for k in range(group):
-        found = table.index_select(0, (words >> k * step) & 2**step - 1)
-        wrong |= bool((found < 0).any())
-        bits[k : len(words) * group : group] = found
+        masks = table.index_select(0, (words >> k * step) & 2**step - 1)
+        wrong |= bool((masks < 0).any())
+        bits[k : len(words) * group : group] = masks
     if wrong:
         raise ValueError(f"packed weight: a code that {kept}:{group} does not have")
     _clear(bits, groups * group)

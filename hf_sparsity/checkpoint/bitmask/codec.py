@@ -184,14 +184,14 @@ def unpack(packed: Tensor) -> Tensor:
         raise ValueError("packed weight: the checksum is wrong; the data are damaged")
     flat = packed.new_empty(header.size, dtype=INTEGERS[header.dtype.itemsize])
     which, values = packed[HEADER : HEADER + header.which_bytes], _values(packed, header)
-    found = run_tasks(lambda a, b: _bits(which, a, b, header), flat)
-    ends = [0, *accumulate(kept for _, kept in found)]
+    parts = run_tasks(lambda a, b: _bits(which, a, b, header), flat)
+    ends = [0, *accumulate(kept for _, kept in parts)]
     if ends[-1] != header.values:
         raise ValueError(f"packed weight: its mask has {ends[-1]} bits for {header.values} values")
 
     def write(start: int, stop: int) -> None:
         populate(flat[start:stop])
-        expand(found[start // TASK][0], _share(values, ends, start), flat[start:stop])
+        expand(parts[start // TASK][0], _share(values, ends, start), flat[start:stop])
 
     run_tasks(write, flat)
     rows = (*header.shape[:-2], header.shape[-1], header.shape[-2]) if header.swapped else header.shape
