@@ -23,6 +23,9 @@ _HOME = {
     "prune": "pruning.prune",
     "refit": "pruning.refit",
     "SparseModel": "sparse_model",
+    "BitmaskConfig": "checkpoint.quantizer",
+    "pack_model": "runtime.packing",
+    "unpack_model": "runtime.packing",
     "open_streamed": "checkpoint.streamed",
     "Output": "checkpoint.output",
     "calibration_batches": "calibration.calibration",
@@ -67,6 +70,7 @@ _HOME = {
 
 __all__ = [
     "Allocator",
+    "BitmaskConfig",
     "BlockReconstruction",
     "Distillation",
     "DistillationTrainer",
@@ -104,6 +108,7 @@ __all__ = [
     "merge_lora",
     "open_streamed",
     "pack",
+    "pack_model",
     "prune",
     "push_sparse",
     "recipe",
@@ -114,6 +119,7 @@ __all__ = [
     "store_logits",
     "text_windows",
     "unpack",
+    "unpack_model",
     "verify",
 ]
 
@@ -123,6 +129,7 @@ if TYPE_CHECKING:
     from .calibration.mixture import Source
     from .checkpoint.output import Output
     from .checkpoint.plan_file import PlanFile
+    from .checkpoint.quantizer import BitmaskConfig
     from .checkpoint.save import save_sparse
     from .checkpoint.streamed import open_streamed
     from .config import SparsityConfig
@@ -157,6 +164,7 @@ if TYPE_CHECKING:
     from .recovery.schedules import Elsa, Gradual, Reallocation
     from .recovery.stored_logits import store_logits
     from .recovery.teacher import Teacher
+    from .runtime.packing import pack_model, unpack_model
     from .sparse_model import SparseModel
 
 
@@ -175,30 +183,55 @@ def __dir__() -> list[str]:
 class _Registration:
     """An import hook: once transformers can load models, it is told how to load packed folders (`checkpoint/quantizer.py`).
 
-    So `import hf_sparsity` is enough, before or after transformers, and stays instant.
+    So `import hf_sparsity` is enough, before or after transformers, and stays instant. Where a file of this package is
+    what imports transformers, and is needed for the registration itself, that is done at the next import of anything.
     """
 
+    waiting = False  # for a file of ours to be imported whole
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if self.waiting:
+            self.waiting = False
+            self.register()
         if name != "transformers.modeling_utils":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                self.register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
+    def register(self) -> None:
+        self.waiting = not _register()
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
 
-def _register() -> None:
+
+def _register() -> bool:
+    """Returns whether it is done; False where that needs a file of ours that is being imported now."""
     try:
-        importlib.import_module(".checkpoint.quantizer", __name__).register()
-    except ImportError as error:  # never break `import transformers`
+        importlib.import_module(".checkpoint.quantizer", __name__).register(_packed_quantizer)
+    except (ImportError, AttributeError) as error:  # never break `import transformers`
+        if any(_is_unfinished(module) for name, module in [*sys.modules.items()] if name.startswith(f"{__name__}.")):
+            return False
         warnings.warn(f"hf_sparsity cannot load packed folders with this transformers: {error}", stacklevel=2)
+    return True
+
+
+def _is_unfinished(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _packed_quantizer(config: Any, **options: Any) -> Any:
+    """Returns what loads a packed folder without unpacking it."""
+    return importlib.import_module(".runtime.loading", __name__).PackedQuantizer(config, **options)
 
 
 if "transformers.modeling_utils" in sys.modules:

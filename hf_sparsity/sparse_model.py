@@ -9,16 +9,18 @@ from typing import Any, Literal
 
 from .calibration.calibration import model_batches
 from .checkpoint.output import Output
+from .checkpoint.quantizer import BitmaskConfig
 from .checkpoint.streamed import open_streamed
 from .config import SparsityConfig
 from .model.accepted import check_source
 from .model.classes import location_of
-from .model.loading import find_tokenizer, load_model
+from .model.loading import find_tokenizer, is_packed, load_model
 from .model.sparsity import check_zeros
 from .plan import Plan
 from .planning.make_plan import make_plan
 from .pruning.prune import prune
 from .pruning.reconstruction import BlockReconstruction
+from .runtime.packing import pack_model
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class SparseModel:
         hidden_limit: int | None = None,
         reconstruct: BlockReconstruction | None = None,
         layout: Literal["dense", "bitmask"] = "dense",
+        dequantize: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Loads a model and makes it sparse; without a config or a plan, loads a sparse model and checks it.
@@ -70,6 +73,8 @@ class SparseModel:
             reconstruct: see `prune`.
             layout: of the files in `output_dir`, see `save_sparse`. "bitmask" needs room for the dense files too until the
                 run is over, and with `offload="stream"` the model has to be opened anew afterwards.
+            dequantize: False loads a sparse model with its weights packed in memory, bits and values, and multiplies with
+                them as they are: see `pack_model`. A packed folder is not unpacked on the way.
             **kwargs: to transformers (`dtype`, `device_map`, `revision`, ...). `trust_remote_code` is off unless given.
 
         Returns:
@@ -88,6 +93,8 @@ class SparseModel:
         )
         location = location_of(kwargs)
         check_source(source, location)
+        if not dequantize:
+            return _load_packed(source, wanted or offload is not None, location, auto_class=auto_class, **kwargs)
         output = Output(output_dir, overwrite=overwrite, layout=layout) if output_dir is not None else None
         load = open_streamed if offload == "stream" else load_model
         model = load(source, auto_class=auto_class, **kwargs)
@@ -113,6 +120,20 @@ class SparseModel:
             report.target,
         )
         return model
+
+
+def _load_packed(source: Any, more: bool, location: Mapping[str, Any], **options: Any) -> Any:
+    """Loads a sparse model with packed weights; `more`: it shall be pruned or streamed as well, which is refused."""
+    if more:
+        raise ValueError(
+            "dequantize=False loads a sparse model to run it: prune it first, then load its folder, or pack_model(model)"
+        )
+    packed = is_packed(source, **location)
+    if packed:
+        options = {"quantization_config": BitmaskConfig(dequantize=False)} | options
+    model = load_model(source, **options)
+    check_zeros(model)
+    return model if packed else pack_model(model)
 
 
 def _what_is_wanted(

@@ -208,17 +208,26 @@ def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
     `consume`: each dense file is removed once it is packed. Raises ValueError when nothing is worth packing.
     """
     config = read_config(folder)
-    plan = refuse_unless_prunable(config)
-    named = {layer.pattern for layer in plan.layers.values()} - {"unstructured"}
-    pairs = [tuple(int(n) for n in pattern.split(":")) for pattern in sorted(named) if pattern[0] != "*"]
-    groups = [(kept, group) for kept, group in pairs if group in GROUPS and kept < group]
+    groups = groups_of(refuse_unless_prunable(config))
     sources = dense_files(folder)
     files, total = write_shards(
-        sources, output, "sparse", lambda tensor, name, checks: _packed(tensor, groups), consume=consume
+        sources, output, "sparse", lambda tensor, name, checks: shortest(tensor, groups), consume=consume
     )
     if not total:
         raise ValueError(f"{folder} has no weights with enough zeros to be worth packing")
     copy_other_files(folder, output, sources)
+    write_description(output, config, files)
+
+
+def groups_of(plan: Plan | None) -> list[tuple[int, int]]:
+    """Returns the (N, M) that a plan names and codes exist for."""
+    named = {layer.pattern for layer in plan.layers.values()} - {"unstructured"} if plan is not None else set()
+    pairs = [tuple(int(n) for n in pattern.split(":")) for pattern in sorted(named) if pattern[0] != "*"]
+    return [(kept, group) for kept, group in pairs if group in GROUPS and kept < group]
+
+
+def write_description(output: Path, config: dict[str, Any], files: list[Path]) -> None:
+    """Writes the `config.json` of a packed folder: `config`, and what there is to know of its weight files."""
     config["transformers_weights"] = HOW_TO_LOAD
     config["quantization_config"] = {
         "quant_method": METHOD,
@@ -228,6 +237,26 @@ def pack_into(folder: Path, output: Path, *, consume: bool = False) -> None:
         "files": {file.name: header_digest(file) for file in files},
     }
     write_json(output / "config.json", config)
+
+
+def repack_into(folder: Path, output: Path) -> None:
+    """Writes the packed layout of a folder whose dense files hold packed matrices among others, as plain saving leaves them."""
+    config = read_config(folder)
+    stored = config.get("sparsity_config")
+    groups = groups_of(None if stored is None else Plan.from_dict(stored))
+
+    def convert(tensor: Tensor, name: str, checks: Mapping[str, str]) -> tuple[Tensor, bool]:
+        return (tensor, True) if is_packed(tensor) else shortest(tensor, groups)
+
+    sources = dense_files(folder)
+    files, _ = write_shards(sources, output, "sparse", convert)
+    copy_other_files(folder, output, sources)
+    write_description(output, config, files)
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Returns whether a tensor of a checkpoint is a packed matrix."""
+    return tensor.dtype == torch.uint8 and tensor.ndim == 1
 
 
 def dense_files(folder: Path) -> list[Path]:
@@ -247,7 +276,7 @@ def dense_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _packed(tensor: Tensor, groups: list[tuple[int, int]]) -> tuple[Tensor, bool]:
+def shortest(tensor: Tensor, groups: list[tuple[int, int]]) -> tuple[Tensor, bool]:
     """Returns (what to store, whether it is packed): the shortest of dense, bitmask and N:M codes along either axis.
 
     `groups`: the (N, M) that the plan names.

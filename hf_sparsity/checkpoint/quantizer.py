@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ from .transformers_internals import (
     QuantizationConfigMixin,
     WeightConverter,
     WeightRenaming,
+    accept_loading_attributes,
+    between,
     call_after_loading,
     conversions_of,
     dot_natural_key,
-    preceded_by,
     rename_source_key,
     set_conversions,
     wanted_dtypes,
@@ -50,22 +51,45 @@ logger = logging.getLogger(__name__)
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
-def register() -> None:
-    """Makes packed folders loadable in this process; a second call does nothing."""
+def register(packed: Callable[..., BitmaskQuantizer] | None = None) -> None:
+    """Makes packed folders loadable in this process; a second call does nothing.
+
+    `packed`: what makes the quantizer that keeps weights packed, see `hf_sparsity/runtime/loading.py`.
+    """
+
+    def quantizer(config: BitmaskConfig, **options: Any) -> BitmaskQuantizer:
+        if config.dequantize or packed is None:
+            return BitmaskQuantizer(config, **options)
+        return packed(config, **options)
+
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitmaskConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = BitmaskQuantizer
+    AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
+    accept_loading_attributes(BitmaskConfig)
 
 
 class BitmaskConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed folder; see `packed_folder.py`. Raises ValueError when it cannot be read."""
+    """The `quantization_config` of a packed folder, see `packed_folder.py`; or, without it, how such a folder is loaded.
 
-    def __init__(self, **described: Any) -> None:
-        vars(self).update(check_description(described))
+    `dequantize`: True, as when nothing is given, for dense weights; False keeps them packed in memory
+    (`hf_sparsity/runtime`): `from_pretrained(folder, quantization_config=BitmaskConfig(dequantize=False))`. `prefer`: with
+    False, "memory" keeps every packed weight packed, "speed" unpacks those that dense are multiplied faster.
 
-    @property
-    def dequantize(self) -> bool:
-        """Tells transformers that the loaded model is an ordinary one; it then drops this config and the quantizer."""
-        return True
+    Raises:
+        ValueError: a config that is none of a packed folder, or an unknown `prefer`.
+    """
+
+    def __init__(self, dequantize: bool | None = None, prefer: str = "memory", **described: Any) -> None:
+        if prefer not in ("memory", "speed"):
+            raise ValueError(f"prefer={prefer!r} is unknown; use 'memory' or 'speed'")
+        self.quant_method = METHOD
+        if described or dequantize is None:
+            vars(self).update(check_description(described))
+        self.dequantize = dequantize is not False  # True tells transformers to drop this config and the quantizer
+        self.prefer = prefer
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Returns what transformers takes from the config that the user gives, the rest from the folder's."""
+        return {"dequantize": self.dequantize, "prefer": self.prefer}
 
 
 class Unpack(ConversionOps):
@@ -173,9 +197,21 @@ class BitmaskQuantizer(HfQuantizer):
         def check(loading_info: Any) -> None:
             self._restore_environment()
             _check_loaded(model, loading_info, self.packed)
+            self.loaded(model)
             self.used = conversions_of(model)  # transformers 5.24 forgets them before it calls us again
 
         self.undo = call_after_loading(model, check)
+
+    def unpacking(self, whole: bool = False) -> Unpack:
+        """Returns the operation that turns bytes into matrices; `whole`: see `Unpack`."""
+        return Unpack(whole, self.dtypes)
+
+    def repacking(self) -> list[ConversionOps]:
+        """Returns what is done after each conversion of the model's own: nothing."""
+        return []
+
+    def loaded(self, model: PreTrainedModel) -> None:
+        """Is called when all weights have arrived and been checked, before the model is given to devices."""
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
@@ -186,12 +222,12 @@ class BitmaskQuantizer(HfQuantizer):
         updated = []
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
-                ours = preceded_by(Unpack(dtypes=self.dtypes), conversion)
+                ours = between([self.unpacking()], conversion, self.repacking())
                 self.originals[id(ours)] = conversion
                 conversion = ours
             updated.append(conversion)
         for name in self._unconverted(updated, model or self.model):  # before 5.2x it is not told the model
-            ours = WeightConverter([re.escape(name)], [name], [Unpack(whole=True, dtypes=self.dtypes)])
+            ours = WeightConverter([re.escape(name)], [name], [self.unpacking(whole=True)])
             self.originals[id(ours)] = None
             updated.append(ours)
         return updated
@@ -233,9 +269,10 @@ class BitmaskQuantizer(HfQuantizer):
         if self.is_dense:
             return
         self.undo()
+        there = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, dtype in self.dtypes.items():
-            tensor = model.get_parameter_or_buffer(name)
-            if tensor.dtype != dtype and tensor.device.type != "meta":
+            tensor = there.get(name)  # None for a weight that stays packed
+            if tensor is not None and tensor.dtype != dtype and tensor.device.type != "meta":
                 tensor.data = tensor.data.to(dtype)
         used = [self.originals.get(id(c), c) for c in self.used or ()]
         set_conversions(model, [c for c in used if c is not None])

@@ -30,6 +30,7 @@ try:
     )
     from transformers.dynamic_module_utils import custom_object_save
     from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.quantizers import auto
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 _CONVERSIONS = "_weight_conversions"  # set by loading, read by saving
+_LOADING_ATTRIBUTES = "LOADING_ATTRIBUTES_CONFIG_TYPES"  # whose configs may be given at loading, too
 _AFTER_LOADING = "_adjust_missing_and_unexpected_keys"
 
 # Before 5.17 or so a quantizer is not asked for the dtype of each tensor; then nothing but plain names is cast.
@@ -78,15 +80,22 @@ def set_conversions(model: PreTrainedModel, conversions: list[Any] | None) -> No
         vars(model)[_CONVERSIONS] = conversions
 
 
-def preceded_by(operation: ConversionOps, conversion: WeightConverter) -> WeightConverter:
-    """Returns a new conversion that does an operation first."""
-    operations = [operation, *conversion.operations]
+def between(before: list[ConversionOps], conversion: WeightConverter, after: list[ConversionOps]) -> WeightConverter:
+    """Returns a new conversion that does some operations before, and some after those of another."""
+    operations = [*before, *conversion.operations, *after]
     if not hasattr(conversion, "copy"):  # older releases
         copied = copy.deepcopy(conversion)
         copied.operations = operations
         return copied
     sources, targets = conversion._original_source_patterns.copy(), conversion._original_target_patterns.copy()
     return conversion.copy(sources, targets, operations=operations)
+
+
+def accept_loading_attributes(config: type[QuantizationConfigMixin]) -> None:
+    """Lets `from_pretrained(quantization_config=...)` change how a folder with a config of this type is loaded."""
+    kinds = getattr(auto, _LOADING_ATTRIBUTES, None)
+    if kinds is not None and config not in kinds:
+        setattr(auto, _LOADING_ATTRIBUTES, (*kinds, config))
 
 
 def call_after_loading(model: PreTrainedModel, check: Callable[[Any], None]) -> Callable[[], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -32,8 +31,12 @@ def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **opti
     options = {"trust_remote_code": False} | options
     location = location_of(options)
     check_source(source, location)
-    if options.get("quantization_config") is not None:
-        _refuse_packed(source, location)
+    wanted = options.get("quantization_config")
+    if wanted is not None and getattr(wanted, "quant_method", None) != QUANT_METHOD and is_packed(source, **location):
+        raise ValueError(
+            f"{str(source)!r} is packed (layout 'bitmask'), and only dense files can be quantized while they are loaded: "
+            f"write them once with hf_sparsity.unpack({str(source)!r}, folder), and load that folder with quantization_config"
+        )
     config = options.get("config")
     if isinstance(config, PreTrainedConfig):
         kind = model_class(config, auto_class)
@@ -50,14 +53,10 @@ def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **opti
     return model
 
 
-def _refuse_packed(source: str | os.PathLike[str], location: Mapping[str, Any]) -> None:
-    """Raises ValueError for packed files, which cannot be quantized on their way into memory."""
+def is_packed(source: str | os.PathLike[str], **location: Any) -> bool:
+    """Returns whether the files of a checkpoint are packed (layout "bitmask")."""
     config = AutoConfig.from_pretrained(source, **location)
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
-        raise ValueError(
-            f"{str(source)!r} is packed (layout 'bitmask'), and only dense files can be quantized while they are loaded: "
-            f"write them once with hf_sparsity.unpack({str(source)!r}, folder), and load that folder with quantization_config"
-        )
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD
 
 
 def load_sparse(source: str | os.PathLike[str], *, auto_class: Any = None, **options: Any) -> PreTrainedModel:

@@ -177,17 +177,9 @@ def unpack(packed: Tensor) -> Tensor:
     Raises:
         ValueError: damaged, cut short, of another version, or contradicting itself.
     """
-    header = read_header(packed)
-    if packed.storage_offset() % 8 or packed.data_ptr() % 8 or not packed.is_contiguous():
-        packed = packed.clone()  # a slice of a file may start anywhere; words may not
-    if _digest(packed) != bytes(packed[48:56].tolist()):
-        raise ValueError("packed weight: the checksum is wrong; the data are damaged")
+    packed, header, parts = _checked(packed)
     flat = packed.new_empty(header.size, dtype=INTEGERS[header.dtype.itemsize])
-    which, values = packed[HEADER : HEADER + header.which_bytes], _values(packed, header)
-    parts = run_tasks(lambda a, b: _bits(which, a, b, header), flat)
-    ends = [0, *accumulate(kept for _, kept in parts)]
-    if ends[-1] != header.values:
-        raise ValueError(f"packed weight: its mask has {ends[-1]} bits for {header.values} values")
+    values, ends = _values(packed, header), [0, *accumulate(kept for _, kept in parts)]
 
     def write(start: int, stop: int) -> None:
         populate(flat[start:stop])
@@ -197,6 +189,29 @@ def unpack(packed: Tensor) -> Tensor:
     rows = (*header.shape[:-2], header.shape[-1], header.shape[-2]) if header.swapped else header.shape
     weight = flat.view(header.dtype).view(rows)
     return weight.transpose(-1, -2).contiguous() if header.swapped else weight
+
+
+def check(packed: Tensor) -> Header:
+    """Returns what a packed string says it is, after all checks that `unpack` makes.
+
+    Raises:
+        ValueError: what `unpack` refuses.
+    """
+    return _checked(packed)[1]
+
+
+def _checked(packed: Tensor) -> tuple[Tensor, Header, list[tuple[Tensor, int]]]:
+    """Returns (the string, aligned to words, its header, the mask's bits and their number for each task)."""
+    header = read_header(packed)
+    if packed.storage_offset() % 8 or packed.data_ptr() % 8 or not packed.is_contiguous():
+        packed = packed.clone()  # a slice of a file may start anywhere; words may not
+    if _digest(packed) != bytes(packed[48:56].tolist()):
+        raise ValueError("packed weight: the checksum is wrong; the data are damaged")
+    which = packed[HEADER : HEADER + header.which_bytes]
+    found = run_tasks(lambda a, b: _bits(which, a, b, header), packed[:1].expand(header.size))
+    if (total := sum(kept for _, kept in found)) != header.values:
+        raise ValueError(f"packed weight: its mask has {total} bits for {header.values} values")
+    return packed, header, found
 
 
 def packed_bytes(weight: Tensor) -> int:

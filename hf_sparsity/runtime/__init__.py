@@ -1,0 +1,1 @@
+"""Running packed models: products with packed weights, the modules that hold them, and loading without unpacking."""
