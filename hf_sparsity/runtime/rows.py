@@ -207,7 +207,7 @@ _X, _Y, _WIDE, _BIAS = (SLOT[name] for name in ("x", "y", "wide", "bias"))
 
 
 def _is_known(header: codec.Header) -> bool:
-    """Whether kernels can read such a matrix: rows of whole bytes, and codes of whole words."""
+    """Returns whether kernels can read such a matrix: rows of whole bytes, and codes of whole words."""
     if header.dtype not in KINDS or header.dtype == torch.int8:
         return False
     *_, first, second = header.shape
