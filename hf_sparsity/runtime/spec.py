@@ -51,5 +51,5 @@ class Spec:
 
     @property
     def widened(self) -> bool:
-        """Whether activations are copied before they are multiplied: as float32, whole words, vectors side by side."""
+        """True where activations are copied before they are multiplied: as float32, whole words, vectors side by side."""
         return self.io != "f32" or self.tail or self.vectors > 1
