@@ -98,7 +98,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from ..calibration.mixture import Source
     from ..recovery.recover import recover
 
-    data, length, teacher = options.data, options.length, options.teacher
+    method, teacher = _method(options), options.teacher
+    if options.recipe is not None and RECIPES[options.recipe].starts_dense:
+        teacher = teacher or options.model
+    data, length = options.data, options.length
     if data is None and teacher != DEMO:
         raise ValueError("--data is missing: a local text, jsonl or parquet file, or a Hub dataset such as c4")
     if data is not None:
@@ -106,11 +109,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         data = sources if len(sources) > 1 else sources[0].data
     else:
         data, length = [text for _, text in demo.texts("calibration")], length or demo.TRAINING_LENGTH
-    method = _method(options)
     if options.recipe is not None:
         print(in_words(options.recipe, method), file=sys.stderr if options.json else sys.stdout, flush=True)
-        if RECIPES[options.recipe].starts_dense:
-            teacher = teacher or options.model
     model = recover(
         demo.PATH if options.model == DEMO else options.model,
         data,

@@ -8,8 +8,8 @@
     python tests/benchmarks/train_to_sparsity.py --choose elsa --output trials.json   # learning rates and penalties
 
 Each way has `--steps` steps of 8 sequences of 128 tokens of the calibration modules, float32, one thread. The plan is that of a race
-with Wanda on 128 sequences (`--short-race`: of two allocators, 12 steps of descent, on 32 sequences); the ways that prune first do it by SparseGPT and this plan, about the best one-shot of `allocators.py`.
-Judged on every second window of 128 tokens of the held-out modules, which no
+with Wanda on 128 sequences (`--short-race`: of two allocators, 12 steps of descent, on 32 sequences); the ways that prune first do
+it by SparseGPT and this plan, about the best one-shot of `allocators.py`. Judged on every second window of 128 tokens of the held-out modules, which no
 plan, choice or training has seen; `--choose` judges on sequences of the calibration modules that `recover` holds out.
 """
 
@@ -105,20 +105,22 @@ class Bench:
         """Returns a plan, from a file beside the output once it is made."""
         file = self.folder / f"plan-{allocator}-{100 * target:.0f}.json"
         if not file.exists():
-            make_plan(self.dense(), SparsityConfig(target, pruner="wanda", allocator=allocator), self.batches).save(
-                file
-            )
+            chosen = self.race if allocator == "race" else allocator
+            config, start = SparsityConfig(target, pruner="wanda", allocator=chosen), time.process_time()
+            make_plan(self.dense(), config, self.planning).save(file)
+            print(f"planned {file.name} in {time.process_time() - start:.0f} CPU s", flush=True)
         return Plan.load(file)
 
     def run(self, target: float, way: str, steps: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         """Returns what came of one way."""
-        model, start, loss = self.dense(), time.process_time(), None
+        model, loss = self.dense(), None
         if way in ONE_SHOT:
             plan = self.plan(target, "race")
             plan = replace(plan, config={**plan.config, "pruner": {"name": "sparsegpt"}})
             prune(model, plan, self.batches)
         else:
             plan = self.plan(target, "race" if "-plan" in way else "uniform")
+        start = time.process_time()
         if way != "pruned":
             method = replace(method_of(way, plan, steps), **(changes or {}))
             teacher = self.dense() if "distilled" in way else None
@@ -133,13 +135,14 @@ class Bench:
                     length=LENGTH,
                 )
             loss = model.config.sparsity_config["recovered"]["loss"]["after"]
+        seconds = time.process_time() - start
         return {
             "perplexity": self.perplexity(model),
             "calibration_perplexity": None if loss is None else math.exp(loss),
             "sparsity": measure_sparsity(model).sparsity,
             "windows": len(self.heldout),
             "tokens": 0 if way == "pruned" else steps * BATCH * LENGTH,
-            "cpu_seconds": round(time.process_time() - start, 1),
+            "cpu_seconds": round(seconds, 1),
         }
 
 
@@ -184,6 +187,8 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, choices=TARGETS, help="this one only")
     parser.add_argument("--only", action="append", choices=tuple(WAYS), help="this way only; repeatable")
     parser.add_argument("--steps", type=int, default=160, help="of 8 sequences of 128 tokens (default: 160)")
+    parser.add_argument("--short-race", action="store_true", help="plan by a short race, where minutes count")
+    parser.add_argument("--windows", type=int, help="judge by this many of the held-out windows (default: all)")
     parser.add_argument(
         "--choose", choices=tuple(WAYS)[1:], help="try learning rates, and penalties of ELSA, for this way"
     )
@@ -201,7 +206,10 @@ def main() -> None:
     torch.set_num_threads(1)
     short = {"name": "race", "candidates": ["owl", "fisher"], "slices": [1024, 2048], "descent": 12}
     bench = Bench(
-        args.output.parent, short if args.short_race else {"name": "race"}, 32 if args.short_race else SEQUENCES
+        args.output.parent,
+        short if args.short_race else {"name": "race"},
+        32 if args.short_race else SEQUENCES,
+        args.windows,
     )
     found = json.loads(args.output.read_text()) if args.output.exists() else []
 

@@ -165,8 +165,8 @@ def test_it_resumes_to_the_same_weights(tmp_path):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=key)
 
 
-def train_together(processes, folder):
-    again = Reallocation("fisher", IDS[:2], at=(2,))
+def train_together(processes, folder, renewed):
+    again = Reallocation("fisher", IDS[:2], at=(2,)) if renewed else None
     options = Gradual(end=4, interval=1, scores="fisher", regrow=0.3, reallocate=again)
     run, masks = grow(folder, options, steps=4, save_strategy="no")
     run.train()
@@ -175,9 +175,10 @@ def train_together(processes, folder):
     return {name: parameter.detach().numpy() for name, parameter in run.model.named_parameters()}
 
 
-def test_two_processes_have_the_same_masks(tmp_path):
+@pytest.mark.parametrize("renewed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_have_the_same_masks(renewed, tmp_path):
     with several(2) as call:
-        first, second = call(train_together, tmp_path)
+        first, second = call(train_together, tmp_path, renewed)
     assert all((value == second[name]).all() for name, value in first.items())
 
 

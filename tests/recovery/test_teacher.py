@@ -172,10 +172,12 @@ def test_trls_trainer_learns_from_a_teacher(tmp_path):
     from transformers import AutoTokenizer, default_data_collator
 
     tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
-    rows = Dataset.from_dict({"input_ids": IDS[:8].tolist(), "labels": IDS[:8].tolist()})
+    ids = IDS[:8]
+    columns = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    rows = Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
     arguments = trl.SFTConfig(
         str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, bf16=False,
-        save_strategy="no", disable_tqdm=True, eos_token=tokenizer.eos_token, gradient_checkpointing=False, logging_strategy="no",
+        save_strategy="no", disable_tqdm=True, eos_token=tokenizer.eos_token, gradient_checkpointing=False, logging_strategy="no", remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     seen = {}
