@@ -158,6 +158,17 @@ class SparsityConfig:
         return {k: v.to_dict() if isinstance(v, Algorithm) else v for k, v in values.items()}
 
     @classmethod
+    def of(cls, given: Any) -> SparsityConfig:
+        """Returns a config from a config or its dict; raises ValueError for anything else."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"config is a {type(given).__name__}; a SparsityConfig or its dict is expected, such as SparsityConfig(0.5)"
+            )
+        return cls.from_dict(given)
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparsityConfig:
         """The reverse of `to_dict`; `ValueError` for unknown keys, names and hyperparameters."""
         if not isinstance(data, Mapping):

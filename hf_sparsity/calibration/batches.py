@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,8 +55,9 @@ def prepare_batches(model: PreTrainedModel, batches: Tensor | Iterable[Mapping[s
         if isinstance(batch, Tensor):
             batch = {"input_ids": batch if batch.ndim == 2 else batch[None]}
         if not isinstance(batch, Mapping):
+            text = "; texts go through calibration_batches(texts, tokenizer)" if isinstance(batch, str) else ""
             raise ValueError(
-                f"calibration batch {number} is a {type(batch).__name__}; a dict of the model's inputs is expected"
+                f"calibration batch {number} is a {type(batch).__name__}; a dict of the model's inputs is expected{text}"
             )
         tensors = _with_decoder_inputs(model, _with_mask(model, _inputs(batch, parameters, number)), number)
         if not set(tensors) - {"attention_mask"}:
@@ -66,7 +67,8 @@ def prepare_batches(model: PreTrainedModel, batches: Tensor | Iterable[Mapping[s
             check_positions(model, part, number)
             prepared.append({name: value.to(device) for name, value in part.items()})
     if not prepared:
-        raise ValueError("the calibration data is empty: give at least one sequence")
+        spent = " (a generator can be used once: give a list of its batches)" if isinstance(batches, Iterator) else ""
+        raise ValueError(f"the calibration data is empty: give at least one sequence{spent}")
     return prepared
 
 

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..model.classes import from_config
+from ..model.classes import from_config, text_config
 from .atomic import check_output
 from .bitmask import codec
 from .conversion import some
@@ -36,6 +36,8 @@ def check_loads(folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
         stored = find_stored(folder, config, {})
+        if getattr(text_config(config), "num_hidden_layers", 0) > len(stored):  # too many to build
+            raise ValueError(f"its config promises more layers than the {len(stored)} tensors that it has")
         with init_empty_weights(include_buffers=False):
             model = from_config(config)
     except Exception as error:  # a class of anybody's

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..model.accepted import check_kind, refuse_adapters
 from ..model.identity import forget_packing, renew_identity
-from ..model.sparsity import check_zeros, model_plan
+from ..model.sparsity import refuse_foreign_plan
 from ..plan import Report
 from .atomic import new_folder
 from .completion import check_writable, complete
@@ -46,15 +46,14 @@ def save_sparse(
 
     Raises:
         ValueError: the folder holds other files or another model; an unknown layout; `bitmask` for a model that is quantized, has no
-            plan, or no zeros worth packing; a plan in the model's config whose zeros the model does not have.
+            plan, or no zeros worth packing; a plan in the model's config that is another model's.
         RuntimeError: the files have fewer zeros than the report says, or would not load completely.
     """
     check_kind(model)
     refuse_adapters(model)
     check_layout(layout)
     forget_packing(model.config)
-    if model_plan(model) is not None:
-        check_zeros(model)
+    refuse_foreign_plan(model)
     check_writable(model)
     if layout == "bitmask":
         refuse_unless_prunable(model.config.to_dict())

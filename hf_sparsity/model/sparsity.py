@@ -144,3 +144,19 @@ def check_zeros(model: PreTrainedModel) -> None:
             f"the weights do not have the zeros that their plan promises; {len(lost)} layers differ: {'; '.join(lost[:3])}. "
             "Was the model trained, merged with an adapter, or quantized since?"
         )
+
+
+def refuse_foreign_plan(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose config has a plan of which not one layer has the zeros: it was another model's.
+
+    A model that was quantized while it was loaded is not looked at.
+    """
+    plan = model_plan(model)
+    if plan is None or getattr(model, "hf_quantizer", None) is not None:
+        return
+    layers = [layer for layer in measure_sparsity(model).layers.values() if layer.planned]
+    if layers and all(layer.sparsity < layer.planned / 2 for layer in layers):
+        raise ValueError(
+            "the model's config has a sparsity plan, and not one of its layers has the zeros: the config was taken from "
+            "another model. Remove the plan (del model.config.sparsity_config), or prune the model"
+        )

@@ -22,7 +22,14 @@ def plan_config(plan: Plan, pruner: Pruner | None = None) -> SparsityConfig:
     """The plan's config, with the instances it was made with if they are still at hand.
 
     The allocator has done its work, so one that is not ours is no obstacle: uniform stands in for it.
+
+    Raises:
+        ValueError: something that is no plan.
     """
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"plan is a {type(plan).__name__}; a Plan is expected: make_plan(model, config, batches), or Plan.load(file)"
+        )
     given = dict(plan.config) | {role: value for role, value in plan.algorithms.items() if value is not None}
     if isinstance(allocator := given.get("allocator"), Mapping) and allocator.get("name") not in ALLOCATORS:
         given["allocator"] = "uniform"

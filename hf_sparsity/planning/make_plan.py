@@ -68,7 +68,7 @@ def make_plan(
             whose inputs are not seen (see `SparsityConfig.allow_unseen`); an output folder with other files, or with a
             run of other arguments.
     """
-    config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
+    config = SparsityConfig.of(config)
     allocator = config.allocator
     model_layers = find_layers(model, config.ignore, config.include)
     if isinstance(allocator, Race) or allocator.needs & {FISHER, LOSS}:

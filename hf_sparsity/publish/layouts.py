@@ -12,6 +12,7 @@ from ..checkpoint.packed_folder import (
     check_index,
     check_tensors,
     copy_other_files,
+    dense_files,
     pack_into,
     read_config,
     refuse_unless_prunable,
@@ -46,6 +47,7 @@ def pack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path
     folder, output = Path(folder), Path(output)
     if is_done(folder, output, "bitmask"):
         return output
+    dense_files(folder)  # raises for an index that is too large or points outside, before anything else reads it
     check_loads(folder)
     with new_folder(output) as temporary:
         pack_into(folder, temporary)

@@ -100,7 +100,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 "start, end and interval belong to a schedule given by name; write them into the Gradual or Elsa"
             )
         self.options = as_schedule("cubic" if schedule is None else schedule, start, end, interval)
-        self.config = SparsityConfig.from_dict(config) if isinstance(config, Mapping) else config
+        self.config = None if config is None else SparsityConfig.of(config)
         self.plan = as_plan(plan)
         self.schedule, self.start, self.end, self.interval = schedule, start, end, interval
         self.teacher = None if teacher is None else Teacher.of(teacher)

@@ -356,8 +356,12 @@ def test_refusals_when_packing(llama, tmp_path):
         pack(packed, tmp_path / "x")
     with pytest.raises(ValueError, match="not packed by hf_sparsity"):
         unpack(dense, tmp_path / "x")
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y/file").write_text("mine")
     with pytest.raises(ValueError, match="not an empty folder"):
-        pack(dense, packed)
+        pack(dense, tmp_path / "y")
+    shutil.rmtree(tmp_path / "y")
+    assert pack(dense, packed) == packed, "it is there already"
     with pytest.raises(FileNotFoundError):
         pack(tmp_path, tmp_path / "x")
     model = tiny("llama")
