@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,17 @@ def test_tests_called_like_a_module_stand_in_its_folder():
         and (path.parent.relative_to(TESTS).as_posix(), name) not in modules
     ]
     assert not misplaced, offences(misplaced)
+
+
+def test_contributing_lists_every_part_from_top_to_bottom():
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    rows = [[name for part in re.findall(r"`([^`]+)`", cell) if (name := part.rstrip("/")) in FLOOR] for cell in cells]
+    assert sorted(part for row in rows for part in row) == sorted(set(FLOOR) - {"__init__.py", "__main__.py"})
+    for upper, lower in pairwise(rows):
+        assert min(FLOOR[part] for part in upper) >= max(FLOOR[part] for part in lower), (upper, lower)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT.parent / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
 
 
 def test_tests_do_not_import_each_other():
