@@ -23,7 +23,7 @@ class Bar:
 
     Args:
         title: what is done, such as "Pruning".
-        total: number of steps; None if nobody knows.
+        total: number of steps; None if it is not known.
         unit: what a step is, such as "block".
         done: steps that an earlier run had taken.
         shown: False where another process of the run shows it.

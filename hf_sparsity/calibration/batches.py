@@ -22,7 +22,7 @@ _NO_INPUTS = {"label", "label_ids", "special_tokens_mask", "offset_mapping", "ov
 _NO_INPUTS |= {"num_items_in_batch", "return_loss"}
 _TEXT = {"input_ids", "attention_mask", "token_type_ids"}  # [sequences, tokens] each
 _SOUND = {"input_features", "input_values", "attention_mask"}  # what an encoder of speech reads, one row a sequence
-_IGNORED = -100  # the label of what is no text, in all of transformers
+_IGNORED = -100  # the label of tokens that are no text, in all of transformers
 
 
 def prepare_batches(model: PreTrainedModel, batches: Tensor | Iterable[Mapping[str, Any]]) -> list[Batch]:

@@ -5,7 +5,7 @@ read when it is lent and dropped when it leaves. Weights come in through acceler
 behind it, so `onload`, a plain forward and evaluation work as with any offloaded model. Names, fused
 experts and data types are the business of transformers' converter, run on one block's tensors.
 
-On a CPU the weights are private views of the mapped file: one that nobody touches takes no memory,
+On a CPU the weights are private views of the mapped file: one that is not touched takes no memory,
 and one that is written to gets pages of its own, so no write can reach the checkpoint.
 """
 

@@ -25,7 +25,7 @@ _QUANTIZERS = ("bitsandbytes", "optimum.quanto", "torchao", "torch.ao.nn", "gptq
 
 
 def check_kind(model: Any) -> None:
-    """Raises ValueError for what is no transformers model, with what to do instead.
+    """Raises ValueError for anything but a transformers model, with what to do instead.
 
     Refused: paths, and wrappers such as peft's, DataParallel, torch.compile's, or a module around a transformers model.
     """

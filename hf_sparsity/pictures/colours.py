@@ -16,7 +16,7 @@ SPARSITY = (
 # Blue is less, orange is more, grey is no difference: two hues that the colour-blind tell apart.
 DIFFERENCE = ("#154a80", "#4f86ba", "#a9c6de", "#f0f0f0", "#efc08e", "#cf7f2b", "#8f4a00")
 
-# Of an allocator's own numbers, whatever they are: the blue half of it, so that nobody takes them for sparsities.
+# For an allocator's own numbers: the blue half of it, so that they are not taken for sparsities.
 AMOUNT = ("#f0f0f0", "#a9c6de", "#4f86ba", "#154a80")
 
 

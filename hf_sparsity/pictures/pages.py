@@ -28,7 +28,7 @@ def draw_html(picture: Picture, file: str | os.PathLike[str]) -> Path:
 
 
 def write_page(text: str, file: str | os.PathLike[str]) -> Path:
-    """Writes a page whole or not at all; what is no character, such as half of one, becomes "?". Returns `file`."""
+    """Writes a page whole or not at all, broken characters as "?". Returns `file`."""
     return write_whole(file, text.encode("utf-8", errors="replace"))
 
 

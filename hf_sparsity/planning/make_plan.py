@@ -178,5 +178,5 @@ def _layer_plan(weight: Weight, sparsity: float, pattern: Pattern, measure: floa
 
 
 def _instances(config: SparsityConfig) -> dict[str, Any]:
-    """The algorithms themselves, for whoever carries out the plan in the same process."""
+    """Returns the algorithms themselves, for a `prune` in the same process."""
     return {"allocator": config.allocator, "pruner": config.pruner, "row_allocator": config.row_allocator}

@@ -41,7 +41,7 @@ class SparseGPT(Pruner):
     With row sparsities each row loses its own count, spread evenly over the blocks (exactly
     `layer.counts` in sum).
 
-    Pruning a pruned layer again changes nothing: zeros score 0, are chosen first and move nobody.
+    Pruning a pruned layer again changes nothing: zeros score 0, are chosen first and change no other weight.
     """
 
     damping: float = 0.01  # percdamp: added to the diagonal, relative to its mean

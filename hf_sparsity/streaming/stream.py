@@ -192,7 +192,7 @@ class _Pass:
                     for number in arrival.waiting:
                         arrival.finish(number, journal.hidden.output(number, blank=visit < start - 1))
                     continue
-                last = visit + 1 == len(self.order) and after_last is None  # nobody wants the output of the last block
+                last = visit + 1 == len(self.order) and after_last is None  # the last block's output is not used
                 keep = journal.hidden.keeper(visit) if journal and not last else None
                 if self.twins and self.run.has_finished(block) and not last:
                     raise RuntimeError(_NO_WAY_BACK.format(block.name))

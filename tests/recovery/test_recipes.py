@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from hf_sparsity import demo, make_card, make_plan, measure_sparsity, prune, verify
 from hf_sparsity.cli import recover as command
 from hf_sparsity.model.sparsity import check_zeros
-from hf_sparsity.recovery import training
 from hf_sparsity.recovery.methods import Distillation, TrainByElsa, TrainToSparsity
 from hf_sparsity.recovery.recipes import RECIPES, in_words, recipe
 from hf_sparsity.recovery.recover import recover
 from hf_sparsity.recovery.schedules import Elsa, Gradual
 from tests.conftest import tiny
+from tests.recovery.trainers import Cut, cut_after
 
 START = torch.randint(3, 120, (48, 1), generator=torch.Generator().manual_seed(3))
 IDS = (START + torch.arange(16) * 7) % 117 + 3
@@ -30,21 +30,6 @@ QUICK = {"steps": 6, "batch": 4, "lr": 3e-3}
 CONFIG = {"sparsity": 0.7, "allocator": "owl", "pruner": "magnitude"}
 GROWTH = TrainToSparsity(config=CONFIG, schedule=Gradual(end=0.7, interval=1, regrow=0.2, scores="fisher"), **QUICK)
 PULLED = TrainByElsa(config=CONFIG, schedule=Elsa(penalty=0.1, interval=2, end=0.9), **QUICK)
-
-
-class Cut(Exception):
-    """The power fails."""
-
-
-def cut_after(monkeypatch, step):
-    stock = training._Checkpoints.on_step_end
-
-    def fails(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            raise Cut
-        stock(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(training._Checkpoints, "on_step_end", fails)
 
 
 def state(model):

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers import trainer as trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparsity import SparseModel, calibration_batches, demo, make_plan, prune
 from hf_sparsity.cli import recover as command
@@ -20,6 +19,7 @@ from hf_sparsity.model.layers import find_layers
 from hf_sparsity.pruning.reconstruction import BlockReconstruction
 from hf_sparsity.recovery.recover import recover
 from tests.conftest import tiny
+from tests.recovery.trainers import Cut, call_at, cut_after
 from tests.tools import row_and_column
 
 # A language with something to learn: each token follows from the one before.
@@ -41,25 +41,6 @@ def planned(model):
 
 def state(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-class Cut(Exception):
-    """The power fails."""
-
-
-def call_at(patch, event, function):
-    """Lets every Trainer call `function(optimizer step)` at this event, before the callbacks that it was given."""
-    method = {event: lambda self, args, state, control, **_: function(state.global_step)}
-    observer = type("Observer", (TrainerCallback,), method)
-    patch.setattr(trainers, "DEFAULT_CALLBACKS", [*trainers.DEFAULT_CALLBACKS, observer])
-
-
-def cut_after(patch, step, event="on_step_end"):
-    def fail(now):
-        if now == step:
-            raise Cut
-
-    call_at(patch, event, fail)
 
 
 def cut_before(patch, file):

@@ -13,6 +13,7 @@ from hf_sparsity.recovery.stored_logits import SHARD, StoredLogits, store_logits
 from hf_sparsity.recovery.teacher import Teacher
 from tests.conftest import tiny
 from tests.recovery.trainers import IDS, sparse, zeros
+from tests.tools import count_calls, fail_at
 
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
 
@@ -88,24 +89,17 @@ def test_stored_answers_teach_as_the_teacher_does(tmp_path):
 def test_storing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     from hf_sparsity.recovery import stored_logits as module
 
-    dense, calls = tiny("llama"), []
+    dense = tiny("llama")
     monkeypatch.setattr(module, "SHARD", 4)
-    stock = module.write_tensors
     assert SHARD > 4
-
-    def stops(path, *rest):
-        stock(path, *rest)
-        calls.append(path.name)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "write_tensors", stops)
+    calls = count_calls(dense)
+    fail_at(dense, 3, KeyboardInterrupt)  # it is asked once for each file
     with pytest.raises(KeyboardInterrupt):
         store_logits(dense, IDS[:12], tmp_path, top_k=4)
     assert len(StoredLogits(tmp_path)) == 8
-    assert len(store_logits(dense, IDS[:12], tmp_path, top_k=4)) == 12 and len(calls) == 3
+    assert len(store_logits(dense, IDS[:12], tmp_path, top_k=4)) == 12 and len(calls) == 4
     store_logits(dense, IDS[:12], tmp_path, top_k=4)
-    assert len(calls) == 3, "what is there is not computed again"
+    assert len(calls) == 4, "what is there is not computed again"
     with pytest.raises(ValueError, match="top_k differ"):
         store_logits(dense, IDS[:12], tmp_path, top_k=5)
     (tmp_path / "logits-00001.safetensors").write_bytes(b"cut short")

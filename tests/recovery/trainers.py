@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as transformers_trainer
 
 from hf_sparsity import make_plan, prune
 from hf_sparsity.model.layers import find_layers
@@ -47,3 +48,22 @@ def trainer(model, folder, *callbacks, steps=4, **changes):
     }
     arguments = TrainingArguments(**(arguments | changes))
     return Trainer(model, arguments, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=list(callbacks))
+
+
+class Cut(Exception):
+    """The power fails."""
+
+
+def call_at(patch, event, function):
+    """Lets every Trainer call `function(optimizer step)` at this event, before the callbacks that it was given."""
+    method = {event: lambda self, args, state, control, **_: function(state.global_step)}
+    observer = type("Observer", (TrainerCallback,), method)
+    patch.setattr(transformers_trainer, "DEFAULT_CALLBACKS", [*transformers_trainer.DEFAULT_CALLBACKS, observer])
+
+
+def cut_after(patch, step, event="on_step_end"):
+    def fail(now):
+        if now == step:
+            raise Cut
+
+    call_at(patch, event, fail)

@@ -73,7 +73,7 @@ class Header:
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (2, 3) or min(self.shape) < 1 or self.size >= 2**62:
-            raise ValueError(f"packed weight: shape {self.shape} is none of a weight")
+            raise ValueError(f"packed weight: shape {self.shape} is not that of a weight")
         if self.group is None:
             fits = self.values <= self.size
         else:

@@ -111,7 +111,7 @@ class Kernels(NamedTuple):
     `count(bits)`: how many are set, of whole words of 8 bytes, at least one. `mark(bits, wide)`: sets the bits of the
     elements that are not zero. `expand(bits, wide, narrow)`: `wide` = the next of `narrow` where a bit is set, 0
     elsewhere. `compress(bits, wide, narrow)`: the way back. `bits`: uint8, one for each element of `wide` and perhaps
-    more; `narrow` must have as many elements as bits are set: nobody checks that here.
+    more; `narrow` must have as many elements as bits are set; this is not checked here.
     """
 
     count: Callable[[Tensor], int]
@@ -147,7 +147,7 @@ def kernels(size: int) -> Kernels | None:
     def mark(bits: Tensor, wide: Tensor) -> None:
         walk("mark", bits, wide, wide.data_ptr(), write=False)
 
-    # A word is read or written where the last value is: up to 8 bytes after it, which may be another's or nobody's.
+    # A word is read or written where the last value is: up to 8 bytes after it, which may belong to another tensor or to none.
     def expand(bits: Tensor, wide: Tensor, narrow: Tensor) -> None:
         after = narrow.untyped_storage().nbytes() - (narrow.storage_offset() + narrow.numel()) * size
         if after < 8 or not narrow.numel():  # torch says that what is empty has no address
@@ -167,7 +167,7 @@ def kernels(size: int) -> Kernels | None:
 def _function(engine: Any, name: str, *more: Any, result: Any = _POINTER) -> Any:
     """A loop whose arguments begin with the bits and the number of turns."""
     function = ctypes.CFUNCTYPE(result, _POINTER, ctypes.c_int64, *more)(engine.get_function_address(name))
-    function.engine = engine  # type: ignore[attr-defined]  # which frees the code when nobody has it
+    function.engine = engine  # type: ignore[attr-defined]  # the code is freed with the last function that uses it
     return function
 
 
