@@ -157,7 +157,8 @@ class SourceScore:
             raise ValueError(
                 f"the scores of a source are damaged: {', '.join(names)} and perplexity (dense, pruned) are expected"
             )
-        return cls(*(data[name] for name in names), perplexity["dense"], perplexity["pruned"])
+        plain = {name: data[name] for name in names}
+        return cls(**plain, dense=perplexity["dense"], pruned=perplexity["pruned"])
 
 
 @dataclass(frozen=True)

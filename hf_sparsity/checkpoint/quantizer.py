@@ -63,7 +63,7 @@ def register(packed: Callable[..., BitmaskQuantizer] | None = None) -> None:
         return packed(config, **options)
 
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitmaskConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
+    AUTO_QUANTIZER_MAPPING[METHOD] = quantizer  # type: ignore[assignment]  # it is only called
     accept_loading_attributes(BitmaskConfig)
 
 
@@ -81,7 +81,7 @@ class BitmaskConfig(QuantizationConfigMixin):
     def __init__(self, dequantize: bool | None = None, prefer: str = "memory", **described: Any) -> None:
         if prefer not in ("memory", "speed"):
             raise ValueError(f"prefer={prefer!r} is unknown; use 'memory' or 'speed'")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # of transformers' own methods there is an enum
         if described or dequantize is None:
             vars(self).update(check_description(described))
         self.dequantize = dequantize is not False  # True tells transformers to drop this config and the quantizer

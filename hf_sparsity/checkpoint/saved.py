@@ -87,4 +87,4 @@ def _equal(here: Tensor, there: Tensor) -> bool:
 
 def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """Returns what tied tensors share: one of them is stored."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape)
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape)

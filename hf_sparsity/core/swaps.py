@@ -127,8 +127,8 @@ class _Search:
             out, back, win = cheap.indices, rich.indices, rich.values - cheap.values
         else:
             shape = (len(cost), -1, self.group)
-            cheap, rich = cost.view(shape).min(2), gain.view(shape).max(2)
-            win, places = (rich.values - cheap.values).topk(min(most, cheap.values.shape[1]), 1)
-            out, back = (places * self.group + best.indices.gather(1, places) for best in (cheap, rich))
+            lowest, highest = cost.view(shape).min(2), gain.view(shape).max(2)
+            win, places = (highest.values - lowest.values).topk(min(most, lowest.values.shape[1]), 1)
+            out, back = (places * self.group + best.gather(1, places) for best in (lowest.indices, highest.indices))
         within = torch.arange(win.shape[1], device=win.device) < self.amount[self.rows, None]
         return out, back, within & (win > 0)

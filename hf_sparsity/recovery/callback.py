@@ -335,6 +335,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def _schedule(self, args: TrainingArguments, total: int) -> Schedule:
         """Returns the schedule in optimizer steps of a run of `total`."""
         options = self.options
+        assert options is not None  # there is a schedule only with them
         start, end = steps_of(options.start, total), steps_of(options.end, total)
         if not start < end <= total:
             raise ValueError(
@@ -352,7 +353,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         options: dict[str, Any] = {}
         if self.gradual is not None:
             options = {"schedule": self.schedule, **vars(self.gradual.schedule)}
-        if self.gradual is not None and not isinstance(self.schedule, str):
+        if self.gradual is not None and self.options is not None and not isinstance(self.schedule, str):
             known = {"name", "curve", "start", "end", "interval"}
             more = {key: value for key, value in self.options.to_dict().items() if value and key not in known}
             options |= {"schedule": self.options.name, **more}

@@ -43,7 +43,7 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        given = {"hard": hard, "soft": soft, "hidden": hidden, "temperature": temperature}
+        given: dict[str, Any] = {"hard": hard, "soft": soft, "hidden": hidden, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
         if given and isinstance(teacher, Teacher):
             raise ValueError(

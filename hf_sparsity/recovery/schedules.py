@@ -95,7 +95,8 @@ class Gradual:
             raise ValueError(f"scores={self.scores!r}: one of {', '.join(map(repr, SCORES))} or None is expected")
         check_number("interval", self.interval, "[1, inf)", whole=True, hint=": optimizer steps")
         check_number("regrow", self.regrow, "[0, 1)")
-        check_steps("start", self.start), check_steps("end", self.end)
+        check_steps("start", self.start)
+        check_steps("end", self.end)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns `{"name": ..., options}` as plain JSON types."""

@@ -27,7 +27,7 @@ def second_moment(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
     values = (state.get(parameter) or {}) if isinstance(state, Mapping) else {}
     for name in NAMES:
         found = values.get(name)
-        if type(found) in (Tensor, nn.Parameter) and found.shape == parameter.shape:
+        if isinstance(found, Tensor) and type(found) in (Tensor, nn.Parameter) and found.shape == parameter.shape:
             moment = found.detach().to(parameter.device, torch.float32)
             mean = moment.mean()
             if not torch.isfinite(mean) or mean <= 0:

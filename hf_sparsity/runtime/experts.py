@@ -77,7 +77,7 @@ class PackedExpert:
         return function(*dense, **named)
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
-        return torch.matmul(x, self)  # type: ignore[call-overload]
+        return torch.matmul(x, self)  # type: ignore[arg-type]
 
     @property
     def T(self) -> Tensor:

@@ -20,7 +20,7 @@ from ..checkpoint.transformers_internals import ConversionOps
 from ..model.layers import find_layers
 from ..model.sparsity import model_plan
 from .install import in_rows, install, pack_rows
-from .linear import with_room
+from .rows import with_room
 from .state import checkpoint_state, mark_packed
 
 
@@ -62,9 +62,9 @@ class Repack(ConversionOps):
         self.layers, self.groups = layers, groups
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **more: Any) -> dict[str, Any]:  # type: ignore[override]
         """`input_dict`: {pattern of names: tensor}, as all of transformers' operations take it."""
-        found = {}
+        found: dict[str, Any] = {}
         for pattern, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             before, _, after = full_layer_name.replace("*.", "0.").partition(pattern)
@@ -88,7 +88,7 @@ class PackedQuantizer(BitmaskQuantizer):
             raise ValueError("packed weights cannot be offloaded to disk; load the folder without dequantize=False")
         return super().update_device_map(device_map)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, *arguments: Any, **options: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **options: Any) -> None:
         model.is_quantized = False  # for a moment: the layers are those of the model as it will be unpacked
         try:
             weights = find_layers(model).weights.values()

@@ -35,9 +35,8 @@ def mark_packed(model: PreTrainedModel, quantizer: BitmaskQuantizer) -> None:
         model.set_experts_implementation("eager")  # the one that takes the experts' weights one by one
     vars(model)[_BEFORE] = before
     vars(model)["save_pretrained"] = MethodType(save_packed, model)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = METHOD
+    told: Any = model  # these are no fields of a module
+    told.hf_quantizer, told.is_quantized, told.quantization_method = quantizer, True, METHOD
     model.config.quantization_config = quantizer.quantization_config
 
 
@@ -47,7 +46,7 @@ def unmark_packed(model: PreTrainedModel) -> None:
     vars(model).pop("save_pretrained", None)
     for name in ("hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
-    model.is_quantized = False
+    setattr(model, "is_quantized", False)  # noqa: B010  no field of a module
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     if before["experts"] not in (None, "eager"):
