@@ -8,7 +8,7 @@ own rule at the plan's own sparsity: a layer ends with as many zeros as `prune` 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,6 +162,8 @@ class GradualPruning:
 
     def _update(self, mask: ParameterMask, step: int, optimizer: Any) -> None:
         values, pruned = mask.whole()
+        moments: Iterable[tuple[Any, Any]]
+        gradients: Iterable[tuple[Any, Any]]
         moment = self._moment(mask, optimizer)
         moments = mask.views(moment) if moment is not None else ((None, None) for _ in mask.weights)
         wanted = self._regrowth(mask)

@@ -153,18 +153,18 @@ class Elsa:
         return {"name": self.name} | asdict(self)
 
 
-def as_schedule(schedule: Any, start: float, end: float, interval: int) -> Gradual | Elsa | None:
+def as_schedule(schedule: Any, start: float, end: float, interval: int) -> Gradual | Elsa:
     """Returns what a callback's `schedule` means.
 
     Args:
-        schedule: None, a `Gradual` or `Elsa`, the dict of one, or the name of a curve, which `start`, `end` and `interval`
+        schedule: a `Gradual` or `Elsa`, the dict of one, or the name of a curve, which `start`, `end` and `interval`
             belong to.
         start, end, interval: as for `Gradual`.
 
     Raises:
         ValueError: anything else.
     """
-    if schedule is None or isinstance(schedule, (Gradual, Elsa)):
+    if isinstance(schedule, (Gradual, Elsa)):
         return schedule
     if isinstance(schedule, Mapping):
         values = dict(schedule)

@@ -96,7 +96,8 @@ def key_of(ids: Tensor) -> bytes:
 
 @torch.no_grad()
 def _answers(teacher: Any, rows: list[tuple[bytes, Tensor]], top_k: int, temperature: float) -> dict[str, Tensor]:
-    device, found = input_device(teacher), {}
+    device = input_device(teacher)
+    found: dict[bytes, tuple[Tensor, Tensor, Tensor]] = {}
     by_length: dict[int, list[tuple[bytes, Tensor]]] = {}
     for key, row in rows:
         by_length.setdefault(len(row), []).append((key, row))
