@@ -173,10 +173,10 @@ class SparsityConfig:
         """The reverse of `to_dict`; `ValueError` for unknown keys, names and hyperparameters."""
         if not isinstance(data, Mapping):
             raise ValueError(f"a SparsityConfig is an object of names and values, not {data!r}")
-        known = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls)]
         for key in data:
-            if key not in known:
-                raise ValueError(f"SparsityConfig has no {key!r}{_nearest(key, known)}")
+            if key not in names:
+                raise ValueError(f"SparsityConfig has no {key!r}{_nearest(key, names)}")
         return cls(**data)
 
 

@@ -354,7 +354,7 @@ def other_files(folder: Path, weights: Iterable[Path]) -> list[Path]:
     `weights`: the files that the model is loaded from. A warning names other weight files, and links that leave the
     folder: neither is among the result.
     """
-    found = []
+    others = []
     used = {"config.json", *(file.name for file in weights)}
     used |= {f"{stem}.safetensors.index.json" for stem in ("model", "sparse")}
     for item in sorted(folder.iterdir()):
@@ -365,8 +365,8 @@ def other_files(folder: Path, weights: Iterable[Path]) -> list[Path]:
         elif any(not is_inside(path, folder) for path in (item, *item.rglob("*"))):
             logger.warning("%s is left out: it is, or has, a link that leaves its folder", item)
         else:
-            found.append(item)
-    return found
+            others.append(item)
+    return others
 
 
 def copy_other_files(folder: Path, output: Path, weights: Iterable[Path]) -> None:

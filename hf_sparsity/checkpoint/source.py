@@ -69,15 +69,15 @@ class Source:
     def left_out(self) -> dict[str, str]:
         """Returns the files and folders of other weights, which are not carried over -> the reason."""
         used = {Path(place.file).name for place in self.stored.values()}
-        found: dict[str, str] = {}
+        left: dict[str, str] = {}
         modules = self._modules
         for path in sorted(self.folder.iterdir()) if used else ():
             if LEFTOVERS.fullmatch(path.name) or path.name in used or path.name.endswith(".index.json"):
                 continue
             inside = path.rglob("*") if path.is_dir() and path.name not in modules else [path]
             if any(_WEIGHTS.fullmatch(each.name) for each in inside):
-                found[path.name + "/" * path.is_dir()] = LEFT_OUT
-        return found
+                left[path.name + "/" * path.is_dir()] = LEFT_OUT
+        return left
 
     @property
     def _modules(self) -> set[str]:

@@ -96,8 +96,8 @@ def evaluate(
         if given_model is not None and not isinstance(given_model, (str, os.PathLike)):
             check_kind(given_model)
     least = {"length": 2, "windows": 1, "shots": 0, "batch_size": 1, "resamples": 1}
-    given = {"length": length, "windows": windows, "shots": shots, "batch_size": batch_size, "resamples": resamples}
-    for name, number in given.items():
+    numbers = {"length": length, "windows": windows, "shots": shots, "batch_size": batch_size, "resamples": resamples}
+    for name, number in numbers.items():
         if number is not None:
             check_number(name, number, f"[{least[name]}, inf)", whole=True)
     if limit is not None:

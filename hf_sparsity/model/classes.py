@@ -138,8 +138,8 @@ def _named(name: str) -> Any:
     kind = getattr(transformers, name, None) if name.isidentifier() else None
     if _is_auto(kind) or _is_model(kind):
         return kind
-    known = [n for n in dir(transformers) if n.startswith("AutoModel") or n.endswith(tuple(_HEADS))]
-    near = difflib.get_close_matches(name, known, n=1)
+    classes = [n for n in dir(transformers) if n.startswith("AutoModel") or n.endswith(tuple(_HEADS))]
+    near = difflib.get_close_matches(name, classes, n=1)
     raise ValueError(
         f"{name!r} is no model class of this transformers{f'; did you mean {near[0]!r}?' if near else ''}; give a name such as "
         "'AutoModelForSequenceClassification' or 'LlamaForCausalLM'"

@@ -30,12 +30,12 @@ def plan_config(plan: Plan, pruner: Pruner | None = None) -> SparsityConfig:
         raise ValueError(
             f"plan is a {type(plan).__name__}; a Plan is expected: make_plan(model, config, batches), or Plan.load(file)"
         )
-    given = dict(plan.config) | {role: value for role, value in plan.algorithms.items() if value is not None}
-    if isinstance(allocator := given.get("allocator"), Mapping) and allocator.get("name") not in ALLOCATORS:
-        given["allocator"] = "uniform"
+    settings = dict(plan.config) | {role: value for role, value in plan.algorithms.items() if value is not None}
+    if isinstance(allocator := settings.get("allocator"), Mapping) and allocator.get("name") not in ALLOCATORS:
+        settings["allocator"] = "uniform"
     if pruner is not None and pruner.takes_zeros:
-        given["row_allocator"] = None
-    return SparsityConfig.from_dict(given | ({"pruner": pruner} if pruner is not None else {}))
+        settings["row_allocator"] = None
+    return SparsityConfig.from_dict(settings | ({"pruner": pruner} if pruner is not None else {}))
 
 
 def check_plan(plan: Plan, model: PreTrainedModel, model_layers: ModelLayers) -> None:

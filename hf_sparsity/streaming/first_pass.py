@@ -66,8 +66,8 @@ def first_pass(model: PreTrainedModel, model_layers: ModelLayers, batches: Seque
     store = weight_store(model)
     passes: list[FirstPass] = []
     for kind, batch in {frozenset(batch): batch for batch in reversed(batches)}.items():
-        known = store.first_passes.get(kind) if store else None
-        passes.append(known or _run(model, model_layers, batch))
+        earlier = store.first_passes.get(kind) if store else None
+        passes.append(earlier or _run(model, model_layers, batch))
         if store:
             store.first_passes[kind] = passes[-1]
     passes.reverse()

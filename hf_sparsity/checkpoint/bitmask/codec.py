@@ -208,10 +208,10 @@ def _checked(packed: Tensor) -> tuple[Tensor, Header, list[tuple[Tensor, int]]]:
     if _digest(packed) != bytes(packed[48:56].tolist()):
         raise ValueError("packed weight: the checksum is wrong; the data are damaged")
     which = packed[HEADER : HEADER + header.which_bytes]
-    found = run_tasks(lambda a, b: _bits(which, a, b, header), packed[:1].expand(header.size))
-    if (total := sum(kept for _, kept in found)) != header.values:
+    parts = run_tasks(lambda a, b: _bits(which, a, b, header), packed[:1].expand(header.size))
+    if (total := sum(kept for _, kept in parts)) != header.values:
         raise ValueError(f"packed weight: its mask has {total} bits for {header.values} values")
-    return packed, header, found
+    return packed, header, parts
 
 
 def packed_bytes(weight: Tensor) -> int:

@@ -29,10 +29,10 @@ def commands(facts: Facts) -> list[list[str]]:
     Nothing where the model was not pruned in one run of this package, and nothing from the first training on that was not
     a run of `hf-sparsity recover`.
     """
-    given = bool(facts.pruned.get("given"))
-    if not facts.pruned or facts.gradual or (facts.plan.config.get("pruner") is None and not given):
+    refitted = bool(facts.pruned.get("given"))
+    if not facts.pruned or facts.gradual or (facts.plan.config.get("pruner") is None and not refitted):
         return []
-    lines = [_refit(facts, "sparse")] if given else _prune(facts, "sparse")
+    lines = [_refit(facts, "sparse")] if refitted else _prune(facts, "sparse")
     last = "sparse"
     for nth, record in enumerate(facts.recoveries, 1):
         if record.get("method") not in RECOVER:

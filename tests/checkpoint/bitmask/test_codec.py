@@ -165,7 +165,7 @@ class Changing(torch.Tensor):
 
 def test_a_mask_that_changes_while_it_is_read(monkeypatch):
     """As that of a mapped file may: what was checked is what is used, or values after the last would be read."""
-    weight = sparse((20, 100), 0.6)
+    weight = sparse((20, 128), 0.6)  # whole words of bits, which could be used where they are
     packed = pack(weight)
     results = []
     for moment in range(1, 400):
