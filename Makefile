@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 
 .PHONY: demo test check slow test-oldest test-newest clean
 
-demo: $(READY)  ## prune the embedded model with every allocator, compare, draw
+demo: $(READY)  ## prune the embedded model with four allocators, compare, draw: two minutes
 	rm -rf demo_output
 	$(BIN)/hf-sparsity demo --output demo_output
 

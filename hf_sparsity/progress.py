@@ -63,7 +63,8 @@ class Bar:
             return
         self._last = now
         of = "" if self._total is None else f" of {self._total}"
-        parts = [f"{self.count}{of} {self._unit}s", f"{now - self._start:.0f} s", self._text]
+        units = f"{self._unit}es" if self._unit.endswith("ch") else f"{self._unit}s"
+        parts = [f"{self.count}{of} {units}", f"{now - self._start:.0f} s", self._text]
         logger.info("%s: %s", self._title, ", ".join(filter(None, parts)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...algorithm import Allocator, ModelOracle, Pattern
 from ...allocators.race import Race, Search, parse_budget
-from ...calibration.batches import data_fingerprint
+from ...calibration.batches import batch_tokens, data_fingerprint
 from ...calibration.splits import Split
 from ...config import SparsityConfig
 from ...core.budget_grid import Grid, Point
@@ -31,6 +31,8 @@ from .successive_halving import ScoredCandidate, judge, ranking, run_race, winne
 from .survey import Measures, survey
 
 logger = logging.getLogger(__name__)
+
+CERTIFICATE_PASSES = 3  # of the dense model, uniform and the winner, over the certificate's text
 
 
 def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[str] = ()) -> Choice:
@@ -65,13 +67,14 @@ def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[
     evaluator = _evaluator(run, config, race, ranks, split, budget)
     candidates = _candidates(evaluator, config, race, competing, measures)
 
-    scored = run_race(race, evaluator, candidates, pattern)
-    descent = _descend(race, evaluator, scored) if race.descent else None
     search: dict[str, Any] | None = None
     curve: list[tuple[int, float, float]] = []
-    if isinstance(race, Search) and (descent or {}).get("stopped") != INTERRUPTED:
-        blocks = [list(block.weights) for block in run.model_layers.blocks if block.weights]
-        search, curve = _search(race, evaluator, scored, blocks, config.seed)
+    with evaluator.bar:
+        scored = run_race(race, evaluator, candidates, pattern)
+        descent = _descend(race, evaluator, scored) if race.descent else None
+        if isinstance(race, Search) and (descent or {}).get("stopped") != INTERRUPTED:
+            blocks = [list(block.weights) for block in run.model_layers.blocks if block.weights]
+            search, curve = _search(race, evaluator, scored, blocks, config.seed)
 
     best = winner(race, scored, config.seed)
     pair = next(entry for entry in scored if entry.kind == "uniform"), best
@@ -114,6 +117,8 @@ def _evaluator(
     grid = Grid(zeros, sizes, cells, config.sparsity, Pattern.parse(config.pattern).group)
     pieces, ends = cut(split.selection, race.slices)
     references = [DenseReference(run.model, run.model_layers, piece) for piece in pieces]
+    budget.after = CERTIFICATE_PASSES * sum(map(batch_tokens, split.certificate))
+    budget.begin()
     return Evaluator(references, grid, ranks, budget, ends)
 
 

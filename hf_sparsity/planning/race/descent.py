@@ -17,6 +17,7 @@ from ...allocators.race import Race
 from ...core.budget_grid import Point
 from ...streaming.gradients import BlocksNotAlone
 from .evaluator import Evaluator
+from .sensitivity import PASSES
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def descend(race: Race, evaluator: Evaluator, start: Point, groups: Sequence[Seq
     descent = Descent([start])
     try:
         while descent.steps < race.descent:
-            if evaluator.budget.over(f"step {descent.steps}"):
+            if evaluator.budget.over(f"step {descent.steps}", _tokens(evaluator, descent)):
                 descent.stopped = "the budget is spent"
                 break
             if not _step(race, evaluator, descent, groups):
@@ -75,6 +76,11 @@ def descend(race: Race, evaluator: Evaluator, start: Point, groups: Sequence[Seq
             raise
         descent.stopped = INTERRUPTED
     return descent
+
+
+def _tokens(evaluator: Evaluator, descent: Descent) -> int:
+    """Tokens that the next step computes: slopes, the current plan and its children."""
+    return evaluator.tokens[0] * descent.text * (PASSES + len(LENGTHS) * len(SHAPES) + 1)
 
 
 def _step(race: Race, evaluator: Evaluator, descent: Descent, groups: Sequence[Sequence[str]]) -> bool:
@@ -106,6 +112,7 @@ def _step(race: Race, evaluator: Evaluator, descent: Descent, groups: Sequence[S
         return False
     bar, *values = [s.mean(race.metric) for s in evaluator.scores_on([descent.point, *children], there)]
     best = min(range(len(values)), key=values.__getitem__)
+    evaluator.bar.say(f"step {descent.steps} of {race.descent} downhill: {race.metric} {min(bar, values[best]):.4f}")
     if values[best] < bar:
         point = list(children)[best]
         descent.points.append(point)

@@ -18,6 +18,7 @@ from ...distributed import Processes
 from ...evaluation.divergence import DenseReference, PlanScores, SequenceSums
 from ...model.inference import Batch
 from ...model.layers import Block
+from ...progress import Bar
 from .sensitivity import PASSES, Sums, layer_sensitivities, window
 
 
@@ -25,21 +26,40 @@ from .sensitivity import PASSES, Sums, layer_sensitivities, window
 class SearchBudget:
     """What a race may spend and has spent; the same on all processes.
 
-    `limits`: from `parse_budget`. `spent`: evaluations (one plan on one piece of text) and tokens.
+    `limits`: from `parse_budget`. `spent`: evaluations (one plan on one piece of text) and tokens. `after`: tokens that are
+    computed after the choice, for which time is left.
     """
 
     limits: Mapping[str, float]
     processes: Processes
     journal: Journal | None = None
     spent: dict[str, int] = field(default_factory=lambda: {"evals": 0, "tokens": 0})
+    after: int = 0
+    _first: float | None = None  # seconds at which the first plan was judged
     _before: float = 0.0
-    _start: float = field(default_factory=time.perf_counter)
+    _start: float = field(default_factory=lambda: time.perf_counter())
 
-    def over(self, moment: str) -> bool:
-        """Returns whether the budget is spent. `moment` names the point in the run, where an interrupted one had used time too."""
-        if "seconds" in self.limits and self.seconds(moment) >= self.limits["seconds"]:
-            return True
+    def begin(self) -> None:
+        """Notes the time from which on tokens are counted, by which the time that others will take is foreseen."""
+        self._first = self.seconds("the first plan")
+
+    def over(self, moment: str, ahead: int = 0) -> bool:
+        """Returns whether the budget is spent, or too little time is left for the next `ahead` tokens and those after the choice.
+
+        `moment` names the point in the run, where an interrupted one had used time too.
+        """
+        if self.is_timed:
+            now, rate = self.seconds(moment), 0.0
+            if self._first is not None and self.spent["tokens"]:
+                rate = (now - self._first) / self.spent["tokens"]
+            if now + rate * (ahead + self.after) >= self.limits["seconds"]:
+                return True
         return any(self.spent[kind] >= limit for kind, limit in self.limits.items() if kind in self.spent)
+
+    @property
+    def is_timed(self) -> bool:
+        """True if the time is limited."""
+        return "seconds" in self.limits
 
     def seconds(self, moment: str) -> float:
         """Returns the seconds since the start, with those that an interrupted run had taken until this `moment`."""
@@ -69,6 +89,7 @@ class Evaluator:
         ends: Sequence[int] | None = None,
     ):
         self.grid, self.budget = grid, budget
+        self.bar = Bar("Racing", unit="plan", shown=bool(pieces) and budget.processes.main)
         self._pieces, self._ranks = pieces, ranks
         self._rows: dict[tuple[int, Point], SequenceSums] = {}
         self.ends = list(ends or range(1, len(pieces) + 1))
@@ -87,7 +108,13 @@ class Evaluator:
     def _judge(self, points: Sequence[Point], piece: int) -> None:
         reference = self._pieces[piece]
         names = {digest([piece, list(point)]): point for point in points}
-        for name, rows in self._remembered("score", names, lambda point: self.rows(point, reference)).items():
+
+        def compute(point: Point) -> SequenceSums:
+            rows = self.rows(point, reference)
+            self.bar.step()
+            return rows
+
+        for name, rows in self._remembered("score", names, compute).items():
             self._rows[piece, names[name]] = rows
             self.budget.spent["evals"] += 1
             self.budget.spent["tokens"] += sum(map(batch_tokens, reference.batches))

@@ -151,7 +151,8 @@ def run_search(
 
 
 def _note(evaluator: Evaluator, result: SearchResult, value: float) -> None:
-    """Adds a point to the curve."""
+    """Adds a point to the curve, and shows it."""
+    evaluator.bar.say(f"generation {result.generations}: best so far {value:.4f}")
     result.curve.append((evaluator.budget.spent["tokens"], value))
     result.seconds.append(evaluator.budget.seconds(f"generation {result.generations}"))
 

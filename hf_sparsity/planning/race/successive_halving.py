@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,29 +57,49 @@ def run_race(
 ) -> list[ScoredCandidate]:
     """Returns all candidates, those that came furthest first, the better before the worse; uniform is judged in all rounds.
 
-    The first round is always run; later ones while the budget lasts.
+    The first round is always run, if time is short only in part; later ones while the budget lasts.
     """
-    scored = distinct(evaluator, candidates)
-    last = len(evaluator.tokens) - 1
-    judge(evaluator, scored, 0)
+    last, certified = len(evaluator.tokens) - 1, evaluator.budget.after
+    evaluator.budget.after += evaluator.tokens[0]  # the end of the descent is judged in all rounds
+    scored = _judged_in_time(evaluator, distinct(evaluator, candidates), "plan")
     order = ranking(race, scored)
     mixed = mixtures([entry.candidate for entry in order], evaluator.grid.sizes, evaluator.grid.target, pattern)
     points = {entry.point for entry in scored}
     new = [entry for entry in distinct(evaluator, mixed) if entry.point not in points]
-    judge(evaluator, new, 0)
-    scored += new
+    scored += _judged_in_time(evaluator, new, "mixture")
     for number in range(1, last + 1):
-        if evaluator.budget.over(f"round {number}"):
-            logger.info("race: the budget is spent after slices of %d tokens", evaluator.tokens[number - 1])
-            break
         order = [entry for entry in ranking(race, scored) if len(entry.scores) == number]
         through = order[: max(MIXED, math.ceil(len(order) / REDUCTION))]
-        judge(
-            evaluator,
-            [*through, *(entry for entry in order if entry.kind == "uniform" and entry not in through)],
-            number,
-        )
+        through += [entry for entry in order if entry.kind == "uniform" and entry not in through]
+        ahead = len(through) * (evaluator.tokens[number] - evaluator.tokens[number - 1])
+        if evaluator.budget.over(f"round {number}", ahead + evaluator.tokens[number] - evaluator.tokens[number - 1]):
+            logger.info("race: the budget is spent after slices of %d tokens", evaluator.tokens[number - 1])
+            break
+        evaluator.budget.after = certified + evaluator.tokens[number]
+        judge(evaluator, through, number)
     return ranking(race, scored)
+
+
+def _judged_in_time(evaluator: Evaluator, scored: Sequence[ScoredCandidate], what: str) -> list[ScoredCandidate]:
+    """Judges candidates on the first slice; with little time only some, of each allocator the first ones first."""
+    if not evaluator.budget.is_timed:
+        judge(evaluator, scored, 0)
+        return list(scored)
+    seen: Counter[str] = Counter()
+    order = []
+    for entry in scored:
+        kind = str(entry.candidate.origin.get("name"))
+        order.append((seen[kind], entry))
+        seen[kind] += 1
+    done: list[ScoredCandidate] = []
+    for _, entry in sorted(order, key=lambda pair: pair[0]):
+        certain = what == "plan" and len(done) < 2  # uniform, and one to compare with it
+        if evaluator.budget.over(f"{what} {len(done)}", evaluator.tokens[0]) and not certain:
+            logger.info("race: no time for %d of %d plans", len(scored) - len(done), len(scored))
+            break
+        judge(evaluator, [entry], 0)
+        done.append(entry)
+    return done
 
 
 def distinct(evaluator: Evaluator, candidates: Sequence[Candidate]) -> list[ScoredCandidate]:
@@ -92,8 +113,15 @@ def distinct(evaluator: Evaluator, candidates: Sequence[Candidate]) -> list[Scor
 
 def judge(evaluator: Evaluator, scored: Sequence[ScoredCandidate], slice_: int) -> None:
     """Adds to each candidate its scores on the slice with this number."""
-    for entry, scores in zip(scored, evaluator.scores([entry.point for entry in scored], slice_), strict=True):
-        entry.scores.append(scores)
+    alone = evaluator.budget.processes.count == 1  # several share the list
+    groups = [[entry] for entry in scored] if alone else [list(scored)]
+    best = (math.inf, "")
+    for group in groups:
+        trying = f"{group[0].name} on {evaluator.tokens[slice_]} tokens" if alone and group else ""
+        evaluator.bar.say(trying + (f"; best so far {best[1]}, KL {best[0]:.4f}" if best[1] else ""))
+        for entry, scores in zip(group, evaluator.scores([entry.point for entry in group], slice_), strict=True):
+            entry.scores.append(scores)
+            best = min(best, (scores.mean(), entry.name))
 
 
 def ranking(race: Race, scored: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:

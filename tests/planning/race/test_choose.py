@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hf_sparsity import Plan, SparsityConfig, make_plan, prune
 from hf_sparsity.model.layers import find_layers
+from hf_sparsity.planning.race import evaluator
 from tests.conftest import tiny
 from tests.planning.race.searches import texts
 
@@ -97,3 +99,19 @@ def test_mistakes_are_told_before_work_starts():
         make_plan(model, SparsityConfig(0.5, allocator="race"))
     with pytest.raises(ValueError, match="give at least 8"):
         make_plan(model, SparsityConfig(0.5, allocator="race"), texts(4))
+
+
+@pytest.mark.parametrize("limit", [80, 200])
+def test_a_time_is_kept(limit, monkeypatch):
+    """The clock of this test is the model's head: it counts a second for each 24 tokens that it sees."""
+    model, clock = tiny("llama"), [0.0]
+
+    def tick(_, args):
+        clock[0] += args[0].shape[0] * args[0].shape[1] / 24
+
+    model.lm_head.register_forward_pre_hook(tick)
+    monkeypatch.setattr(evaluator, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    plan = raced(model, budget=f"{limit}s")
+    assert clock[0] <= limit * 1.2  # what is foreseen is by tokens, and dense logits are computed for each anew
+    plan.check_target()
+    assert plan.chosen["certificate"] and len(plan.chosen["candidates"]) >= 2
