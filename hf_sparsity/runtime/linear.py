@@ -66,7 +66,7 @@ class Packed(nn.Module):
         """The packed bytes made ready for products, again after they were moved or replaced."""
         packed, rows = self._buffers["packed"], self._rows
         assert packed is not None
-        if rows is None or rows.address != packed.data_ptr() or rows.packed.device != packed.device:
+        if rows is None or rows.address != packed.data_ptr():
             rows = self._rows = rows_of(packed)
             self._buffers["packed"] = rows.packed
         return rows
@@ -81,12 +81,15 @@ class Packed(nn.Module):
         Raises:
             RuntimeError: a gradient is asked for.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(x) is not Tensor:  # such as one that has no values
             out = self.header.shape[-1 if self.header.swapped else -2]
             return packed_linear(x, self.packed, bias, out, expert)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
             raise RuntimeError(NO_TRAINING)
-        return self.rows.multiply(x, bias, expert)
+        rows = self._rows
+        if rows is None or rows.address != self._buffers["packed"].data_ptr():  # type: ignore[union-attr]
+            rows = self.rows
+        return rows.multiply(x, bias, expert)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}  # copies make their own

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from threading import local
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ ROOM = 64  # bytes after a packed string that kernels may read, and do not use
 SHARE = 2**16  # bytes of a matrix for which a thread is worth waking
 TILE = 2**20  # bytes of float32 that are unpacked at a time where many vectors are multiplied
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.int8: "i8"}
+_IO = (torch.float32, torch.bfloat16, torch.float16)
 _kept = local()
 
 
@@ -45,6 +46,20 @@ def with_room(packed: Tensor) -> Tensor:
     return torch.empty(len(packed) + ROOM, dtype=torch.uint8)[: len(packed)].copy_(packed)
 
 
+class _Call(NamedTuple):
+    """A product that needs the addresses of its tensors only.
+
+    `kind` is the type of its jobs, `template` a job without those addresses, `wide` the bytes of scratch that it needs.
+    """
+
+    code: Code
+    kind: Any
+    template: bytes
+    wide: int
+    threads: int
+    pooled: bool
+
+
 class PackedRows:
     """A packed string made ready for products: `[out, in]`, or a number of such matrices, the experts.
 
@@ -59,7 +74,7 @@ class PackedRows:
         self.out, self.width = (second, first) if header.swapped else (first, second)
         self.address = packed.data_ptr()
         self.compiled = _is_known(header) and packed.device.type == "cpu" and features() is not None
-        self._jobs: dict[Any, Any] = {}
+        self._calls: dict[tuple[int, torch.dtype, int, int], _Call] = {}
         if self.compiled:
             self._prepare()
 
@@ -125,49 +140,54 @@ class PackedRows:
 
     def multiply(self, x: Tensor, bias: Tensor | None = None, expert: int = 0) -> Tensor:
         """Returns `x @ W.T + bias` as `torch.nn.functional.linear` does: x `[..., in]`, the result `[..., out]`, of x's dtype."""
-        if x.shape[-1] != self.width:
-            raise ValueError(f"a product of rows of {self.width} weights with inputs of {x.shape[-1]}")
-        if not self.compiled or x.device.type != "cpu":
-            weight = self.dense(expert).to(x.dtype)
-            return functional.linear(x, weight, bias)
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return self.multiply(x.float(), None if bias is None else bias.float(), expert).to(x.dtype)
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
+        shape, dtype = x.shape, x.dtype
+        if shape[-1] != self.width:
+            raise ValueError(f"a product of rows of {self.width} weights with inputs of {shape[-1]}")
+        if not (self.compiled and x.is_cpu):
+            return functional.linear(x, self.dense(expert).to(dtype), bias)
+        if dtype not in _IO:
+            return self.multiply(x.float(), bias, expert).to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         count = x.numel() // self.width
-        y = x.new_empty((*x.shape[:-1], self.out))
-        if count <= FEW:
-            self._few(x.contiguous(), y, count, bias, expert)
-        else:
+        y = x.new_empty((*shape[:-1], self.out))
+        if count > FEW:
             self._many(x.reshape(count, self.width), y.view(count, self.out), bias, expert)
+        elif count:
+            self._few(x if x.is_contiguous() else x.contiguous(), y, bias, (count, dtype, expert, torch.get_num_threads()))
         return y
 
-    def _few(self, x: Tensor, y: Tensor, count: int, bias: Tensor | None, expert: int) -> None:
-        threads = min(torch.get_num_threads(), 1 + self.share_bytes // SHARE)
-        key = (count, x.dtype, expert, threads)
-        made = self._jobs.get(key)
-        if made is None:
-            if not count:
-                return
-            made = self._jobs[key] = self._make_job(*key)
-        code, kind, template, wide = made
-        job = kind.from_buffer_copy(template)
-        job[_X], job[_Y] = x.data_ptr(), y.data_ptr()
+    def _few(self, x: Tensor, y: Tensor, bias: Tensor | None, key: tuple[int, torch.dtype, int, int]) -> None:
+        """Multiplies in one pass over the bytes; `key`: vectors, their dtype, expert, threads. As little Python as can be."""
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._make_call(*key)
+        job = call.kind.from_buffer_copy(call.template)
+        job[_X] = job[_WIDE] = x.data_ptr()
+        job[_Y] = y.data_ptr()
         if bias is not None:
             job[_BIAS] = bias.data_ptr()
-        job[_WIDE] = scratch(wide) if wide else job[_X]
-        if threads > 1 and not has_openmp():
-            _run_in_pool(code, job, threads)
+        if call.wide:
+            job[_WIDE] = scratch(call.wide)
+        if call.pooled:
+            _run_in_pool(call.code, job, call.threads)
         else:
-            code.run(job)
+            call.code.run(job)
 
-    def _make_job(self, count: int, dtype: torch.dtype, expert: int, threads: int) -> tuple[Code, Any, bytes, int]:
-        """Returns (the kernel, the type of its jobs, a job without the addresses of a call, bytes of scratch it needs)."""
+    def _make_call(self, count: int, dtype: torch.dtype, expert: int, threads: int) -> _Call:
+        """Returns all that does not change from one product to the next."""
+        threads = min(threads, 1 + self.share_bytes // SHARE)
         rows, sums = BLOCKING[count]
         spec = self._spec(io=KINDS[dtype], rows=rows, vectors=count, sums=sums)
         slots = [*self._slots(expert, threads=threads), *self._cuts(expert, threads)]
-        wide = 256 * self.words * count if spec.widened else 0
-        return compiled("product", spec), ctypes.c_int64 * len(slots), struct.pack(f"{len(slots)}q", *slots), wide
+        return _Call(
+            code=compiled("product", spec),
+            kind=ctypes.c_int64 * len(slots),
+            template=struct.pack(f"{len(slots)}q", *slots),
+            wide=256 * self.words * count if spec.widened else 0,
+            threads=threads,
+            pooled=threads > 1 and not has_openmp(),
+        )
 
     def _many(self, x: Tensor, y: Tensor, bias: Tensor | None, expert: int) -> None:
         """Multiplies tile by tile: rows unpacked as float32, then torch's own product of float32."""
