@@ -31,6 +31,7 @@ COMMANDS = (
     "eval",
     "inspect",
     "verify",
+    "bench",
     "card",
     "pack",
     "unpack",

@@ -154,7 +154,9 @@ class PackedRows:
         if count > FEW:
             self._many(x.reshape(count, self.width), y.view(count, self.out), bias, expert)
         elif count:
-            self._few(x if x.is_contiguous() else x.contiguous(), y, bias, (count, dtype, expert, torch.get_num_threads()))
+            self._few(
+                x if x.is_contiguous() else x.contiguous(), y, bias, (count, dtype, expert, torch.get_num_threads())
+            )
         return y
 
     def _few(self, x: Tensor, y: Tensor, bias: Tensor | None, key: tuple[int, torch.dtype, int, int]) -> None:

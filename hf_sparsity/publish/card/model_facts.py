@@ -20,6 +20,7 @@ from ...evaluation.metrics import METRICS_FILE, Metrics, TaskRecord, TextRecord
 from ...files import check_finished
 from ...plan import LayerPlan, Plan, Report, read_json
 from ...records import SourceScore
+from ...runtime.speed import read_speed
 from .markdown import line, number, slug
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", flags=re.ASCII)
@@ -46,6 +47,7 @@ class Facts:
         metrics: recorded evaluations.
         sizes: of both layouts; None where there are no weight files, or where they are not as the plan says.
         file_bytes: of the tensors in the weight files, or None if there are none.
+        speed: what `hf-sparsity bench` measured, see `runtime/speed.py`; None where nothing was measured.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class Facts:
     metrics: Metrics
     sizes: Sizes | None = None
     file_bytes: int | None = None
+    speed: Mapping[str, Any] | None = None
 
     @property
     def sources(self) -> dict[str, SourceScore]:
@@ -192,7 +195,7 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
     facts = Facts(plan, stored, config, report, Metrics.load(folder))
     _check_weights(facts, folder / METRICS_FILE)
     file_bytes = _tensor_bytes(folder, "sparse" if facts.packed else "model")
-    return replace(facts, sizes=_sizes(facts, file_bytes), file_bytes=file_bytes)
+    return replace(facts, sizes=_sizes(facts, file_bytes), file_bytes=file_bytes, speed=read_speed(folder))
 
 
 def field(entry: Any, *path: str) -> Any:
