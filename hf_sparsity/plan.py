@@ -226,8 +226,12 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads `plan.json`, or the plan in a model folder's `config.json`.
 
-        Raises `FileNotFoundError`, or `ValueError` for a truncated or altered file.
+        Raises `FileNotFoundError`, or `ValueError` for a truncated or altered file, or what is no path.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(
+                f"the path of a plan or of a sparse model's folder is expected, not a {type(path).__name__}"
+            )
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"

@@ -143,7 +143,7 @@ def _what_is_wanted(
     if config is not None and plan is not None:
         raise ValueError("give sparsity_config or plan, not both: a plan carries the config it was made with")
     if plan is not None and not isinstance(plan, Plan):
-        plan = Plan.load(plan)
+        plan = Plan.from_dict(plan) if isinstance(plan, Mapping) else Plan.load(plan)
     if isinstance(config, Mapping):
         config = SparsityConfig.from_dict(config)
     if config is not None and not isinstance(config, SparsityConfig):

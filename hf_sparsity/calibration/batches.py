@@ -39,7 +39,9 @@ def prepare_batches(model: PreTrainedModel, batches: Tensor | Iterable[Mapping[s
         ValueError: nothing given, sequences too short or longer than the model's positions, ids outside the vocabulary,
             not numbers, an input that the model does not have.
     """
-    if isinstance(batches, (str, bytes, Mapping)):
+    if isinstance(batches, (str, bytes, Mapping)) or not (
+        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    ):
         raise ValueError(
             f"batches must be ids [n, t] or an iterable of dicts, not {type(batches).__name__}; texts go through calibration_batches"
         )

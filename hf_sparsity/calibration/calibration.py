@@ -102,6 +102,10 @@ def calibration_batches(
             check_number(name, value, f"[{least}, inf)", whole=True)
     if packing not in ("full", "documents"):
         raise ValueError(f"packing={packing!r}: use 'full' or 'documents'")
+    if tokenizer is not None and not callable(tokenizer):
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}; a loaded one is expected: AutoTokenizer.from_pretrained(...)"
+        )
     if model is not None and length is not None:
         check_length(model, length)
     how = _Reading(tokenizer, seed, column, split, packing, model)
@@ -219,23 +223,25 @@ def model_batches(
 ) -> Any:
     """Returns what `prepare_batches` takes, from calibration data in any form.
 
-    Batches of the model's own inputs are left as they are: a `DataLoader` (also one that accelerate prepared), a list or
-    a generator of dicts of tensors, a `Mixture`. An encoder-decoder gets the rows of a tokenized dataset with labels one
+    Batches of the model's own inputs become a list, since a plan and pruning both take them: those of a `DataLoader` (also one
+    that accelerate prepared, or that shuffles), of a generator or list of dicts of tensors. A `Mixture` is left as it is. An encoder-decoder gets the rows of a tokenized dataset with labels one
     by one. All else goes through `calibration_batches`, at most as long as the model's positions.
 
     Args:
         options: further arguments of `calibration_batches`.
         tokenizer: by default the one beside the model, at `source` and `location`.
     """
-    if isinstance(data, (Mixture, torch.utils.data.DataLoader)):
+    if isinstance(data, Mixture):
         return data
+    if isinstance(data, torch.utils.data.DataLoader):
+        return list(data)
     if isinstance(data, Tensor):
         return calibration_batches(data, model=model, **options)
     if isinstance(data, (list, tuple, Iterator)):
         first = next(iter(data), None)
         data = chain([] if first is None else [first], data) if isinstance(data, Iterator) else data
         if _is_batch(first):
-            return data
+            return list(data)
     if (rows := _labelled_rows(model, data, options)) is not None:
         return rows
     if tokenizer is None and ((isinstance(data, str) and data == SELF) or sources_in(data, options.get("column"))):

@@ -19,9 +19,17 @@ from torch import Tensor
 from ..files import replacing
 
 
+def check_place(path: Path) -> None:
+    """Raises ValueError for a path inside something that is a file."""
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"output {str(path)!r} cannot be made, since {str(above)!r} is a file; choose another")
+
+
 def check_output(folder: str | os.PathLike[str]) -> Path:
-    """Returns the folder as a path. Raises ValueError when it exists and holds anything."""
+    """Returns the folder as a path. Raises ValueError when it exists and holds anything, or cannot be made."""
     path = Path(folder)
+    check_place(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"output {str(path)!r} exists and is not an empty folder; choose another, or remove it")
     return path

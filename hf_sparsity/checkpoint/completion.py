@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..plan import Report
 from .atomic import write_tensors
 from .conversion import some, targets
 from .safetensors_index import DTYPES, NAMES, Stored, read_headers
-from .source import Source, try_loading
+from .source import Source, group_of, try_loading
 from .transformers_internals import conversions_of, revert_weight_conversion, set_conversions
 
 logger = logging.getLogger(__name__)
@@ -126,20 +127,21 @@ def _other_tokenizer(source: Source, tokenizer: Any) -> set[str]:
 
 
 def _notes(source: Source, model: PreTrainedModel) -> dict[str, str]:
-    return {**_carried(source, model), **source.left_out()}
-
-
-def _carried(source: Source, model: PreTrainedModel) -> dict[str, str]:
-    """Returns a note for each group of tensors that the class has no place for: those of one layer, or of one name."""
-    groups: dict[str, int] = {}
-    for name in source.extra:
-        match = re.match(r"(.*?\.\d+)\.", name)
-        group = match[1] if match else name.rpartition(".")[0] or name
-        groups[group] = groups.get(group, 0) + 1
-    return {
-        group: f"unknown to {type(model).__name__}; its {count} tensor{'s' * (count > 1)} carried over as they are"
-        for group, count in sorted(groups.items())
+    """Returns a note for each layer or module of tensors that the class has no place for, and for files left out."""
+    kind = type(model).__name__
+    carried = {
+        group: f"unknown to {kind}; its {count} tensor{'s' * (count > 1)} carried over as they are"
+        for group, count in _grouped(source.extra)
     }
+    lost = {
+        group: f"unknown to {kind}; its {count} tensor{'s' * (count > 1)} left out, since they are quantized"
+        for group, count in _grouped(source.lost)
+    }
+    return {**carried, **lost, **source.left_out()}
+
+
+def _grouped(names: Iterable[str]) -> list[tuple[str, int]]:
+    return sorted(Counter(map(group_of, names)).items())
 
 
 def _check(folder: Path, model: PreTrainedModel, stored: Mapping[str, Stored], source: Source | None) -> None:

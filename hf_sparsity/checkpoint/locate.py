@@ -31,7 +31,7 @@ def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[s
     if described is None:
         return read_headers(find_files(source, config, location))
     if not isinstance(described, Mapping) or described.get("quant_method") != METHOD:
-        raise ValueError(quantized_message(repr(str(source))))
+        raise ValueError(quantized_message(repr(str(source)), "read block by block"))
     checked = check_description(described)
     if is_dense(Path(source), checked):
         _forget_layout(config)

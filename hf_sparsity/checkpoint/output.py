@@ -27,10 +27,11 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..distributed import Processes
 from ..files import MARKER, sync_folder
+from ..model.accepted import check_path
 from ..model.layers import Block, ModelLayers
 from ..model.offload import onload, weight_store
 from ..plan import LayerReport, Report, read_json, write_json
-from .atomic import disk_errors, write_tensors
+from .atomic import check_place, disk_errors, write_tensors
 from .completion import complete, with_notes
 from .conversion import read_parameters, targets, twin_of
 from .journal import Journal, digests
@@ -67,7 +68,9 @@ class Output:
         after_record: Callable[[Mapping[str, Any]], None] | None = None,
     ):
         check_layout(layout)
+        check_path(path)
         self.path, self.layout = Path(path), layout
+        check_place(self.path)
         self._dense = self.path if layout == "dense" else self.path / MARKER / "dense"  # where blocks are written
         self.processes = processes or Processes.current()
         self._wipe = overwrite and self._is_ours()

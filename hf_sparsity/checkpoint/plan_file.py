@@ -13,7 +13,7 @@ from typing import Any
 from ..distributed import Processes
 from ..files import MARKER
 from ..plan import Plan
-from .atomic import disk_errors
+from .atomic import check_place, disk_errors
 from .journal import Journal, differences
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class PlanFile:
         self.path = Path(path)
         self.processes = processes or Processes.current()
         self._record = self.path.with_name(f"{self.path.name}.{MARKER}")
+        check_place(self.path)
         if self.path.is_dir():
             raise ValueError(f"output {str(path)!r} is a folder; a file for the plan is expected, such as plan.json")
         self.is_complete = False  # by a run of the same arguments; known after `begin`

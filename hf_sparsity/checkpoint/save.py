@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from ..model.accepted import check_kind, refuse_adapters
+from ..model.accepted import check_kind, check_path, check_tokenizer, refuse_adapters
 from ..model.identity import forget_packing, renew_identity
 from ..model.sparsity import refuse_foreign_plan
 from ..plan import Report
@@ -51,6 +51,10 @@ def save_sparse(
     """
     check_kind(model)
     refuse_adapters(model)
+    check_path(path)
+    check_tokenizer(tokenizer)
+    if report is not None and not isinstance(report, Report):
+        raise ValueError(f"report is a {type(report).__name__}; what prune returned is expected, or None")
     check_layout(layout)
     forget_packing(model.config)
     refuse_foreign_plan(model)

@@ -24,7 +24,7 @@ from ..files import is_inside, read_json
 from ..model.offload import weight_store
 from .conversion import rehearse, some, targets, twin_of
 from .locate import find_stored
-from .safetensors_index import Stored, opened
+from .safetensors_index import Stored, find_files, opened, read_headers
 from .streamed import StreamedWeights
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,13 @@ class Source:
         folder: a local folder, or the snapshot in the Hub's cache.
         stored: name -> place of all tensors there; empty if they are in another format or quantized.
         extra: names of the tensors that the model's class has no place for.
+        lost: names of such tensors that are not carried over, since they are quantized and the model is not.
     """
 
     folder: Path
     stored: Mapping[str, Stored] = field(repr=False)
     extra: frozenset[str]
+    lost: frozenset[str] = frozenset()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the tensors that the class has no place for, as they are stored."""
@@ -143,7 +145,7 @@ def find_source(model: PreTrainedModel) -> Source | None:
         stored = find_stored(folder, copy.deepcopy(config or model.config), {})
     except (OSError, ValueError) as error:  # quantized, or no safetensors
         logger.info("the tensors of %s are not compared with the model's: %s", folder, error)
-        return Source(folder, {}, frozenset())
+        return Source(folder, {}, frozenset(), _unknown_groups(model, folder))
     try:
         loaded = try_loading(model, stored)
     except ValueError as error:
@@ -153,6 +155,26 @@ def find_source(model: PreTrainedModel) -> Source | None:
         logger.info("%s is not taken for the model's source: it lacks %s", folder, some(loaded.missing))
         return None
     return Source(folder, stored, loaded.unused)
+
+
+def group_of(name: str) -> str:
+    """Returns what a tensor belongs to: its layer, or the module that has it."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else name.rpartition(".")[0] or name
+
+
+def _unknown_groups(model: PreTrainedModel, folder: Path) -> frozenset[str]:
+    """Returns the tensors of a quantized checkpoint that belong to layers of which the model's class has none at all.
+
+    Of the other layers it has tensors that only the quantization needs, such as scales.
+    """
+    try:
+        stored = read_headers(find_files(folder, None, {}))
+        known = {group_of(name) for name in targets(twin_of(model), stored)}
+    except Exception as error:  # a class of anybody's, or files of another format
+        logger.info("the tensors of %s are not looked at: %s", folder, error)
+        return frozenset()
+    return frozenset(name for name in stored if group_of(name) not in known)
 
 
 def _folder(model: PreTrainedModel) -> Path | None:

@@ -24,7 +24,7 @@ from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from ..model.accepted import check_source
+from ..model.accepted import check_source, reading
 from ..model.classes import LOCATION, from_config
 from ..model.offload import WeightStore, attach_store
 from .block_map import BlockMap, CheckpointKeys
@@ -217,13 +217,14 @@ def open_streamed(
         raise ValueError(f"unknown arguments {sorted(unknown)}; a source is found by {', '.join(LOCATION)}")
     location = {name: value for name, value in location.items() if value is not None}
     check_source(source, location)
+    target = _as_device(device)
     trust = bool(location.pop("trust_remote_code", False))
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **location)
-    stored = find_stored(source, config, location)
-    with init_empty_weights(include_buffers=False):
+    with reading(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **location)
+        stored = find_stored(source, config, location)
+    with reading(source), init_empty_weights(include_buffers=False):
         model = from_config(config, auto_class, dtype=_choose_dtype(dtype, config, stored), trust_remote_code=trust)
     model.eval()
-    target = torch.device("cpu" if device is None else device)
     missing = rehearse(model, stored)
     present = set(model.state_dict()) - missing
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
@@ -235,6 +236,13 @@ def open_streamed(
         with suppress(OSError):  # without a file the model has one made from its config
             model.generation_config = GenerationConfig.from_pretrained(source, **location)
     return model
+
+
+def _as_device(device: str | torch.device | None) -> torch.device:
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is none that torch knows; give one such as 'cpu' or 'cuda:0'") from error
 
 
 def _separate(module: nn.Module) -> None:

@@ -102,6 +102,9 @@ def score_windows(
         if judged is not None:
             check_kind(judged)
             require_next_token(judged, "perplexity", decoder_only=True)
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        shape = f"of shape {list(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise ValueError(f"windows are a tensor of token ids [windows, tokens], not {shape}: text_windows makes them")
     vocabulary = getattr(text_config(model.config), "vocab_size", 2**17)
     size = max(1, LOGITS // (ids.shape[1] * vocabulary))
     batches = prepare_batches(model, [{"input_ids": rows} for rows in ids.split(size)])

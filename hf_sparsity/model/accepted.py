@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
@@ -163,6 +166,14 @@ def check_path(folder: Any) -> None:
         raise ValueError(f"the name of a folder is expected, not a {kind}{advice}")
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ValueError for what is neither None nor a tokenizer or processor that can be saved."""
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}; a loaded one is expected: AutoTokenizer.from_pretrained(...)"
+        )
+
+
 def check_source(source: str | os.PathLike[str], location: Mapping[str, Any] | None = None) -> None:
     """Checks that a checkpoint is there and a model of its own.
 
@@ -192,4 +203,36 @@ def check_source(source: str | os.PathLike[str], location: Mapping[str, Any] | N
         merge = f"hf_sparsity.merge_lora(hf_sparsity.load_sparse_lora(base, {str(source)!r})).save_pretrained('merged')"
     raise ValueError(
         f"{str(source)!r} is an adapter of {str(base)!r}, not a model. Merge it first, and use the result: {merge}"
+    )
+
+
+@contextmanager
+def reading(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what other libraries raise for a damaged or incomplete checkpoint into a ValueError that says what is wrong.
+
+    Errors of the network and of the machine pass as they are.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError, ImportError) as error:
+        raise ValueError(f"{str(source)!r} cannot be loaded: {_last_line(error)}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(source)!r} cannot be loaded: its weights have other shapes than its config.json says"
+        ) from error
+    except OSError as error:
+        if error.errno is not None or not os.path.isdir(source):
+            raise
+        raise ValueError(f"{str(source)!r} cannot be loaded: {_last_line(error)}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """Returns an error's kind and the line of its message that says most: the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (
+        lines[-1]
+        if lines and isinstance(error, (OSError, ImportError))
+        else f"{type(error).__name__}: {(lines or [''])[-1]}"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .accepted import check_source
+from .accepted import check_source, reading
 from .classes import find_class, location_of, model_class
 from .identity import QUANT_METHOD
 from .sparsity import check_zeros
@@ -38,12 +38,13 @@ def load_model(source: str | os.PathLike[str], *, auto_class: Any = None, **opti
             f"write them once with hf_sparsity.unpack({str(source)!r}, folder), and load that folder with quantization_config"
         )
     config = options.get("config")
-    if isinstance(config, PreTrainedConfig):
-        kind = model_class(config, auto_class)
-    else:
-        gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}  # which has its config inside
-        kind = find_class(source, auto_class, **location, **gguf)
-    model, info = kind.from_pretrained(source, output_loading_info=True, **options)
+    with reading(source):
+        if isinstance(config, PreTrainedConfig):
+            kind = model_class(config, auto_class)
+        else:
+            gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}  # which has its config inside
+            kind = find_class(source, auto_class, **location, **gguf)
+        model, info = kind.from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ValueError(
             f"{str(source)!r} has no weights for {len(missing)} parameters of {type(model).__name__}, such as {missing[0]}, "

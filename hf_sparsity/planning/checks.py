@@ -24,7 +24,7 @@ def plan_config(plan: Plan, pruner: Pruner | None = None) -> SparsityConfig:
     The allocator has done its work, so one that is not ours is no obstacle: uniform stands in for it.
 
     Raises:
-        ValueError: something that is no plan.
+        ValueError: something that is no plan, or no pruner.
     """
     if not isinstance(plan, Plan):
         raise ValueError(
@@ -33,6 +33,8 @@ def plan_config(plan: Plan, pruner: Pruner | None = None) -> SparsityConfig:
     settings = dict(plan.config) | {role: value for role, value in plan.algorithms.items() if value is not None}
     if isinstance(allocator := settings.get("allocator"), Mapping) and allocator.get("name") not in ALLOCATORS:
         settings["allocator"] = "uniform"
+    if pruner is not None and not isinstance(pruner, Pruner):
+        raise ValueError(f"pruner={pruner!r}: an instance is expected, such as SparseGPT(), or None for the plan's own")
     if pruner is not None and pruner.takes_zeros:
         settings["row_allocator"] = None
     return SparsityConfig.from_dict(settings | ({"pruner": pruner} if pruner is not None else {}))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..algorithm import Pattern, Pruner
 from ..checkpoint.output import Output
 from ..distributed import share
+from ..model.accepted import check_tokenizer
 from ..model.fingerprint import versions
 from ..model.identity import renew_identity
 from ..model.inference import without_autocast
@@ -81,6 +82,7 @@ def prune(
         OSError: the disk is full; what is finished is safe.
     """
     start = time.perf_counter()
+    check_tokenizer(tokenizer)
     job = prepare_pruning(
         model,
         plan,

@@ -24,6 +24,7 @@ from ..checkpoint.output import Output
 from ..checkpoint.zeros import REPORT_FILE, check_written
 from ..evaluation.perplexity import evaluate_text
 from ..files import MARKER
+from ..model.accepted import check_tokenizer
 from ..model.fingerprint import weights_fingerprint
 from ..model.identity import renew_identity
 from ..model.loading import load_sparse
@@ -96,6 +97,7 @@ def recover(
             output folder with other files or with a run of other arguments.
         RuntimeError: a zero was lost, or no weight changed.
     """
+    check_tokenizer(tokenizer)
     chosen = as_method(method, options)
     if isinstance(chosen, Reconstruction) and teacher is None:
         raise ValueError("method='reconstruct' trains towards the dense model: pass teacher=")

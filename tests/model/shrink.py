@@ -196,7 +196,7 @@ def small_config(config_class, depth=0):
         set(inspect.signature(config_class.__init__).parameters) | set(vars(default)) | set(default.attribute_map)
     )
     small = SMALL | SMALL_TOWER
-    values = {k: v for k, v in small.items() if k in accepted and getattr(default, k, None) is not None}
+    values = {k: v for k, v in small.items() if k in accepted and _is_set(default, k)}
     if isinstance(getattr(default, "layer_types", None), list):
         kinds = list(dict.fromkeys(default.layer_types))
         values["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
@@ -210,6 +210,14 @@ def small_config(config_class, depth=0):
         if inner is not None:
             values[name] = {**inner, "model_type": sub.model_type} if part.__name__ == "AutoConfig" else inner
     return values
+
+
+def _is_set(config, name):
+    """Whether a config has a value of its own for a name; some refuse to be asked for what differs between layers."""
+    try:
+        return getattr(config, name, None) is not None
+    except Exception:
+        return False
 
 
 def small_model(model_class):

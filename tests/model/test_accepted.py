@@ -9,8 +9,11 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from hf_sparsity import (
+    Plan,
     SparseModel,
+    SparsityCallback,
     SparsityConfig,
+    calibration_batches,
     certify,
     evaluate,
     evaluate_text,
@@ -261,3 +264,30 @@ def test_what_is_compiled():
     plain.model.layers[0] = torch.compile(plain.model.layers[0], backend="eager")
     with pytest.raises(ValueError, match=r"model\.layers\.0 of LlamaForCausalLM was replaced by torch.compile"):
         make_plan(plain, MAGNITUDE)
+
+
+def test_arguments_of_another_kind_are_told_before_any_work(tmp_path):
+    """Each of these was an AttributeError or TypeError, some of them after all the work."""
+    model, rows = tiny("llama"), torch.randint(3, 60, (2, 16))
+    plan = make_plan(model, SparsityConfig(0.5))
+    calls = {
+        "config is a float": lambda: make_plan(model, 0.5, rows),
+        "config is a str": lambda: SparsityCallback("owl", schedule="cubic"),
+        "plan is a SparsityConfig": lambda: prune(model, SparsityConfig(0.5), rows),
+        "pruner='wanda': an instance": lambda: prune(model, plan, rows, pruner="wanda"),
+        "tokenizer is a str": lambda: prune(model, plan, rows, tokenizer="gpt2", output_dir=tmp_path / "out"),
+        "not int": lambda: make_plan(model, SparsityConfig(0.5), 3),
+        "report is a dict": lambda: save_sparse(model, tmp_path / "out", report={}),
+        "the name of a folder is expected, not a NoneType": lambda: save_sparse(model, None),
+        "the name of a folder is expected, not a int": lambda: prune(model, plan, rows, output_dir=3),
+        "path of a plan or of a sparse": lambda: Plan.load({"a": 1}),
+        "windows are a tensor of token ids .* not a list": lambda: evaluate_text(model, [[1, 2, 3]]),
+        r"not of shape \[16\]": lambda: evaluate_text(model, rows[0]),
+        "tokenizer is a str; a loaded": lambda: calibration_batches(["a b"] * 9, "gpt2", sequences=1, length=8),
+    }
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for told, call in calls.items():
+        with pytest.raises(ValueError, match=told):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not (tmp_path / "out").exists()

@@ -186,7 +186,7 @@ def test_other_arguments_are_refused_and_overwrite_starts_anew(tmp_path, monkeyp
         recover(sparse(), IDS, output_dir=taught, teacher=other, **QUICK)
     recover(sparse(), IDS, output_dir=out, overwrite=True, **QUICK | {"steps": 3})
     assert not (out / MARKER).exists()
-    with pytest.raises(ValueError, match="complete already, of a run with another options and steps and tokens"):
+    with pytest.raises(ValueError, match="complete already, of a run with another steps and tokens"):
         recover(sparse(), IDS, output_dir=out, **QUICK)
 
 
