@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+COMPARED = 16  # largest group whose order is found by comparing all pairs, which is faster than to sort it
+SAMPLE, MARGIN = 1024, 64  # scores by which one of a given rank is found, and how far off the sample may be
 TILE = 2**20  # values whose masks are widened at a time: 4 MiB in float32
 # Bytes of a value -> the integer of its size.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,13 +51,35 @@ def keep_rows(scores: Tensor, counts: int | Tensor) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if counts >= columns:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(counts, dim=1, keepdim=True).values
-    keep = scores > threshold
-    tied = keep.sum(dim=1) != columns - counts
+    if rows == 1:  # a whole matrix
+        keep = scores > smallest(scores, counts - 1)
+        tied = (torch.count_nonzero(keep) != columns - counts)[None]
+    else:
+        keep = scores > scores.kthvalue(counts, dim=1, keepdim=True).values
+        tied = keep.sum(dim=1) != columns - counts
     if tied.any():
         order = scores[tied].argsort(dim=1, stable=True)
         keep[tied] = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, :counts], False)
     return keep
+
+
+def smallest(scores: Tensor, index: int) -> Tensor:
+    """Returns the value at `index` of all scores in ascending order.
+
+    A sorted sample brackets the value, and only what lies between is searched; where a sample misleads, everything is.
+    The result is that of a full sort.
+    """
+    flat = scores.T.reshape(-1)  # of a transposed matrix: no copy
+    count = flat.numel()
+    if count > 8 * SAMPLE:
+        sample = flat[:: count // SAMPLE].sort().values
+        place = index * len(sample) // count
+        low, high = sample[max(place - MARGIN, 0)], sample[min(place + MARGIN, len(sample) - 1)]
+        middle = flat[(flat >= low) & (flat <= high)]
+        rest = index - int(torch.count_nonzero(flat < low))
+        if 0 <= rest < len(middle):
+            return middle.kthvalue(rest + 1).values
+    return flat.kthvalue(index + 1).values
 
 
 def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
@@ -88,6 +112,19 @@ def keep_groups(scores: Tensor, kept: int, group: int) -> Tensor:
 def ranks_in_groups(scores: Tensor, group: int) -> Tensor:
     """Returns the rank of each score inside its group, 0 = lowest, ties by column; uint8 `[rows, columns // group, group]`."""
     grouped = scores.reshape(scores.shape[0], -1, group)
+    if group <= COMPARED and not scores.sum().isnan():
+        return _ranks_by_comparing(grouped)
     order = grouped.argsort(dim=2, stable=True)
     rank = torch.arange(group, device=scores.device, dtype=torch.uint8).expand(grouped.shape)
     return torch.empty_like(order, dtype=torch.uint8).scatter_(2, order, rank)
+
+
+def _ranks_by_comparing(grouped: Tensor) -> Tensor:
+    """What `ranks_in_groups` returns, by comparing each member of a group with those before it."""
+    members = grouped.reshape(-1, grouped.shape[2]).T.contiguous()
+    ranks = torch.arange(len(members), dtype=torch.uint8, device=members.device)[:, None].repeat(1, members.shape[1])
+    for number in range(1, len(members)):
+        larger = (members[:number] > members[number]).to(torch.uint8)
+        ranks[:number] += larger
+        ranks[number] -= larger.sum(0, dtype=torch.uint8)
+    return ranks.T.contiguous().reshape(grouped.shape)

@@ -92,11 +92,12 @@ class ADMM(Pruner):
         dual = torch.zeros_like(weights)
         keep = torch.ones_like(weights, dtype=torch.bool)
         for number in range(self.rounds):
+            both = weights.add_(dual)
             if number < self.choosing:
-                keep = self._mask(layer, (weights + dual).abs(), 1 - (1 - (number + 1) / self.choosing) ** 3)
-            sparse = (weights + dual) * keep
-            dual = dual + weights - sparse
-            weights = (gradient + sparse - dual) @ inverse
+                keep = self._mask(layer, both.abs(), 1 - (1 - (number + 1) / self.choosing) ** 3)
+            sparse = both * keep
+            dual = both.sub_(sparse)
+            weights = sparse.add_(gradient).sub_(dual) @ inverse
         return ((weights + dual) * keep / problem.scale).to(layer.weight)
 
     def _mask(self, layer: Layer, scores: Tensor, share: float) -> Tensor:

@@ -142,6 +142,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.rho = self.pruner.rho
+        self.has_dead = bool(self.problem.dead.any())
         self.dense = self.layer.weight.to(self.problem.matrix) * self.problem.scale
         self.gradient = self.dense @ self.problem.matrix
         self.first = self._project(self.dense)
@@ -150,16 +151,16 @@ class Search:
         self.kept = max(int(self.support.sum()), 1)
 
     def _project(self, values: Tensor) -> Tensor:
-        alive = values.masked_fill(self.problem.dead, 0)
+        alive = values.masked_fill(self.problem.dead, 0) if self.has_dead else values
         return alive * self.pruner.mask(self.layer, alive.abs())
 
     def advance(self, inverse: Tensor) -> None:
         """Runs the rounds up to the next check, with `(A + rho I)^-1`, and chooses the next rho or ends."""
         for _ in range(CHECK):
             self.round += 1
-            self.smooth = (self.gradient - self.dual + self.rho * self.sparse) @ inverse
-            self.sparse = self._project(self.smooth + self.dual / self.rho)
-            self.dual = self.dual + self.rho * (self.smooth - self.sparse)
+            self.smooth = (self.gradient - self.dual).add_(self.rho * self.sparse) @ inverse
+            self.sparse = self._project((self.dual / self.rho).add_(self.smooth))
+            self.dual = (self.smooth - self.sparse).mul_(self.rho).add_(self.dual)
         support = self.sparse != 0
         changed = int((support != self.support).sum())
         self.support = support

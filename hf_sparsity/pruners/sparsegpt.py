@@ -258,23 +258,4 @@ def choose(layer: Layer, scores: Tensor, *, begin: int) -> Tensor:
     if layer.sparsity <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     index = min(int(scores.numel() * layer.sparsity), scores.numel() - 1)
-    return scores <= smallest(scores, index)
-
-
-def smallest(scores: Tensor, index: int) -> Tensor:
-    """The value at `index` of all scores in ascending order.
-
-    The authors sort. Here a sorted sample brackets the value, and only what lies between is searched;
-    where a sample misleads, everything is. The result is the same.
-    """
-    flat = scores.T.reshape(-1)  # of a transposed matrix: no copy
-    count, size = flat.numel(), 4096
-    if count > 4 * size:
-        sample = flat[:: count // size].sort().values
-        place = index * len(sample) // count
-        low, high = sample[max(place - 128, 0)], sample[min(place + 128, len(sample) - 1)]
-        middle = flat[(flat >= low) & (flat <= high)]
-        rest = index - int((flat < low).sum())
-        if 0 <= rest < len(middle):
-            return middle.kthvalue(rest + 1).values
-    return flat.kthvalue(index + 1).values
+    return scores <= masks.smallest(scores, index)

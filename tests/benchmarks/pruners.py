@@ -3,7 +3,7 @@
     python tests/benchmarks/pruners.py                      # about an hour of one core; docs/results.md reads its file
     python tests/benchmarks/pruners.py --sparsity 0.6 --pruners alps --allocators uniform race
 
-Float32. For each setting: plan and prune with `--sequences` x 512 tokens of the calibration modules, then score every second
+Float32. For each setting: plan and prune with `--sequences` x 512 tokens of the calibration modules, then score every eighth
 window of 512 tokens of the held-out ones against the dense model. A plan does not depend on a refit and is made once.
 Rows that are in `--output` already are not run again. Nothing is chosen by the held-out modules.
 """
@@ -85,11 +85,11 @@ def measure(
 class Judge:
     """The texts, and the dense model, which runs each batch of the held-out text once."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(demo.PATH)
         self.texts = [text for _, text in demo.texts("calibration")]
         held = "\n\n".join(text for _, text in demo.texts("heldout"))
-        self.heldout = text_windows(held, self.tokenizer, LENGTH)[::2]
+        self.heldout = text_windows(held, self.tokenizer, LENGTH)[::every]
         self.dense, known = load(), {}
         forward = self.dense.forward
 
@@ -111,14 +111,16 @@ def main() -> None:
     parser.add_argument("--pruners", nargs="+", default=list(PRUNERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--every", type=int, default=8, help="of the held-out windows, each how many-th is scored")
+    parser.add_argument("--finishes", nargs="+", choices=FINISHES, default=list(FINISHES))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     record = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
-    done, judge = {tuple(row[key] for key in KEYS) for row in record["rows"]}, Judge()
+    done, judge = {tuple(row[key] for key in KEYS) for row in record["rows"]}, Judge(options.every)
     for case in cases(options):
         for seed in options.seeds:
-            wanted = [finish for finish in finishes(case[2], case[3]) if (*case, finish, seed) not in done]
+            wanted = [f for f in finishes(case[2], case[3]) if f in options.finishes and (*case, f, seed) not in done]
             for row in measure(case, wanted, seed, options.sequences, judge) if wanted else ():
                 record["rows"].append(row)
                 save(record, options.output)
@@ -130,7 +132,7 @@ def save(record: dict[str, Any], file: Path) -> None:
     head = {
         "command": "python tests/benchmarks/pruners.py",
         "model": "demo",
-        "protocol": "float32; every second window of 512 tokens of the held-out modules; calibration of 512 tokens a sequence",
+        "protocol": "float32; every eighth window of 512 tokens of the held-out modules; calibration of 512 tokens a sequence",
     }
     rows = ",\n".join(f"  {json.dumps(row)}" for row in record["rows"])
     file.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n')

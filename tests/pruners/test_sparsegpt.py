@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from hf_sparsity.algorithm import GRAM, NORMS, Layer, Pattern
+from hf_sparsity.core.masks import smallest
 from hf_sparsity.core.stats import InputStats
 from hf_sparsity.pruners import sparsegpt
-from hf_sparsity.pruners.sparsegpt import SparseGPT, factorize, ranks, smallest, solve
+from hf_sparsity.pruners.sparsegpt import SparseGPT, factorize, ranks, solve
 
 SETTINGS = {
     "50": {"sparsity": 0.5},
