@@ -71,34 +71,42 @@ class ADMM(Pruner):
 
     def prune_sharing(self, layers: Sequence[Layer]) -> list[Tensor]:
         """`prune` for layers that share their `stats`, and so one inverse."""
-        problem = self._problem(layers[0])
-        penalised = problem.matrix.clone()
-        penalised.diagonal().add_(1.0)
-        inverse = torch.linalg.inv(penalised)
-        return [self._solve(layer, problem, inverse) for layer in layers]
+        flat = [layer.stats is None or layer.stats.is_flat for layer in layers]
+        done = [layer.sparsity <= 0 or layer.is_pruned(by_row=False) for layer in layers]
+        results = [self.prune_by_scores(x) if blind else x.weight.clone() for x, blind in zip(layers, flat, strict=True)]
+        todo = [i for i in range(len(layers)) if not flat[i] and not done[i]]
+        if todo:
+            new = self._solve([layers[i] for i in todo], self._problem(layers[0]))
+            for i, weight in zip(todo, new, strict=True):
+                results[i] = weight.to(layers[i].weight)
+        return results
 
     def _problem(self, layer: Layer) -> Problem:
         problem = Problem.of(layer.gram(self.name), 0.0)
         problem.matrix.diagonal().add_(self.ridge * problem.matrix.diagonal().mean())
         return problem
 
-    def _solve(self, layer: Layer, problem: Problem, inverse: Tensor) -> Tensor:
-        if layer.stats is None or layer.stats.is_flat:
-            return self.prune_by_scores(layer)
-        if layer.sparsity <= 0 or layer.is_pruned(by_row=False):
-            return layer.weight.clone()
-        weights = layer.weight.to(problem.matrix) * problem.scale
+    def _solve(self, layers: Sequence[Layer], problem: Problem) -> list[Tensor]:
+        """The new weights of layers with the same inputs, whose rows are solved side by side; float32."""
+        penalised = problem.matrix.clone()
+        penalised.diagonal().add_(1.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+        sizes = [layer.weight.shape[0] for layer in layers]
+        weights = torch.cat([layer.weight.to(problem.matrix) for layer in layers]) * problem.scale
         gradient = weights @ problem.matrix
         dual = torch.zeros_like(weights)
         keep = torch.ones_like(weights, dtype=torch.bool)
         for number in range(self.rounds):
             both = weights.add_(dual)
             if number < self.choosing:
-                keep = self._mask(layer, both.abs(), 1 - (1 - (number + 1) / self.choosing) ** 3)
+                share = 1 - (1 - (number + 1) / self.choosing) ** 3
+                scores = both.abs().split(sizes)
+                keep = torch.cat([self._mask(x, part, share) for x, part in zip(layers, scores, strict=True)])
             sparse = both * keep
             dual = both.sub_(sparse)
             weights = sparse.add_(gradient).sub_(dual) @ inverse
-        return ((weights + dual) * keep / problem.scale).to(layer.weight)
+        new: Tensor = (weights + dual) * keep / problem.scale
+        return list(new.split(sizes))
 
     def _mask(self, layer: Layer, scores: Tensor, share: float) -> Tensor:
         """The mask at this share of the layer's final sparsity: for N:M and rows always, else if there is a ramp."""

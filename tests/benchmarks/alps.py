@@ -1,4 +1,4 @@
-"""CPU time of ALPS against the authors' code, and of ADMM-Grad against our SparseGPT, on one random Llama block (minutes).
+"""CPU time of ALPS against the authors' code, and of ADMM-Grad against our SparseGPT, on one random Llama block (a minute).
 
     git clone https://github.com/mazumder-lab/ALPS DIR
     python tests/benchmarks/alps.py --authors DIR                     # 70 %
@@ -94,8 +94,8 @@ def error(given: Groups, result: dict[str, Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--authors", type=Path, help="a clone of mazumder-lab/ALPS")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--width", type=int, default=128, help="of the block (default: %(default)s, as in the tests' model)")
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--pattern", default="unstructured", help="or N:M, N kept, such as 2:4")
     options = parser.parse_args()

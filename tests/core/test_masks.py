@@ -123,3 +123,16 @@ def test_zeroing_is_masked_fill(dtype, monkeypatch):
         masks.zero_(leaf, row[:4])
     with torch.no_grad():
         assert masks.zero_(leaf, row[:4])[0] == 0
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+@pytest.mark.parametrize("group", [4, 8, 32])
+def test_groups_are_ordered_as_by_a_stable_sort(kept, group):
+    for scores in (torch.rand(8, 64), torch.randint(0, 3, (8, 64)).float(), torch.zeros(2, 64)):
+        grouped = scores.reshape(len(scores), -1, group)
+        ranks = grouped.argsort(dim=2, stable=True).argsort(dim=2)
+        assert torch.equal(masks.ranks_in_groups(scores, group).long(), ranks)
+        expected = (ranks >= group - kept).reshape(scores.shape)
+        assert torch.equal(masks.keep_groups(scores, kept, group), expected)
+    scores[0, 5] = torch.nan  # counts as the largest
+    assert masks.keep_groups(scores, kept, group)[0, 5]
