@@ -73,7 +73,9 @@ class ADMM(Pruner):
         """`prune` for layers that share their `stats`, and so one inverse."""
         flat = [layer.stats is None or layer.stats.is_flat for layer in layers]
         done = [layer.sparsity <= 0 or layer.is_pruned(by_row=False) for layer in layers]
-        results = [self.prune_by_scores(x) if blind else x.weight.clone() for x, blind in zip(layers, flat, strict=True)]
+        results = [
+            self.prune_by_scores(x) if blind else x.weight.clone() for x, blind in zip(layers, flat, strict=True)
+        ]
         todo = [i for i in range(len(layers)) if not flat[i] and not done[i]]
         if todo:
             new = self._solve([layers[i] for i in todo], self._problem(layers[0]))

@@ -94,7 +94,9 @@ def error(given: Groups, result: dict[str, Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--authors", type=Path, help="a clone of mazumder-lab/ALPS")
-    parser.add_argument("--width", type=int, default=128, help="of the block (default: %(default)s, as in the tests' model)")
+    parser.add_argument(
+        "--width", type=int, default=128, help="of the block (default: %(default)s, as in the tests' model)"
+    )
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--pattern", default="unstructured", help="or N:M, N kept, such as 2:4")
