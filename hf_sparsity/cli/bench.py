@@ -21,6 +21,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--repeats", type=int, default=5, help="times the prompt is read (default: %(default)s)")
     command.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    command.add_argument(
+        "--layers", action="store_true", help="also measure one product of each kind of layer, packed and dense"
+    )
     command.add_argument("--no-record", action="store_true", help="do not keep the result in the folder")
 
 
@@ -30,6 +33,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     from ..model.loading import load_model
     from ..publish.card.make_card import refresh
+    from ..runtime.choose import layer_speeds, show_speeds
     from ..runtime.speed import PACKED, measure_speed, write_speed
     from ..sparse_model import SparseModel
 
@@ -55,6 +59,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     if not options.json:
         print(show(speed))
+        if options.layers:
+            print(show_speeds(layer_speeds(models[PACKED])))
     if not options.no_record:
         path = write_speed(options.folder, speed)
         refresh(options.folder)

@@ -7,6 +7,7 @@ as one matrix for each expert, is put together dense and packed again, one at a 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,14 +20,17 @@ from ..checkpoint.quantizer import BitmaskConfig, BitmaskQuantizer, Unpack
 from ..checkpoint.transformers_internals import ConversionOps
 from ..model.layers import find_layers
 from ..model.sparsity import model_plan
+from .choose import show_speeds, unpack_slow_layers
 from .install import in_rows, install, pack_rows
 from .rows import with_room
 from .state import checkpoint_state, mark_packed
 
+logger = logging.getLogger(__name__)
 
-def packed_quantizer() -> BitmaskQuantizer:
-    """Returns the quantizer that a model packed in memory has."""
-    return PackedQuantizer(BitmaskConfig(dequantize=False))
+
+def packed_quantizer(prefer: str = "memory") -> BitmaskQuantizer:
+    """Returns the quantizer that a model packed in memory has. Raises ValueError for an unknown `prefer`."""
+    return PackedQuantizer(BitmaskConfig(dequantize=False, prefer=prefer))
 
 
 class _Shared(dict[str, bool]):
@@ -135,6 +139,8 @@ class PackedQuantizer(BitmaskQuantizer):
         super()._process_model_after_weight_loading(model, **options)
         del self.undo, self.model  # a copy of the model shall not hold this one
         mark_packed(model, self)
+        if vars(self.quantization_config)["prefer"] == "speed":
+            logger.info("%s", show_speeds(unpack_slow_layers(model)))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes: packed strings under the checkpoint's names."""

@@ -40,6 +40,11 @@ def mark_packed(model: PreTrainedModel, quantizer: BitmaskQuantizer) -> None:
     model.config.quantization_config = quantizer.quantization_config
 
 
+def is_marked(model: PreTrainedModel) -> bool:
+    """Returns whether a model was packed, also where all its layers turned out to be faster dense."""
+    return _BEFORE in vars(model)
+
+
 def unmark_packed(model: PreTrainedModel) -> None:
     """Undoes `mark_packed`, once nothing in the model is packed."""
     before = vars(model).pop(_BEFORE)
