@@ -40,7 +40,8 @@ def collected(model, ids, needs, index=1):
         model.set_experts_implementation("eager")
     collector = Collector(Operands(block.weights.values()), needs)
     for row in ids:
-        with torch.no_grad(), collector.observe(sequences=1, length=len(row)):
+        collector.begin_batch()
+        with torch.no_grad(), collector.observe(slice(0, 1), length=len(row)):
             model(row[None], use_cache=False)
     collector.finish(len(ids))
     return collector.stats, {name: weight.read().device for name, weight in block.weights.items()}

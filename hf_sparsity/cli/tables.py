@@ -93,6 +93,7 @@ def before(what: Mapping[str, Any], memory: Estimate) -> str:
         f"memory: about {memory.peak / 2**20:.0f} MiB = model {memory.model / 2**20:.0f} + hidden states {memory.hidden / 2**20:.0f}"
         f" + one block's work {memory.block / 2**20:.0f}"
         + (f"; disk: about {memory.disk / 2**20:.0f} MiB" if memory.disk else "")
+        + "".join(f"\n{name}: about {need / 2**20:.0f} MiB" for name, need in memory.devices.items())
     )
 
 

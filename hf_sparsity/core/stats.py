@@ -96,11 +96,12 @@ class InputStats:
         matrix = matrix.to(torch.float32)
         if self._gram is None:
             return (matrix.square() @ self.norms.square()).sum().item() * self.sequences
-        total = 0.0
-        for rows, columns in _upper(0, self._gram.shape[0]):
-            part = torch.sum((matrix[:, rows] @ self._gram[rows, columns]) * matrix[:, columns]).item()
-            total += part if rows == columns else 2 * part
-        return total
+        tiles = list(_upper(0, self._gram.shape[0]))
+        parts = [
+            torch.sum((matrix[:, rows] @ self._gram[rows, columns]) * matrix[:, columns]) for rows, columns in tiles
+        ]
+        values = torch.stack(parts).tolist()  # all at once: a device makes the host wait for each that is asked for
+        return sum(part if rows == columns else 2 * part for part, (rows, columns) in zip(values, tiles, strict=True))
 
     @property
     def norms(self) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.classes import text_config
+from ..model.devices import Parked
 from ..model.inference import Batch, prepared
 from ..model.layers import Block, ModelLayers
 from ..model.masked import masked
@@ -70,7 +71,7 @@ class DenseReference:
     """
 
     def __init__(self, model: PreTrainedModel, model_layers: ModelLayers, batches: Sequence[Batch]):
-        """Runs the dense model once and keeps the hidden states of all tokens, `[tokens, width]`.
+        """Runs the dense model once and keeps the hidden states of all tokens, `[tokens, width]`, in the host's memory.
 
         Raises `ValueError` for a model without logits.
         """
@@ -89,7 +90,7 @@ class DenseReference:
                 with onload(model_layers.blocks[arrival.index].module):
                     for number in arrival.waiting:
                         output = arrival.run(number, stay=False)
-                        self._last[number][self._stack(arrival)] = output
+                        self._last[number][self._stack(arrival)] = Parked(output)
                         arrival.finish(number, output)
         try:  # twice, in case the model changes in place what a block gave it
             self.replays = all(torch.equal(self.dense_logits(-1), logits[-1]) for _ in range(2))
@@ -117,7 +118,7 @@ class DenseReference:
         ):
             for arrival in arrivals:
                 if self.replays:
-                    arrival.finish(0, self._last[number][self._stack(arrival)])
+                    arrival.finish(0, self._last[number][self._stack(arrival)].back())
                     continue
                 with onload(self.model_layers.blocks[arrival.index].module):
                     arrival.finish(0, arrival.run(0, stay=False))
@@ -146,10 +147,10 @@ class DenseReference:
                     if self.replays:
                         dense = {n: self._last[n][self._stack(arrival)] for n in waiting}
                     else:
-                        dense = {n: arrival.run(2 * n, stay=False) for n in waiting}
+                        dense = {n: Parked(arrival.run(2 * n, stay=False)) for n in waiting}
                     with masked(block, masks(block) if masks else {}), lent_precision(block.module):
                         for number, output in dense.items():
-                            arrival.finish(2 * number, output)
+                            arrival.finish(2 * number, output.back())
                             arrival.finish(2 * number + 1, arrival.run(2 * number + 1, stay=False))
         return rows
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..files import replacing
-from .layers import Weight
+from .layers import ModelLayers, Weight
 
 _STORE = "_hf_sparsity_source"  # the attribute of a model that holds its `WeightStore`
 
@@ -131,6 +131,11 @@ def onload(module: nn.Module) -> Iterator[Onloaded]:
             store, _ = _source_of(hook, "")
             if isinstance(store, WeightStore):
                 store.release()
+
+
+def lent_weights(model_layers: ModelLayers) -> set[str]:
+    """Returns the names of the layers whose weights are kept elsewhere and come to their device while they are used."""
+    return {name for name, weight in model_layers.weights.items() if weight.stored.device.type == "meta"}
 
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:

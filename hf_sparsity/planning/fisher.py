@@ -88,6 +88,7 @@ class _Energy(Gradients):
     def __init__(self, model_layers: ModelLayers):
         super().__init__()
         self.sums = {name: torch.zeros((), dtype=torch.float64) for name in model_layers.weights}
+        self._fresh: dict[str, list[Tensor]] = {}  # layer -> of this backward pass, on the device of the layer
         self._visits: dict[str, int] = {}  # of lent blocks in this forward pass, whose gradients are yet to come
         self._pending: dict[str, tuple[Tensor, list[Weight]]] = {}  # of a block that the model runs several times
 
@@ -116,6 +117,15 @@ class _Energy(Gradients):
             self._add(gradient, weights)
         self._pending.clear()
         self._visits.clear()
+        by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+        for name, parts in self._fresh.items():
+            for part in parts:
+                by_device.setdefault(part.device, []).append((name, part))
+        for several in by_device.values():  # together: a device makes the host wait for each that is asked for
+            values = torch.stack([part for _, part in several]).to("cpu", torch.float64)
+            for (name, _), value in zip(several, values, strict=True):
+                self.sums[name] += value
+        self._fresh.clear()
 
     def release(self) -> None:
         """Removes the hooks from the model."""
@@ -125,4 +135,4 @@ class _Energy(Gradients):
     def _add(self, gradient: Tensor, weights: list[Weight]) -> None:
         for weight in weights:
             part = gradient if weight.expert is None else gradient[weight.expert]
-            self.sums[weight.name] += part.to(torch.float32).square().sum().to("cpu", torch.float64)
+            self._fresh.setdefault(weight.name, []).append(part.to(torch.float32).square().sum())

@@ -27,6 +27,7 @@ from ..model.layers import Weight, find_layers
 from ..model.precision import computing
 from ..plan import LayerPlan, Plan
 from ..race_record import RaceDetails
+from ..streaming.halving import advising
 from .allocate import Choice, allocate
 from .checks import check_unseen, check_widths, warn_of_unseen
 from .measure import needed
@@ -36,6 +37,7 @@ from .race.choose import choose
 
 
 @without_autocast()
+@advising()
 def make_plan(
     model: PreTrainedModel,
     config: SparsityConfig | Mapping[str, Any],

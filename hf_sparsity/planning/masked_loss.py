@@ -16,6 +16,7 @@ from ..distributed import Processes
 from ..evaluation.perplexity import next_token_loss
 from ..model.inference import Batch
 from ..model.layers import ModelLayers
+from ..model.offload import lent_weights
 from ..streaming.run import PassOptions
 from ..streaming.stream import stream_blocks
 
@@ -47,12 +48,13 @@ class MaskedLoss:
         """
         self._model, self._layout, self._batches, self._steps = model, model_layers, judged_on, steps
         self._levels: dict[str, Tensor] = {}
-        needs = pruner.needs & STATS
+        needs, lent = pruner.needs & STATS, lent_weights(model_layers)
         for block in stream_blocks(model, model_layers, scored_on if needs else [], needs, rewrites=False, run=run):
             for name, layer in block.layers.items():
                 scores = pruner.scores(layer) if layer.stats is not None or not needs else layer.weight.abs().float()
                 masks = (_mask(pruner, layer, scores, step / steps, pattern) for step in range(1, steps))
-                self._levels[name] = mask_levels(masks, layer.weight)
+                levels = mask_levels(masks, layer.weight)
+                self._levels[name] = levels.cpu() if name in lent else levels
 
     def __call__(self, sparsities: Mapping[str, float]) -> float:
         """Returns the loss in nats a token; `sparsities` in [0, 1) of each layer are rounded to the grid."""

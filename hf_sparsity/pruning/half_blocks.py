@@ -176,21 +176,21 @@ def example(twins: TwinWalk, dense: DenseOutputs, index: int, number: int) -> Ex
             if dense.adds:
                 here = [_stream(call), *(seen[earlier.name][0][1] for earlier in dense.halves[:index])]
                 there = [dense.before[number], *dense.outputs[number][:index]]
-                target = (target.to(torch.float32) + _difference(there, here)).to(target.dtype)
+                target = (target.to(torch.float32) + _difference(there, here, target.device)).to(target.dtype)
             call = seen[half.name][0][0]
     twins.hold(HALF, number, [call, target])
     return Example(call, target, twins.real(number, target.shape), partial(twins.lent, HALF, number))
 
 
-def _difference(there: Sequence[Tensor | None], here: Sequence[Tensor | None]) -> Tensor:
-    """Returns the first of two streams minus the second, float32, on the device of the second.
+def _difference(there: Sequence[Tensor | None], here: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Returns the first of two streams minus the second, float32, on a device.
 
-    Each is given as its parts: what it was before the block, and all that was added to it.
+    Each is given as its parts: what it was before the block, perhaps on another device, and all that was added to it.
     """
     total: Any = 0
     for theirs, ours in zip(there, here, strict=True):
         assert theirs is not None and ours is not None
-        total = total + (theirs.to(ours.device, torch.float32) - ours.to(torch.float32))
+        total = total + (theirs.to(device, torch.float32) - ours.to(device, torch.float32))
     return total
 
 

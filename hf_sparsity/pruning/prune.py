@@ -22,6 +22,7 @@ from ..model.precision import computing, lent_precision
 from ..plan import LayerReport, Plan, Report
 from ..planning.preparation import Prepared
 from ..streaming.fallback import check_finite, fall_back
+from ..streaming.halving import advising
 from ..streaming.run import PassOptions, Progress
 from ..streaming.stream import stream_blocks
 from .evidence import Evidence
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @without_autocast()
+@advising()
 def prune(
     model: PreTrainedModel,
     plan: Plan,

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..algorithm import SCORES, Layer, Pruner, RowAllocator
 from ..distributed import Processes, owners
+from ..model.devices import empty_caches
 from ..model.sparsity import mask_hash
 from ..plan import LARGEST_DEVIATION, LARGEST_EXCESS, LayerReport
 from ..pruners import PRUNERS
 from ..streaming.run import Progress
 from ..streaming.stream import StreamedBlock
 from .refinement import Refinement
+
+# New weights and reports, by layer.
+Pruned: TypeAlias = "tuple[dict[str, Tensor], dict[str, LayerReport]]"
 
 
 def prune_block(
@@ -36,7 +41,9 @@ def prune_block(
     for group, rank in zip(groups, owner, strict=True):
         progress.say(f"layer {len(reports) + 1} of {len(block.layers)}")
         if rank == processes.rank:
-            pruned, pruned_reports = _prune_group(group, pruner, rows, fallbacks, refine)
+            pruned, pruned_reports = _with_room(
+                block, lambda g=group: _prune_group(g, pruner, rows, fallbacks, refine)
+            )
             reports |= pruned_reports
             if processes.count == 1:
                 for name, weight in pruned.items():
@@ -52,13 +59,24 @@ def prune_block(
     return reports
 
 
+def _with_room(block: StreamedBlock, work: Callable[[], Pruned]) -> Pruned:
+    """Returns what `work` does; where the device is full, once more after the inputs of waiting batches have left it."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        if not block.make_room():
+            raise
+    empty_caches({layer.weight.device for layer in block.layers.values()})
+    return work()
+
+
 def _prune_group(
     group: list[Layer],
     pruner: Pruner,
     rows: RowAllocator | None,
     fallbacks: Mapping[str, str],
     refine: Refinement,
-) -> tuple[dict[str, Tensor], dict[str, LayerReport]]:
+) -> Pruned:
     """The new weights of layers that share their inputs, and their reports."""
     start = time.perf_counter()
     for layer in group:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..model.inference import replaced_forwards
+from .halving import Around, Halving
 from .spill import Spill
 
 
@@ -43,6 +44,7 @@ class Arrival:
     _forward: Callable[..., Any]
     _go: Callable[[int, Any], None]
     _spill: Spill | None = None
+    _halving: Halving = field(default_factory=Halving)
 
     @property
     def waiting(self) -> list[int]:
@@ -57,16 +59,18 @@ class Arrival:
         except (TypeError, ValueError):  # a forward without a signature
             return dict(kwargs)
 
-    def run(self, batch: int, *, stay: bool = True) -> Any:
+    def run(
+        self, batch: int, *, stay: bool = True, around: Around | None = None, sequences: int | None = None
+    ) -> Any:
         """Returns the block's output on one batch, computed in the driver's thread without gradients.
 
+        Where the device is full, in parts; see `Halving.run` also for `around` and `sequences`.
         `stay`: whether the batch waits on; otherwise `finish` follows.
         """
         if self._spill:
             self._spill.fetch(batch)
-        args, kwargs = self.calls[batch]
         with torch.no_grad():
-            output = self._forward(*args, **kwargs)
+            output = self._halving.run(self._forward, batch, self.calls[batch], around, sequences)
         if self._spill and stay:
             self._spill.rest(batch)
         return output
@@ -215,11 +219,12 @@ def lockstep(
     """
     walk = _Walk(drive, batches, spill)
     originals = [block.forward for block in blocks]
+    halving = Halving(spill.make_room if spill else None)
     with replaced_forwards(blocks, [walk.suspended(*pair) for pair in enumerate(originals)]):
         try:
             walk.start()
             for index in order if order is not None else walk.first_blocks():
-                arrival = Arrival(index, walk.take(index), originals[index], walk.go, spill)
+                arrival = Arrival(index, walk.take(index), originals[index], walk.go, spill, halving)
                 yield arrival
                 if arrival.waiting:
                     raise RuntimeError(f"batches {arrival.waiting} were not let go from block {index}")

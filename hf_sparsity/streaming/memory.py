@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..core.stats import GRAM, SAMPLES
 from ..model.classes import text_config
+from ..model.devices import accelerators, block_device, free_memory
 from ..model.inference import Batch
 from ..model.layers import Block, ModelLayers
 from ..model.offload import weight_store
@@ -31,7 +32,9 @@ class Estimate:
 
     `model`: weights that stay in memory: all of them, or what is outside the blocks and one block when streamed or
     offloaded. `hidden`: hidden states of the calibration batches. `block`: one block's statistics, scores, working
-    copies of its largest matrix, and the copy that computes. `disk`: the output. `resident`: the part of `model` that is in memory already.
+    copies of its largest matrix, and the copy that computes. `disk`: the output. `resident`: the part of `model` that is
+    in memory already. `devices`: of each accelerator, its weights, one of its blocks with statistics and working copies,
+    and one batch; `present`: the part of that that is there already. On accelerators hidden states wait on the host.
     """
 
     model: int
@@ -39,6 +42,19 @@ class Estimate:
     block: int
     disk: int
     resident: int = 0
+    devices: Mapping[str, int] = field(default_factory=dict)
+    present: Mapping[str, int] = field(default_factory=dict)
+
+    def check_devices(self) -> None:
+        """Raises ValueError with advice when an accelerator's free memory cannot hold the run."""
+        for name, whole in self.devices.items():
+            need, free = whole - self.present[name], free_memory(torch.device(name))
+            if free is not None and need > free:
+                raise ValueError(
+                    f"about {need / 2**30:.2f} GiB more memory are needed on {name} and {free / 2**30:.2f} GiB are free: stream "
+                    "the model onto it (offload='stream', --stream), spread it over several devices (device_map='auto', "
+                    "--device-map auto), use a pruner that needs no Gram matrix, such as 'wanda', or fewer sequences in a batch"
+                )
 
     @property
     def peak(self) -> int:
@@ -102,13 +118,32 @@ def estimate_memory(
     hidden = tokens * (getattr(config, "hidden_size", 0) or 0) * itemsize if needs else 0
     kept = hidden if hidden_limit is None else min(hidden, hidden_limit + 2 * hidden * longest // max(tokens, 1))
     spilled = hidden if kept < hidden else 0
+    devices, present = _on_devices(model, model_layers, needs, len(batches), 2 * hidden * longest // max(tokens, 1))
     return Estimate(
         weights,
         kept,
         max(_block_bytes(block, needs, len(batches)) for block in model_layers.blocks) + copied,
         (whole if journal else 0) + (2 * hidden if journal else 0) + spilled,
         resident if weight_store(model) is None else 0,
+        devices,
+        present,
     )
+
+
+def _on_devices(
+    model: PreTrainedModel, model_layers: ModelLayers, needs: frozenset[str], sequences: int, batch: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns (bytes that each accelerator will hold at most, those of its weights that are there already).
+
+    `batch`: bytes of the inputs and the output of a block on the largest batch.
+    """
+    present = {str(d): _bytes(p for p in model.parameters() if p.device == d) for d in accelerators(model)}
+    most = dict.fromkeys(present, 0)
+    for block in model_layers.blocks:
+        if (name := str(block_device(block.module))) in most:
+            lent = _bytes(p for p in block.module.parameters() if p.device.type == "meta")
+            most[name] = max(most[name], lent + _block_bytes(block, needs, sequences) + batch)
+    return {name: present[name] + most[name] for name in present}, present
 
 
 def check_room(
@@ -123,7 +158,7 @@ def check_room(
 ) -> Estimate:
     """Returns what the run will take; raises ValueError with advice when memory or disk cannot hold it.
 
-    Memory is not checked when the model is on an accelerator, whose own errors are plain.
+    Of a model on accelerators their memory is checked, and that of the host is not.
     """
     estimate = estimate_memory(
         model,
@@ -136,6 +171,7 @@ def check_room(
     )
     on_host = all(p.device.type in ("cpu", "meta") for p in model.parameters())
     estimate.check(output, memory=None if on_host else estimate.peak)
+    estimate.check_devices()
     return estimate
 
 

@@ -189,6 +189,9 @@ class Collector:
         self._formed: dict[str, int] = {}
         self._seen: list[tuple[Tensor, str]] = []
         self._order: list[str] = []
+        self._done: dict[str, int] = {}  # layer -> how many sequences of the batch it has seen
+        self._seen_before: dict[str, int] = {}  # the same, when the forward began
+        self._stop = 0
         self._masks: Sequence[Tensor] = ()
         self._sequences, self._length = 1, 0
         self._observer: InputObserver | None = None
@@ -202,18 +205,27 @@ class Collector:
         fixed = len(set(self._order)) == len(self._order) == self.operands.count and not self.operands.routed
         return self._order[-1] if fixed else None
 
-    def observe(
-        self, *, sequences: int, length: int = 0, masks: Sequence[Tensor] = (), whole: bool = True
-    ) -> InputObserver:
-        """Returns a mode to run one batch's forward under; unless the `whole` output is wanted it may end early, by `Enough`.
+    def begin_batch(self) -> None:
+        """Begins a batch, whose sequences the next calls of `observe` count from 0."""
+        self._done.clear()
 
-        `length` is the number of tokens of each of the `sequences`. `masks`, given only when there is padding, are
-        boolean `[sequences, tokens]`, True = real, tried in order against the shape of an input.
+    def observe(
+        self, part: slice, *, length: int = 0, masks: Sequence[Tensor] = (), whole: bool = True
+    ) -> InputObserver:
+        """Returns a mode to run a forward under; unless the `whole` output is wanted it may end early, by `Enough`.
+
+        Args:
+            part: which sequences of the batch the forward is about. Of a layer that has seen them, because a forward
+                before was broken off, they do not count again.
+            length: number of tokens of each sequence.
+            masks: given only when there is padding: boolean `[sequences, tokens]`, True = real, tried in order against
+                the shape of an input.
         """
         last = None if whole or self._forward == 0 else self.last
         self._forward += 1
         self._end_forward()
-        self._masks, self._sequences, self._length = masks, sequences, length
+        self._masks, self._sequences, self._length = masks, part.stop - part.start, length
+        self._stop, self._seen_before = part.stop, dict(self._done)
         self._observer = InputObserver(self.operands, self._add, last)
         return self._observer
 
@@ -257,8 +269,12 @@ class Collector:
             self.stats[name] = InputStats(self.needs)
             self._formed[name] = self._forward
         self._seen.append((inputs, name))
+        if self._seen_before.get(name, 0) >= self._stop:
+            self._formed[name] = self._forward
+            return
         rows, last = self._real_tokens(name, inputs)
         self.stats[name].add(rows, sequences=self._sequences, last=last)
+        self._done[name] = self._stop
 
     def _real_tokens(self, name: str, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns (tokens `[n, in]` without padding, rows that end a sequence or None where they cannot be known)."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.journal import Journal
 from ..core.stats import InputStats
 from ..distributed import Processes
+from ..model.devices import accelerators, free_memory
 from ..model.layers import Block, ModelLayers
 from ..progress import Bar
 from .first_pass import merged_order
@@ -22,6 +23,8 @@ from .merge import merge_stats
 from .spill import Spill
 
 Step = TypeVar("Step", bound=Any)
+
+SHARE = 8  # one of so many parts of an accelerator's free memory may hold the inputs of waiting batches
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,20 @@ class PassOptions:
 
     @contextmanager
     def spilling(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> Iterator[Spill | None]:
-        """Gives a place on disk for inputs beyond the limit, removed afterwards; None without a limit."""
-        if self.hidden_limit is None:
+        """Gives a place for inputs beyond the limit on disk, and for those of accelerators on the host, closed afterwards.
+
+        None for a model on the CPU without a limit. On accelerators, inputs of waiting batches take at most an eighth of
+        what is free on the fullest of them.
+        """
+        devices = accelerators(model)
+        if self.hidden_limit is None and not devices:
             yield None
             return
         inputs = (v for batch in batches for v in batch.values() if isinstance(v, Tensor))
         folder = self.journal.folder if self.journal else None
-        spill = Spill(self.hidden_limit, itertools.chain(model.parameters(), model.buffers(), inputs), folder)
+        shared = itertools.chain(model.parameters(), model.buffers(), inputs)
+        room = min((free_memory(device) or 0 for device in devices), default=0) // SHARE
+        spill = Spill(self.hidden_limit, shared, folder, room=room if devices else None)
         try:
             yield spill
         finally:

@@ -8,7 +8,7 @@ the (perhaps rewritten) block computes the inputs of the next one.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..model.offload import Onloaded, onload
 from ..model.precision import lent_precision
 from .first_pass import first_pass
 from .forward import drive, padding
+from .halving import Around
 from .lockstep import Arrival, lockstep
 from .observer import Collector, Enough
 from .operands import Operands
@@ -53,10 +54,15 @@ class StreamedBlock:
     unseen: Mapping[str, str] = field(default_factory=dict, repr=False)
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     twins: TwinWalk | None = field(default=None, repr=False)
+    _spill: Spill | None = field(default=None, repr=False)
 
     def write(self, name: str, value: Tensor) -> None:
         """Replaces a layer's weight, `value` `[out, in]`."""
         self._onloaded.write(self._weights[name], value)
+
+    def make_room(self) -> bool:
+        """Lets the inputs of waiting batches leave the block's device; returns whether any did."""
+        return self._spill is not None and self._spill.make_room()
 
     def mask(self, name: str, mask: Tensor) -> None:
         """Masks a layer (True = kept, `[out, in]`) while the inputs of the next block are computed."""
@@ -224,6 +230,7 @@ class _Pass:
         """Collects a block's statistics and returns what the caller of `stream_blocks` gets."""
         stats, unseen = self.collect(arrival, block, keep_outputs=not rewrites)
         streamed = _streamed(arrival.index, block, onloaded, stats, len(self.model_layers.blocks), unseen)
+        streamed._spill = self.spill
         if self.twins:
             of_text = is_of_text(self.model, block)
             present = [number for number in arrival.waiting if number < len(self.batches)]
@@ -258,9 +265,9 @@ class _Pass:
             batch = self.batches[number]
             sequences, length, masks = padding(batch, arrival.arguments(number), of_text=of_text)
             total += sequences
-            observing = collector.observe(sequences=sequences, length=length, masks=masks, whole=keep_outputs)
-            with suppress(Enough), observing:
-                output = arrival.run(number, stay=not keep_outputs)
+            around = _observing(collector, length=length, masks=masks, whole=keep_outputs)
+            collector.begin_batch()
+            output = arrival.run(number, stay=not keep_outputs, around=around, sequences=sequences)
             if keep_outputs:
                 arrival.finish(number, output)
         return total
@@ -291,6 +298,18 @@ class _Pass:
                 yield _streamed(index, block, onloaded, stats, len(self.model_layers.blocks), unseen)
             if self.run.journal:
                 self.run.journal.commit(None)
+
+
+def _observing(collector: Collector, *, length: int, masks: Sequence[Tensor], whole: bool) -> Around:
+    """Returns what a part of a batch is run under while a collector observes."""
+
+    @contextmanager
+    def around(part: slice) -> Iterator[None]:
+        observing = collector.observe(part, length=length, masks=[mask[part] for mask in masks], whole=whole)
+        with suppress(Enough), observing:
+            yield
+
+    return around
 
 
 def _advance(arrival: Arrival, keep: Callable[[int, Any], None] | None = None) -> None:

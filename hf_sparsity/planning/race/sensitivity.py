@@ -60,7 +60,8 @@ def layer_sensitivities(
     with prepared(model), differentiable(model, reference.model_layers, gradients):
         for batch, dense in parts:
             drive(model, partial(backward, dense))(**batch)
-    return [*(float(gradients.sums.get(name, 0.0)) for name in steps), count]
+    sums = gradients.sums
+    return [*(sums.get(name, 0.0) for name in steps), count]
 
 
 def window(ranks: Ranks, step: int) -> tuple[int, int]:
@@ -90,7 +91,7 @@ class _Masked(Gradients):
         super().__init__()
         self._ranks, self._steps = ranks, steps
         self._dense: dict[str, Tensor] = {}  # parameters of the block that is lent
-        self.sums: dict[str, float] = {}
+        self._parts: dict[str, Tensor] = {}  # layer -> its sum so far, float64 on the layer's device
 
     def lends(self, block: Block) -> bool:
         """True for every block: each is computed with masked copies of its weights."""
@@ -119,6 +120,14 @@ class _Masked(Gradients):
             survives = ranks.survives.to(gradient.device)
             near = (survives >= first) & (survives < last)
             product = weight.part(gradient).float() * weight.part(dense).float()
-            self.sums[weight.name] = self.sums.get(weight.name, 0.0) - float(
-                product.mul_(near).sum(dtype=torch.float64)
-            )
+            part = product.mul_(near).sum(dtype=torch.float64)
+            self._parts[weight.name] = self._parts.get(weight.name, torch.zeros_like(part)) - part
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Returns the sum of `-g w` of each layer that had a gradient; a device is asked for all of its layers at once."""
+        sums: dict[str, float] = {}
+        for device in {part.device for part in self._parts.values()}:
+            here = {name: part for name, part in self._parts.items() if part.device == device}
+            sums |= zip(here, torch.stack(list(here.values())).tolist(), strict=True)
+        return sums

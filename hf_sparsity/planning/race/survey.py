@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ...core.stats import STATS
 from ...distributed import Processes
 from ...model.inference import Batch
 from ...model.layers import ModelLayers
+from ...model.offload import lent_weights
 from ...streaming.fallback import check_finite, fall_back
 from ...streaming.run import PassOptions, Progress
 from ...streaming.stream import stream_blocks
@@ -36,7 +38,7 @@ def survey(
     """Returns (what each allocator measures, block by block; the ranks of each layer's weights), from one dense pass.
 
     Each process does all of it over all the data: sums shared between processes differ in their last bits, and so would
-    the plans.
+    the plans. The ranks are where the weights are: of those that only come to their device for a while, on the host.
     """
     needs = pruner.needs.union(*(allocator.needs for allocator in allocators))
     fisher = fisher_information(model, model_layers, list(data), Processes()) if FISHER in needs else {}
@@ -46,6 +48,7 @@ def survey(
     stream = stream_blocks(model, model_layers, batches, stats, rewrites=False, run=run)
     measures: dict[Allocator, dict[int, dict[str, Any]]] = {allocator: {} for allocator in allocators}
     ranks: dict[str, Ranks] = {}
+    lent = lent_weights(model_layers)
     for block in Progress("Measuring", model_layers, run, batches).over(stream):
         check_finite(block)
         reasons = fall_back(block, model_layers, stats)
@@ -55,6 +58,8 @@ def survey(
             layer.fisher, layer.pattern = fisher.get(name), pattern
             scores = pruner.scores(layer)
             ranks[name] = ranked(pruner, layer, scores)
+            if name in lent:
+                ranks[name] = replace(ranks[name], survives=ranks[name].survives.cpu())
             layer.scores = scores if SCORES in needs else None
         for allocator in allocators:
             measures[allocator][block.index] = allocator.measure(block.layers, pruner)
