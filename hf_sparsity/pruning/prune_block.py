@@ -41,9 +41,7 @@ def prune_block(
     for group, rank in zip(groups, owner, strict=True):
         progress.say(f"layer {len(reports) + 1} of {len(block.layers)}")
         if rank == processes.rank:
-            pruned, pruned_reports = _with_room(
-                block, lambda g=group: _prune_group(g, pruner, rows, fallbacks, refine)
-            )
+            pruned, pruned_reports = _with_room(block, lambda g=group: _prune_group(g, pruner, rows, fallbacks, refine))
             reports |= pruned_reports
             if processes.count == 1:
                 for name, weight in pruned.items():

@@ -59,9 +59,7 @@ class Arrival:
         except (TypeError, ValueError):  # a forward without a signature
             return dict(kwargs)
 
-    def run(
-        self, batch: int, *, stay: bool = True, around: Around | None = None, sequences: int | None = None
-    ) -> Any:
+    def run(self, batch: int, *, stay: bool = True, around: Around | None = None, sequences: int | None = None) -> Any:
         """Returns the block's output on one batch, computed in the driver's thread without gradients.
 
         Where the device is full, in parts; see `Halving.run` also for `around` and `sequences`.
