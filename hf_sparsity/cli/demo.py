@@ -6,8 +6,10 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import read_json, write_json
 from .arguments import add_compute_dtype, parse_algorithm
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ SELECTION = 8  # further sequences, by which the best allocator is chosen
 WINDOWS = 48  # of the held-out text, evenly spread; with --all: all
 # A race that is over in a minute: two formulas, a short slice of text, a few steps downhill.
 SHORT_RACE = {"name": "race", "candidates": ("owl", "fisher"), "slices": (2048, 4096), "descent": 8}
+RECORD = "demo.json"  # in the output: what was asked for and what came of it
 FAILS = "alphapruning"  # on this model; on others it is among the best
 
 
@@ -48,11 +51,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from . import tables
     from .loading import heldout_text, load_demo
 
-    check_matplotlib()  # before the work, not after it
-    output = check_output(options.output)
     base = SparsityConfig(
         sparsity=options.sparsity, pruner=parse_algorithm(options.pruner), compute_dtype=options.compute_dtype
     )
+    asked = {**base.to_dict(), "all": options.all}
+    if (done := finished(options.output, asked)) is not None:
+        if not options.json:
+            print(tables.demo_table(done["rows"], done["dense"], done["best"], base))
+            print(f"{options.output} is complete already, of a run with the same arguments; nothing was computed")
+        return done
+    check_matplotlib()  # before the work, not after it
+    output = check_output(options.output)
     chosen = runs(every=options.all)
     if not options.json:
         print(announcement(chosen, options), flush=True)
@@ -86,7 +95,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(tables.demo_table(rows, before, winner, base))
         took = time.perf_counter() - start
         print(f"saved {winner} to {output}, the picture of all plans to {picture} ({took:.0f} s in all)")
-    return {"dense": before, "rows": rows, "best": winner, "output": str(output), "picture": str(picture)}
+    result = {"dense": before, "rows": rows, "best": winner, "output": str(output), "picture": str(picture)}
+    write_json(output / RECORD, {"asked": asked, "result": result})
+    return result
+
+
+def finished(output: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the result of a demo that is in the output folder already; None where there is none.
+
+    Raises:
+        ValueError: it is of a run with other arguments.
+    """
+    file = Path(output) / RECORD
+    if not file.is_file():
+        return None
+    record = read_json(file)
+    before = record.get("asked") if isinstance(record, dict) else None
+    if before != asked:
+        differing = [key for key in asked if not isinstance(before, dict) or before.get(key) != asked[key]]
+        raise ValueError(
+            f"output {output!r} is complete already, of a demo with another {' and '.join(differing)}; choose another folder, "
+            "or remove it"
+        )
+    return record["result"]
 
 
 def _try(name: str, config: SparsityConfig, data: Any, heldout: Any) -> tuple[Any, Plan, Report, dict[str, Any]]:

@@ -188,6 +188,60 @@ def test_experts_that_were_dequantized_on_loading(way, tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
+def fp8(folder):
+    """A tiny Qwen3 as DeepSeek publishes: matrices in blocks of FP8 with a scale each, and a layer for further tokens."""
+    config = hf.Qwen3Config(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    hf.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    stored["model.layers.2.eh_proj.weight"] = torch.randn(64, 128, dtype=torch.bfloat16)
+    for name in [name for name, tensor in stored.items() if "proj" in name]:
+        blocks = [rows.split(32, dim=1) for rows in stored[name].float().split(32)]
+        scales = torch.stack([torch.stack([block.abs().max() / 448 for block in row]) for row in blocks])
+        whole = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)[
+            : stored[name].shape[0], : stored[name].shape[1]
+        ]
+        stored[f"{name}_scale_inv"] = scales
+        stored[name] = (stored[name].float() / whole).to(torch.float8_e4m3fn)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    described = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    described["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [32, 32],
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("way", ["prune", "save_sparse", "packed"])
+def test_blocks_of_fp8_that_were_dequantized_on_loading(way, tmp_path, caplog):
+    (tmp_path / "source").mkdir()
+    fp8(tmp_path / "source")
+    quantized = hf.FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32))
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source", dtype=torch.bfloat16, quantization_config=quantized
+    )
+    plan = make_plan(model, CONFIG)
+    if way == "save_sparse":
+        save_sparse(model, tmp_path / "out", report=prune(model, plan))
+    else:
+        report = prune(
+            model, plan, output_dir=Output(tmp_path / "out", layout="bitmask" if way == "packed" else "dense")
+        )
+        assert "2 tensors left out, since they are quantized" in report.skipped["model.layers.2"]
+    assert "model.layers.2: unknown to Qwen3ForCausalLM; its 2 tensors left out" in caplog.text
+    described = json.loads((tmp_path / "out/config.json").read_text())
+    assert described["num_nextn_predict_layers"] == 0
+    assert described.get("quantization_config", {}).get("quant_method") == ("hf_sparsity" if way == "packed" else None)
+    again, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    with pytest.raises(ValueError, match="is quantized; its weights cannot be read block by block"):
+        open_streamed(tmp_path / "source")
+
+
 def test_what_would_not_load_again_is_refused_before_the_first_block(tmp_path):
     model = tiny("llama")
     check_writable(model)

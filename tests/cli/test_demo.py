@@ -41,3 +41,10 @@ def test_the_demo(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "sparsities.png").read_bytes()[:4] == b"\x89PNG"
     assert torch.isfinite(torch.tensor([row["heldout"] for row in result["rows"]])).all()
     assert Plan.load(tmp_path / "out") == Plan.load(tmp_path / "out" / "plan.json")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    again = run(capsys, "demo", "--output", str(tmp_path / "out"))
+    assert "complete already" in again.out and result["best"] in again.out
+    assert run_json(capsys, "demo", "--output", str(tmp_path / "out")) == result
+    other = run(capsys, "demo", "--sparsity", "0.5", "--output", str(tmp_path / "out"), code=2)
+    assert "of a demo with another sparsity" in other.err
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before

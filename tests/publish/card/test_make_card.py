@@ -635,6 +635,16 @@ def test_damaged_metadata_of_the_dense_card(folder, tmp_path, content):
         assert "damaged" in str(error)
 
 
+@pytest.mark.parametrize("name", ["demo", "/somewhere/hf_sparsity/demo", "/somewhere/hf_sparsity/demo/model"])
+def test_the_embedded_model_is_called_demo(folder, name):
+    """It has had a folder of its own since what lies beside a model is carried over."""
+    config = read_json(folder / "config.json")
+    config["sparsity_config"]["model"]["name"] = name
+    write_json(folder / "config.json", config)
+    facts = read_facts(folder)
+    assert facts.is_demo and facts.base == "demo" and facts.name.startswith("demo-sparse60")
+
+
 # ---- the cards of this repository
 
 
