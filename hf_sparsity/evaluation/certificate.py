@@ -138,7 +138,8 @@ def check(
     batches = batches[-count:]
     model_layers = planned_layers(model, plan)
     own = str(model.dtype).removeprefix("torch.")
-    choice = "model" if plan.compute_dtype in (None, own) else plan.compute_dtype  # as when it was recorded
+    recorded = plan.compute_dtype or own
+    choice = "model" if recorded == own else recorded  # as when it was recorded
     with computing_as(choice, model, dense):
         scores = (
             _against(dense, model, batches)

@@ -63,6 +63,8 @@ def descend(race: Race, evaluator: Evaluator, start: Point, groups: Sequence[Seq
             if evaluator.budget.over(f"step {descent.steps}", _tokens(evaluator, descent)):
                 descent.stopped = "the budget is spent"
                 break
+            if not descent.steps:
+                evaluator.bar.say(f"step 1 of {race.descent} downhill")
             if not _step(race, evaluator, descent, groups):
                 descent.stopped = "no step is worth taking"
                 break
