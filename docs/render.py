@@ -222,6 +222,26 @@ def embedded() -> str:
     return table(["sparsity", "pruner", "uniform", "owl", "best single", "race"], lines, left=2)
 
 
+def pruners() -> str:
+    """Perplexity and KL of each pruner on the embedded model, without a refit, with one, and with swaps before, by sparsity and allocator."""
+    rows = results("pruners")["rows"]
+    names = list(dict.fromkeys(r["pruner"] for r in rows))
+    found = {(r["target"], r["pattern"], r["allocator"], r["pruner"], r["finish"]): r for r in rows}
+
+    def cell(setting: tuple[Any, ...], pruner: str) -> str:
+        shown = [found.get((*setting, pruner, finish)) for finish in ("none", "refit", "swaps")]
+        return " → ".join(f"{r['perplexity']:.2f} ({r['kl']:.3f})" for r in shown if r)
+
+    settings = sorted(
+        {(r["target"], r["pattern"], r["allocator"]) for r in rows}, key=lambda s: (s[1] != "unstructured", *s)
+    )
+    lines = [
+        [f"{s[0]:.0%}".replace("%", " %") if s[1] == "unstructured" else s[1], s[2], *(cell(s, p) for p in names)]
+        for s in settings
+    ]
+    return table(["sparsity", "allocator", *names], lines, left=2)
+
+
 def _allocators(metric: str, digits: int) -> str:
     rows = results("allocators")["rows"]
     columns = list(dict.fromkeys((r["target"], r["pruner"]) for r in rows))
@@ -306,6 +326,7 @@ RENDERERS: dict[str, Callable[[], str]] = {
         quality,
         real_model,
         embedded,
+        pruners,
         perplexities,
         divergences,
         recovery,

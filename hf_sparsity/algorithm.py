@@ -288,6 +288,7 @@ class Pruner(Algorithm, ABC):
     """Decides which weights of a layer go, and what becomes of the others."""
 
     updates_survivors: ClassVar[bool] = False  # `prune` also changes the weights that stay
+    stand_in: ClassVar[str] = ""  # masks that a race judges plans by, where `prune` searches for better ones
     takes_zeros: ClassVar[bool] = False  # the zeros are there already, so that rows have nothing to decide
     without_inputs: ClassVar[str] = "pruned by magnitude"  # what becomes of a layer whose inputs nobody saw
     checked_against: ClassVar[str] = (

@@ -68,6 +68,7 @@ class RaceRecord:
         certificate: the winner against uniform, on text that nothing before has seen.
         descent: where a descent began, and its steps; `search`: of a search the generations; `sources`: of a calibration
             mix both plans by source. Each None where there was none.
+        stand_in: the masks that plans were judged by, where the pruner itself chooses others; "" where they are its own.
     """
 
     by: str
@@ -84,6 +85,7 @@ class RaceRecord:
     descent: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
     sources: Mapping[str, SourcePlans] | None = None
+    stand_in: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types, without what there was none of."""
@@ -100,6 +102,7 @@ class RaceRecord:
             "candidates": [candidate.to_dict(self.metric) for candidate in self.candidates],
             "spent": dict(self.spent),
             **{name: dict(value) for name, value in optional.items() if value is not None},
+            **({"stand_in": self.stand_in} if self.stand_in else {}),
             "data": dict(self.data),
             "certificate": self.certificate.to_dict(),
         }
@@ -119,6 +122,7 @@ class RaceRecord:
                 certificate=Comparison.from_dict(data["certificate"]),
                 descent=data.get("descent"),
                 search=data.get("search"),
+                stand_in=str(data.get("stand_in", "")),
                 sources=sources and {name: SourcePlans.from_dict(both) for name, both in sources.items()},
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -46,6 +46,7 @@ class ADMM(Pruner):
     )
     needs = frozenset({GRAM})
     updates_survivors = True
+    stand_in = "the masks that the search of admm starts from, on the dense weights"
 
     def __post_init__(self) -> None:
         check_number("admm: ridge", self.ridge, "(0, inf)", hint=", such as 0.1")

@@ -59,6 +59,7 @@ class ALPS(Pruner):
     )
     needs = frozenset({GRAM})
     updates_survivors = True
+    stand_in = "the masks that the search of alps starts from, on the dense weights"
     checked_against = "sparsegpt"
 
     def __post_init__(self) -> None:

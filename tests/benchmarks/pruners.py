@@ -29,7 +29,7 @@ ALLOCATORS = ("uniform", "owl", "alphapruning", "fisher", "race")
 PRUNERS = ("wanda", "sparsegpt", "admm", "alps")
 CHEAP = ("magnitude", "ria")  # with uniform layers only
 FINISHES = ("none", "refit", "swaps")  # swaps with uniform layers only
-KEYS = ("target", "pattern", "allocator", "pruner", "finish", "seed")
+KEYS = ("target", "pattern", "allocator", "pruner", "finish", "seed", "sequences")
 
 
 def load() -> Any:
@@ -71,8 +71,7 @@ def measure(
         pruning = time.process_time() - start
         quality = evaluate_text(model, judge.heldout, judge.dense)
         yield {
-            **dict(zip(KEYS, (*case, finish, seed), strict=True)),
-            "sequences": sequences,
+            **dict(zip(KEYS, (*case, finish, seed, sequences), strict=True)),
             "perplexity": round(quality.perplexity, 4),
             "kl": round(quality.kl, 5),
             "dense": round(quality.reference_perplexity, 4),
@@ -110,7 +109,7 @@ def main() -> None:
     parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS))
     parser.add_argument("--pruners", nargs="+", default=list(PRUNERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--every", type=int, default=8, help="of the held-out windows, each how many-th is scored")
     parser.add_argument("--finishes", nargs="+", choices=FINISHES, default=list(FINISHES))
     parser.add_argument("--threads", type=int, default=1)
@@ -120,7 +119,11 @@ def main() -> None:
     done, judge = {tuple(row[key] for key in KEYS) for row in record["rows"]}, Judge(options.every)
     for case in cases(options):
         for seed in options.seeds:
-            wanted = [f for f in finishes(case[2], case[3]) if f in options.finishes and (*case, f, seed) not in done]
+            wanted = [
+                f
+                for f in finishes(case[2], case[3])
+                if f in options.finishes and (*case, f, seed, options.sequences) not in done
+            ]
             for row in measure(case, wanted, seed, options.sequences, judge) if wanted else ():
                 record["rows"].append(row)
                 save(record, options.output)

@@ -92,6 +92,7 @@ def choose(run: Prepared, config: SparsityConfig, race: Race, sources: Sequence[
         descent=descent,
         search=search,
         sources=by_source,
+        stand_in=config.pruner.stand_in,
         data=split.to_dict(run.data),
         certificate=certificate,
     )

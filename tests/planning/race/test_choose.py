@@ -11,6 +11,7 @@ import torch
 from hf_sparsity import Plan, SparsityConfig, make_plan, prune
 from hf_sparsity.model.layers import find_layers
 from hf_sparsity.planning.race import evaluator
+from hf_sparsity.race_record import RaceRecord
 from tests.conftest import tiny
 from tests.planning.race.searches import texts
 
@@ -75,6 +76,13 @@ def test_a_race_of_other_patterns_pruners_and_experts(pattern, pruner, architect
     plan.check_target()
     assert prune(model, plan, texts()).sparsity >= 0.6 - 0.01
     assert math.isfinite(plan.chosen["certificate"]["kl"]["chosen"])
+
+
+def test_the_record_says_which_masks_stood_in_for_those_of_alps(plan):
+    raced_with = {"name": "race", "candidates": ("owl",), "slices": (48,), "descent": 0}
+    made = make_plan(tiny("llama"), SparsityConfig(0.6, allocator=raced_with, pruner="alps"), texts())
+    assert "the search of alps starts from" in made.chosen["stand_in"] and "stand_in" not in plan.chosen
+    assert RaceRecord.from_dict(made.chosen).to_dict() == made.chosen
 
 
 def test_a_budget_ends_the_rounds():
