@@ -292,6 +292,14 @@ def train_to_sparsity() -> str:
     return table(["", "80 %", "CPU s", "90 %", "CPU s"], rows)
 
 
+def train_toy() -> str:
+    """Held-out perplexity of each way to 80 and 90 % on the toy."""
+    data = results("train_toy")
+    rows = [["dense", *[f"{data['dense']:.2f}"] * 2]]
+    rows += [[r["way"], *(f"{r[t]:.2f}" if t in r else "" for t in ("80", "90"))] for r in data["rows"]]
+    return table(["", "80 %", "90 %"], rows)
+
+
 def _way(cell: dict[str, float] | None) -> list[str]:
     return ["", ""] if cell is None else [f"{cell['perplexity']:.2f}", f"{cell['cpu_seconds']:.0f}"]
 
@@ -331,6 +339,7 @@ RENDERERS: dict[str, Callable[[], str]] = {
         divergences,
         recovery,
         train_to_sparsity,
+        train_toy,
         speed,
         streaming,
         packed_layout,

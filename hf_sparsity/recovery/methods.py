@@ -172,7 +172,7 @@ class TrainToSparsity(Training):
 class TrainByElsa(TrainToSparsity):
     """Makes a dense model sparse while it trains, by ADMM with the training loss itself (`Elsa`)."""
 
-    schedule: Gradual | Elsa = field(default_factory=lambda: Elsa(end=0.8))
+    schedule: Gradual | Elsa = field(default_factory=lambda: Elsa(penalty=0.1, end=0.8))
 
     name = "elsa"
 

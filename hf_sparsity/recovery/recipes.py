@@ -1,7 +1,8 @@
 """Recipes: for a sparsity, a method of `recover` with every choice made.
 
-They were chosen on the embedded model (`docs/results.md`, "Training to sparsity"), where more tokens were always better; the
-numbers of tokens are what a small model needs to be worth the trouble, and a larger one deserves more. Standard library only.
+The learning rates are those of `recover`, tuned on the embedded model; the teacher and a race's budgets are what helped most on
+the toy of `docs/results.md`, "Training to sparsity". The numbers of tokens are what a small model needs to be worth the trouble,
+and a larger one deserves more; they have not been tried at these lengths. Standard library only.
 """
 
 from __future__ import annotations

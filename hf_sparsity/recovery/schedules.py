@@ -116,7 +116,8 @@ class Elsa:
     sparsity; here each has its own, by the plan.
 
     Args:
-        penalty: λ of the term `λ (w - z + u)` that is added to the gradients after they are clipped, at its largest.
+        penalty: λ of the term `λ (w - z + u)` that is added to the gradients after they are clipped, at its largest. The
+            authors' default is 0.01; small models, whose gradients are larger, want more (a toy of three blocks 0.3).
         curve: "cosine", by which the penalty rises from 0 to `penalty` at the end, or "constant".
         interval: optimizer steps between two projections.
         end: when the weights are projected for good; after that the zeros are held. A share of the run, or optimizer steps.

@@ -80,7 +80,7 @@ def method_of(way: str, plan: Plan, steps: int) -> Training:
     return kinds[way](**common)
 
 
-PENALTY = 0.03
+PENALTY = 0.1
 
 
 class Bench:
