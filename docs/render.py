@@ -317,6 +317,21 @@ def streaming() -> str:
     return table(["pruner", "blocks", "on disk", "highest resident memory", "estimated", "the sum"], lines)
 
 
+def devices() -> str:
+    """What pruning holds on simulated accelerators and moves, by where the model is."""
+    lines = [
+        [
+            row["where"],
+            row["pruner"],
+            *(f"{row[key]:.0f}" for key in ("stays", "peak", "in", "out")),
+            *(f"{row[key]:.1f}" for key in ("weights_in", "weights_out", "waits")),
+        ]
+        for row in results("devices")["rows"]
+    ]
+    header = ["model", "pruner", "stays there", "above that at most", "in", "out", "trips in", "trips out", "waits"]
+    return table(header, lines, 2)
+
+
 def packed_layout() -> str:
     """The byte table of a packed weight, from the docstring of the code that writes it."""
     from hf_sparsity.checkpoint.bitmask import codec
@@ -342,6 +357,7 @@ RENDERERS: dict[str, Callable[[], str]] = {
         train_toy,
         speed,
         streaming,
+        devices,
         packed_layout,
     )
 }

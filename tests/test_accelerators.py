@@ -17,6 +17,7 @@ from hf_sparsity.model.layers import find_layers
 from hf_sparsity.model.offload import input_device
 from hf_sparsity.pruners import PRUNERS
 from hf_sparsity.streaming import run, spill
+from tests.gpu.measure import Size, measure
 from tests.simulated_device import simulated
 
 IDS = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -231,3 +232,21 @@ def test_a_full_device_makes_room_then_halves_the_batches(devices, caplog, monke
     devices[0].room = devices[0].held + 8000
     with pytest.raises(ValueError, match="more memory are needed on sim:0"):
         prune(model, plan, batches)
+
+
+def check_figures(figures, pruners):
+    assert not [name for name, value in figures.items() if isinstance(value, dict) and "error" in value], figures
+    assert figures["statistics"] < 1e-3 and figures["training"] > 0.49
+    assert all(figures[f"{pruner} {where}"]["seconds"] > 0 for pruner in pruners for where in ("resident", "streamed"))
+
+
+def test_the_script_for_a_real_device_runs(devices, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "sim:0")
+    tiny = Size(32, 48, 2, 2, 64, 2, 12)
+    check_figures(measure(tiny, torch.device("sim:0"), ("wanda",)), ("wanda",))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    size = Size(1024, 2816, 4, 8, 1024, 8, 512)
+    check_figures(measure(size, torch.device("cuda:0")), ("wanda", "sparsegpt", "alps"))
