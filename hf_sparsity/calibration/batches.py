@@ -85,7 +85,8 @@ def data_fingerprint(batches: Iterable[Batch]) -> dict[str, Any]:
             digest.update(values.contiguous().numpy().tobytes())
         first = batch.get("input_ids", next(iter(batch.values())))
         sequences += first.shape[0]
-        tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else first.shape[0] * first.shape[1]
+        mask = batch.get("attention_mask")
+        tokens += int(mask.sum()) if mask is not None and mask.ndim == 2 else first.shape[0] * first.shape[1]
     return {"sequences": sequences, "tokens": tokens, "sha256": digest.hexdigest()}
 
 
@@ -207,6 +208,8 @@ def _without_padding(tensors: dict[str, Tensor], number: int) -> list[dict[str, 
     for mask, ids in (("attention_mask", "input_ids"), ("decoder_attention_mask", "decoder_input_ids")):
         if mask not in tensors:
             continue
+        if tensors[mask].ndim != 2:  # who may look at whom, as the caller has decided it
+            return [tensors]
         if bool((tensors[mask] != 0).all()):
             del tensors[mask]
         elif ids in tensors and tensors[mask].shape != tensors[ids].shape:

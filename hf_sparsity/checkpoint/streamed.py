@@ -12,7 +12,7 @@ and one that is written to gets pages of its own, so no write can reach the chec
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..model.accepted import check_source, reading
 from ..model.classes import LOCATION, from_config
 from ..model.offload import WeightStore, attach_store
 from .block_map import BlockMap, CheckpointKeys
-from .conversion import convert, read_parameters, rehearse, some, twin_of
+from .conversion import convert, read_parameters, rehearse, slots, some, twin_of
 from .locate import find_stored
 from .safetensors_index import DTYPES, WEIGHT_DTYPES, Stored, opened, read_headers
 from .system import prefetch
@@ -226,16 +226,30 @@ def open_streamed(
         model = from_config(config, auto_class, dtype=_choose_dtype(dtype, config, stored), trust_remote_code=trust)
     model.eval()
     missing = rehearse(model, stored)
-    present = set(model.state_dict()) - missing
+    computed = missing & set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    present = set(model.state_dict()) - missing | computed
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
     weights = StreamedWeights(model, stored, present, target)
     weights.load_resident()
+    _compute(model, computed, target)
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
     weights.attach()
     if model.can_generate():
         with suppress(OSError):  # without a file the model has one made from its config
             model.generation_config = GenerationConfig.from_pretrained(source, **location)
     return model
+
+
+@torch.no_grad()
+def _compute(model: PreTrainedModel, names: Collection[str], device: torch.device) -> None:
+    """Makes the parameters that no checkpoint has, since their class computes them, such as tables of sines."""
+    places = slots(model)
+    for name in names:
+        module, attribute = places[name]
+        parameter = module._parameters[attribute]
+        assert parameter is not None
+        module._parameters[attribute] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+        model._init_weights(module)
 
 
 def _as_device(device: str | torch.device | None) -> torch.device:

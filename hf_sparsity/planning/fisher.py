@@ -68,8 +68,9 @@ def _loss(model: PreTrainedModel, batch: Batch, row: int) -> Tensor:
         row = 0
     side = "decoder_" if of_decoder else ""
     labels = inputs[f"{side}input_ids"]
-    if f"{side}attention_mask" in inputs:
-        labels = labels.masked_fill(inputs[f"{side}attention_mask"] == 0, -100)
+    mask = inputs.get(f"{side}attention_mask")
+    if mask is not None and mask.ndim == 2:
+        labels = labels.masked_fill(mask == 0, -100)
     if of_decoder:  # what comes after each token that it reads
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
     others = torch.arange(len(labels), device=labels.device) != row

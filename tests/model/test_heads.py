@@ -15,9 +15,9 @@ from hf_sparsity.model.classes import is_model_class
 from tests.model.shrink import small_model
 
 MAGNITUDE = SparsityConfig(0.5, pruner="magnitude")
-KNOWN = (
-    500  # classes that are at least kept whole; of 94 drawn by lot 67 were, 23 could not be made small, 4 are refused
-)
+# Classes that are at least kept whole. Of 238 of the 1,181 drawn by lot 171 were, 59 could not be made small and 8 are refused;
+# this is that share less three standard errors.
+KNOWN = 740
 HEADS = (
     "AutoModel",
     "AutoModelForSequenceClassification",
@@ -37,6 +37,7 @@ SOME = (
     "BertForMaskedLM",
     "BartForConditionalGeneration",
     "WhisperForConditionalGeneration",
+    "MarianMTModel",
     "Wav2Vec2ForCTC",
     "Qwen2_5_VLForConditionalGeneration",
 )
@@ -64,8 +65,11 @@ def check(model, folder):
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], (way, info)
         expected = model.state_dict()
         assert set(loaded.state_dict()) == set(expected)
+        computed = set(kind._keys_to_ignore_on_save or ())  # such as tables of sines, which are made anew
         planned = {name.split("[")[0] for name in plan["layers"]}
         for name, value in loaded.state_dict().items():
+            if name in computed:
+                continue
             is_pruned = name in planned or name.removesuffix(".weight") in planned
             assert torch.equal(value, expected[name]) is not is_pruned, (way, name)
             if is_pruned:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_sparsity.calibration.batches import prepare_batches
+from hf_sparsity.calibration.batches import data_fingerprint, prepare_batches
 from hf_sparsity.core.stats import GRAM, NORMS
 from hf_sparsity.evaluation.divergence import by_token
 from hf_sparsity.evaluation.perplexity import next_token_losses
@@ -144,6 +144,19 @@ def test_the_norms_of_gradual_pruning(name, shape, side):
     assert running.mean_sq.keys() == expected.keys()
     for layer, mean in expected.items():
         torch.testing.assert_close(running.mean_sq[layer], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_who_sees_whom():
+    """Of four dimensions, as packed texts have it; it says nothing of padding, and is handed to the model as it is."""
+    model, ids = tiny("llama"), torch.randint(5, 120, (1, 12), generator=torch.Generator().manual_seed(3))
+    blind = torch.full((1, 1, 12, 12), torch.finfo(torch.float32).min)
+    seen = torch.zeros(12, 12, dtype=torch.bool)
+    seen[:7, :7], seen[7:, 7:] = torch.ones(7, 7).tril().bool(), torch.ones(5, 5).tril().bool()
+    batch = {"input_ids": ids, "attention_mask": blind.masked_fill(seen, 0)}
+    batch["position_ids"] = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    assert data_fingerprint(prepare_batches(model, [batch]))["tokens"] == 12
+    check_same(grams(model, [batch]), grams(model, [{"input_ids": ids[:, :7]}, {"input_ids": ids[:, 7:]}]))
+    fisher_information(model, find_layers(model), prepare_batches(model, [batch]))
 
 
 def test_sound_that_is_padded():
