@@ -138,8 +138,8 @@ def check(
     batches = batches[-count:]
     model_layers = planned_layers(model, plan)
     own = str(model.dtype).removeprefix("torch.")
-    recorded = plan.compute_dtype or own
-    choice = "model" if recorded == own else recorded  # as when it was recorded
+    computed = plan.compute_dtype or own
+    choice = "model" if computed == own else computed  # as when it was recorded
     with computing_as(choice, model, dense):
         scores = (
             _against(dense, model, batches)

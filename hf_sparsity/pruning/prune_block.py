@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -41,7 +42,7 @@ def prune_block(
     for group, rank in zip(groups, owner, strict=True):
         progress.say(f"layer {len(reports) + 1} of {len(block.layers)}")
         if rank == processes.rank:
-            pruned, pruned_reports = _with_room(block, lambda g=group: _prune_group(g, pruner, rows, fallbacks, refine))
+            pruned, pruned_reports = _with_room(block, partial(_prune_group, group, pruner, rows, fallbacks, refine))
             reports |= pruned_reports
             if processes.count == 1:
                 for name, weight in pruned.items():

@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,10 +52,10 @@ def measure_speed(
     """
     if PACKED not in models or min(prompt, tokens, repeats) < 1:
         raise ValueError(f"speed is measured of {PACKED!r} and others, with at least 1 token and repeat")
-    text = next(iter(models.values())).get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, text, (max(BATCHES), prompt), generator=torch.Generator().manual_seed(0))
+    embedding: Any = next(iter(models.values())).get_input_embeddings()
+    ids = torch.randint(0, len(embedding.weight), (max(BATCHES), prompt), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        prefill = _in_turn({name: lambda model=model: model(ids[:1]) for name, model in models.items()}, repeats)
+        prefill = _in_turn({name: partial(model, ids[:1]) for name, model in models.items()}, repeats)
         decode = {batch: _decode(models, ids[:batch], tokens) for batch in BATCHES}
     rows = {}
     for name, model in models.items():
@@ -97,7 +98,7 @@ def _decode(models: Mapping[str, PreTrainedModel], ids: Tensor, tokens: int) -> 
         following = states[name].logits[:, -1:].argmax(-1)
         states[name] = models[name](following, past_key_values=states[name].past_key_values, use_cache=True)
 
-    return _in_turn({name: lambda name=name: step(name) for name in models}, tokens)
+    return _in_turn({name: partial(step, name) for name in models}, tokens)
 
 
 def bytes_read(model: PreTrainedModel) -> int:
