@@ -15,7 +15,7 @@ from ..model.sparsity import refuse_foreign_plan
 from ..plan import Report
 from .atomic import new_folder
 from .completion import check_writable, complete
-from .packed_folder import check_layout, pack_into, refuse_unless_prunable
+from .packed_folder import METHOD, check_layout, pack_into, refuse_unless_prunable
 from .saved import is_saved
 from .source import find_source
 from .zeros import REPORT_FILE, check_written
@@ -56,6 +56,12 @@ def save_sparse(
     if report is not None and not isinstance(report, Report):
         raise ValueError(f"report is a {type(report).__name__}; what prune returned is expected, or None")
     check_layout(layout)
+    quantized = getattr(model, "hf_quantizer", None)
+    if quantized is not None and getattr(quantized.quantization_config, "quant_method", None) == METHOD:
+        raise ValueError(
+            "this model is packed in memory: model.save_pretrained(folder) writes the packed layout, and after "
+            "hf_sparsity.unpack_model(model) it is saved as any other"
+        )
     forget_packing(model.config)
     refuse_foreign_plan(model)
     check_writable(model)

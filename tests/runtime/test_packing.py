@@ -128,6 +128,8 @@ def test_what_cannot_be_packed(llama):
     model = pack_model(copy.deepcopy(llama))
     with pytest.raises(ValueError, match="quantized"):
         pack_model(model)
+    with pytest.raises(ValueError, match="packed in memory"):
+        save_sparse(model, "nowhere", layout="bitmask")
     with pytest.raises(RuntimeError, match="packed bytes only"):
         model.load_state_dict(llama.state_dict())
     with pytest.raises(ValueError, match="nothing in this LlamaForCausalLM is packed"):
