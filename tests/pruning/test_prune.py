@@ -13,6 +13,7 @@ from hf_sparsity.algorithm import Allocator, Pruner
 from hf_sparsity.allocators import ALLOCATORS
 from hf_sparsity.pruners import PRUNERS
 from tests.conftest import tiny, tiny_batch
+from tests.tools import mostly_slow
 
 IDS = tiny_batch("llama", sequences=4, tokens=32)["input_ids"]
 QUICK = {"msp": {"name": "msp", "population": 4, "generations": 2, "parents": 2}, "mrp": {"name": "mrp", "growth": 0.1}}
@@ -50,7 +51,10 @@ def test_every_allocator_and_every_pruner(allocator, pruner):
     assert torch.isfinite(model(IDS).logits).all()
 
 
-@pytest.mark.parametrize(("allocator", "pruner"), ROW_AND_COLUMN)
+@pytest.mark.parametrize(
+    ("allocator", "pruner"),
+    mostly_slow(ROW_AND_COLUMN, [("mrp", "wanda"), ("atp", "wanda"), *(("owl", name) for name in PRUNERS)]),
+)
 def test_mixed_groups_with_every_allocator(allocator, pruner):
     model = tiny("llama")
     config = SparsityConfig(0.55, pattern="*:8", allocator=quick(allocator), pruner=pruner)

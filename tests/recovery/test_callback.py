@@ -81,8 +81,8 @@ def assert_survivors_changed(before, model, dead, share=0.95):
 
 
 HOLDS = [("llama", way) for way in WAYS if way != "compile"]
-HOLDS += [("gpt2", "plain"), *(("mixtral", way) for way in ("plain", "accumulation", "checkpointing"))]
-SLOW = [pytest.param("llama", "compile", marks=pytest.mark.slow)]
+HOLDS += [("gpt2", "plain"), ("mixtral", "accumulation")]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "compile"), ("mixtral", "checkpointing"))]
 
 
 @pytest.mark.parametrize(("name", "way"), HOLDS + SLOW)

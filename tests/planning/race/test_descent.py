@@ -24,6 +24,7 @@ from hf_sparsity.planning.race.evaluator import Evaluator
 from hf_sparsity.streaming.gradients import BlocksNotAlone
 from tests.conftest import Stopped, gemma3n, stop_after, tiny, tiny_batch
 from tests.planning.race.searches import Quadratic, config, grid, texts
+from tests.tools import mostly_slow
 
 # ---- steps
 
@@ -218,7 +219,10 @@ def test_a_descent_goes_on_where_it_was_interrupted(tmp_path):
 
 @pytest.mark.parametrize(
     ("pattern", "pruner", "architecture"),
-    [("*:8", "wanda", "llama"), ("unstructured", "sparsegpt", "gpt_oss"), ("unstructured", "magnitude", "t5")],
+    mostly_slow(
+        [("*:8", "wanda", "llama"), ("unstructured", "sparsegpt", "gpt_oss"), ("unstructured", "magnitude", "t5")],
+        [("unstructured", "sparsegpt", "gpt_oss"), ("unstructured", "magnitude", "t5")],
+    ),
 )
 def test_other_patterns_pruners_and_architectures(pattern, pruner, architecture):
     batch = tiny_batch(architecture, sequences=12)
