@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from hf_sparsity import Plan, make_plan, prune
 from hf_sparsity.checkpoint import packed_folder as packs
 from hf_sparsity.checkpoint.bitmask.codec import HEADER, checksum
-from hf_sparsity.checkpoint.quantizer import register
 from hf_sparsity.checkpoint.save import save_sparse
 from hf_sparsity.checkpoint.zeros import REPORT_FILE
 from hf_sparsity.cli.main import main
@@ -27,7 +26,6 @@ from hf_sparsity.publish.layouts import pack, unpack
 from tests.checkpoint.bitmask.packed_bytes import put, seal, string, tensor
 from tests.conftest import tiny
 
-register()
 HUGE = 10 * 2**30
 
 

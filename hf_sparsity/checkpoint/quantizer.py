@@ -51,14 +51,14 @@ logger = logging.getLogger(__name__)
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
-def register(packed: Callable[..., BitmaskQuantizer] | None = None) -> None:
+def register(packed: Callable[..., BitmaskQuantizer]) -> None:
     """Makes packed folders loadable in this process; a second call does nothing.
 
     `packed`: what makes the quantizer that keeps weights packed, see `hf_sparsity/runtime/loading.py`.
     """
 
     def quantizer(config: BitmaskConfig, **options: Any) -> BitmaskQuantizer:
-        if config.dequantize or packed is None:
+        if config.dequantize:
             return BitmaskQuantizer(config, **options)
         return packed(config, **options)
 

@@ -210,7 +210,7 @@ def test_too_long_is_said_before_any_work():
     ):
         make_plan(model, SparsityConfig(0.5, allocator="race"), torch.full((8, 129), 5))
     with pytest.raises(ValueError, match=r"config.max_position_embeddings if the model can do more"):
-        model_batches(tiny("llama"), ["text"], {"length": 129}, object(), None, {})
+        model_batches(tiny("llama"), ["text"], {"length": 129}, lambda *_: None, None, {})
     padded = {"input_ids": torch.full((1, 129), 5), "attention_mask": torch.tensor([[0] + [1] * 128])}
     assert len(prepare_batches(model, [padded])) == 1, "what is padding takes no position"
     again = torch.arange(200)[None] % 100

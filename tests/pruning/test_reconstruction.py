@@ -141,7 +141,7 @@ def test_dense_layers_and_ignored_experts_stay_as_they_are():
 def test_a_real_model_becomes_better():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    whole = Path(demo.__file__).parent  # the embedded model with all its blocks
+    whole = Path(demo.__file__).parent / "model"  # the embedded model with all its blocks
     tokenizer = AutoTokenizer.from_pretrained(whole)
     ids = calibration_batches([text for _, text in demo.texts("calibration")], tokenizer, sequences=8, length=128)
     heldout = text_windows("".join(text for _, text in demo.texts("heldout")), tokenizer, 128)[::200]
