@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 
 .PHONY: demo test check slow test-oldest test-newest clean
 
-demo: $(READY)  ## prune the embedded model with four allocators, compare, draw: two minutes
+demo: $(READY)  ## prune the embedded model with four allocators, compare, draw: two to three minutes
 	rm -rf demo_output
 	$(BIN)/hf-sparsity demo --output demo_output
 

@@ -21,7 +21,7 @@ SEQUENCES = 32  # calibration sequences
 SELECTION = 8  # further sequences, by which the best allocator is chosen
 WINDOWS = 48  # of the held-out text, evenly spread; with --all: all
 # A race that is over in a minute: two formulas, a short slice of text, a few steps downhill.
-SHORT_RACE = {"name": "race", "candidates": ("owl", "fisher"), "slices": (2048, 4096), "descent": 8}
+SHORT_RACE = {"name": "race", "candidates": ("owl", "fisher"), "slices": (2048, 4096), "descent": 2}
 RECORD = "demo.json"  # in the output: what was asked for and what came of it
 FAILS = "alphapruning"  # on this model; on others it is among the best
 
@@ -148,7 +148,7 @@ def _try(name: str, config: SparsityConfig, data: Any, heldout: Any) -> tuple[An
 def announcement(chosen: list[tuple[str, Any, Any]], options: argparse.Namespace) -> str:
     """Returns what will be done, and how long it takes."""
     names = ", ".join(name for name, *_ in chosen)
-    how_long = "a quarter of an hour" if options.all else "two minutes"
+    how_long = "a quarter of an hour" if options.all else "two to three minutes"
     rest = "" if options.all else f"; {FAILS} fails on this model, though not on others. --all tries every allocator"
     return (
         f"The embedded model, a Llama of four million weights, loses {100 * options.sparsity:.0f} % of them in "
