@@ -36,7 +36,6 @@ from transformers.utils import logging
 
 from hf_sparsity import make_plan, prune
 from hf_sparsity.checkpoint.bitmask import bits, codec
-from hf_sparsity.checkpoint.quantizer import register
 from hf_sparsity.checkpoint.save import save_sparse
 from hf_sparsity.checkpoint.zeros import folder_bytes
 from hf_sparsity.publish.layouts import pack, unpack
@@ -233,7 +232,6 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    register()
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; above 1 nothing below is worth quoting")
     matrices(options.repeat)
     root = Path(tempfile.mkdtemp(dir=options.folder))

@@ -19,13 +19,12 @@ from hf_sparsity import make_plan, prune
 from hf_sparsity.checkpoint import packed_folder as packs
 from hf_sparsity.checkpoint.bitmask import codec
 from hf_sparsity.checkpoint.packed_folder import METHOD
-from hf_sparsity.checkpoint.quantizer import BitmaskConfig, BitmaskQuantizer, register
+from hf_sparsity.checkpoint.quantizer import BitmaskConfig, BitmaskQuantizer
 from hf_sparsity.checkpoint.save import save_sparse
 from hf_sparsity.checkpoint.transformers_internals import ASKS_FOR_DTYPES, AUTO_QUANTIZER_MAPPING
 from hf_sparsity.publish.layouts import pack, unpack
 from tests.conftest import _CAUSAL, ZOO, _text, tiny
 
-register()
 SMALL = "60KB"  # a tiny model in several shards
 _VISION = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 MORE = {
