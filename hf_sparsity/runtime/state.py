@@ -17,6 +17,7 @@ from ..checkpoint.bitmask import codec
 from ..checkpoint.packed_folder import METHOD, groups_of, is_packed, repack_into, shortest
 from ..checkpoint.quantizer import BitmaskQuantizer
 from ..checkpoint.transformers_internals import revert_weight_conversion
+from ..files import MARKER
 from ..model.sparsity import model_plan
 from .install import packed_modules
 
@@ -86,7 +87,8 @@ def save_packed(
 ) -> None:
     """Stands in for `save_pretrained` of a packed model: the packed layout again, as `hf_sparsity.pack` writes it.
 
-    Files of a former save are replaced when the new ones are complete. The options are those of `save_pretrained`.
+    Files of a former save are replaced when the new ones are complete; the folder is marked as unfinished meanwhile. The options
+    are those of `save_pretrained`.
 
     Raises:
         ValueError: options that the packed layout has no form for.
@@ -103,7 +105,9 @@ def save_packed(
         packed.mkdir()
         type(model).save_pretrained(model, dense, **(options | {"save_original_format": False}))
         repack_into(dense, packed)
+        (target / MARKER).mkdir(exist_ok=True)
         for old in target.glob("sparse*.safetensors*"):
             old.unlink()
         for file in sorted(packed.iterdir(), key=lambda file: file.name == "config.json"):
             shutil.move(file, target / file.name)
+        (target / MARKER).rmdir()

@@ -11,6 +11,7 @@ import transformers as hf
 
 from hf_sparsity import BitmaskConfig, SparseModel, make_plan, pack_model, prune, save_sparse, unpack_model
 from hf_sparsity.checkpoint.zeros import folder_bytes
+from hf_sparsity.files import MARKER, check_finished
 from hf_sparsity.runtime.linear import Packed, PackedLinear
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
@@ -72,6 +73,25 @@ def test_loaded_packed(folder, tmp_path):
     unpack_model(model)
     assert same(model.state_dict(), dense.state_dict()) and not hasattr(model.config, "quantization_config")
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_save_that_stops_in_between_is_known_as_unfinished(llama, tmp_path, monkeypatch):
+    model = pack_model(copy.deepcopy(llama))
+    model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / MARKER).exists()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("shutil.move", full)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="unfinished"):
+        check_finished(tmp_path / "out")
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path / "out")
+    check_finished(tmp_path / "out")
+    assert isinstance(load(tmp_path / "out").model.layers[0].mlp.up_proj, PackedLinear)
 
 
 def test_packed_in_memory(folder):
