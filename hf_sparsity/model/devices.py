@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from .offload import hook_devices
+
 
 def is_accelerator(device: torch.device) -> bool:
     """Returns whether a device has memory of its own: not the CPU, nor the meta device, which has none."""
@@ -18,33 +20,15 @@ def is_accelerator(device: torch.device) -> bool:
 
 def accelerators(model: nn.Module) -> list[torch.device]:
     """Returns the accelerators on which a model's weights are or come to be, in the order of the model."""
-    found: dict[torch.device, None] = {}
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            if getattr(one, "execution_device", None) is not None:
-                found[execution_device(one.execution_device)] = None
-        found.update((parameter.device, None) for parameter in module._parameters.values() if parameter is not None)
+    found = dict.fromkeys(hook_devices(model))
+    found.update((parameter.device, None) for parameter in model.parameters())
     return [device for device in found if is_accelerator(device)]
 
 
 def block_device(block: nn.Module) -> torch.device:
     """Returns the device that a block is computed on: that of a hook of accelerate, or of its first weight."""
-    for module in block.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            if getattr(one, "execution_device", None) is not None:
-                return execution_device(one.execution_device)
-    return next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
-
-
-def execution_device(named: Any) -> torch.device:
-    """Returns the device that a hook of accelerate names; a number is that of the machine's kind of accelerator."""
-    device = torch.device(named)
-    if is_accelerator(device) and device.index is None:
-        with suppress(AttributeError, RuntimeError):
-            return torch.device(device.type, torch.get_device_module(device).current_device())
-    return device
+    own = (parameter.device for parameter in block.parameters())
+    return next(hook_devices(block), None) or next(own, torch.device("cpu"))
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -9,7 +9,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -186,10 +186,29 @@ def _store(hook: AlignDevicesHook, name: str, value: Tensor) -> None:
             store.index[other] = new_entry
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Returns the device of the embeddings, to which inputs go; accelerate's hooks move them on from there."""
+def hook_devices(model: nn.Module) -> Iterator[torch.device]:
+    """Yields the devices on which accelerate's hooks let the modules of a model run, in the order of the modules.
+
+    A device that is named by its kind alone, or by a number, is the current one of that kind.
+    """
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
-        if hook is not None and getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            if (named := getattr(one, "execution_device", None)) is not None:
+                yield _with_index(torch.device(named))
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type in ("cpu", "meta") or device.index is not None:
+        return device
+    with suppress(AttributeError, RuntimeError):
+        return torch.device(device.type, torch.get_device_module(device).current_device())
+    return device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Returns the device of the embeddings, to which inputs go; accelerate's hooks move them on from there."""
+    named = next(hook_devices(model), None)
+    if named is not None:
+        return named
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
