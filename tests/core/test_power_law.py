@@ -2,34 +2,15 @@
 
 import json
 import math
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_sparsity.core.power_law import _distances, _exponents, tail_exponent
-from hf_sparsity.core.spectra import sliding, spectra
-
-GOLDENS = Path(__file__).parents[1] / "fixtures/goldens"
-
-
-LLAMA = GOLDENS / "llama-tiny"
-
-
-ALPHA = json.loads((LLAMA / "alloc/alphapruning_70.json").read_text())
-
-
-FARMS = json.loads((LLAMA / "alloc/farms.json").read_text())["runs"]["scripts_2000_Q1_ops15"]
-
-
-SCRIPT = partial(sliding, height=2000, ratio=1.0, steps=15)
-
-
-def weights(names):
-    stored = load_file(GOLDENS / "models/llama-tiny/model.safetensors")
-    return [stored[f"{name}.weight"] for name in names]
+from hf_sparsity.core.spectra import spectra
+from tests.conftest import GOLDENS
+from tests.core.goldens import ALPHA, FARMS, LLAMA
 
 
 def naive_alpha(values, i):

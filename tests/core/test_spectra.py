@@ -1,9 +1,7 @@
 """Eigenvalues and windows: the authors' values, plain restatements, and the ends they did not handle."""
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +10,7 @@ from safetensors.torch import load_file
 from hf_sparsity.core import spectra as module
 from hf_sparsity.core.power_law import sparsities_by_exponent, tail_exponent
 from hf_sparsity.core.spectra import sliding, spectra, whole
-
-GOLDENS = Path(__file__).parents[1] / "fixtures/goldens"
-LLAMA = GOLDENS / "llama-tiny"
-ALPHA = json.loads((LLAMA / "alloc/alphapruning_70.json").read_text())
-FARMS = json.loads((LLAMA / "alloc/farms.json").read_text())["runs"]["scripts_2000_Q1_ops15"]
-SCRIPT = partial(sliding, height=2000, ratio=1.0, steps=15)
-
-
-def weights(names):
-    stored = load_file(GOLDENS / "models/llama-tiny/model.safetensors")
-    return [stored[f"{name}.weight"] for name in names]
+from tests.core.goldens import FARMS, LLAMA, SCRIPT, weights
 
 
 @pytest.mark.parametrize("cut, file", [(whole, "esd_eigs_fp32"), (SCRIPT, "farms_2000_Q1_ops15_eigs")])

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hf_sparsity.core import masks
 from hf_sparsity.core.least_squares import Problem, refit
 from hf_sparsity.core.swaps import curvatures, swap
 from hf_sparsity.pruners import PRUNERS
-from tests.conftest import GOLDENS
+from tests.pruners import layers
 from tests.pruners.layers import error, with_gram
 
-NAMES = {"q": "model.layers.0.self_attn.q_proj", "o": "model.layers.0.self_attn.o_proj"}
-
-
-@pytest.fixture(scope="module")
-def golden():
-    tensors = load_file(GOLDENS / "llama-tiny/alps_layer0.safetensors")
-    weights = load_file(GOLDENS / "models/llama-tiny/model.safetensors")
-    return tensors | {f"weight.{short}": weights[f"{name}.weight"].float() for short, name in NAMES.items()}
+golden = pytest.fixture(scope="module")(layers.golden)
 
 
 @pytest.mark.parametrize(

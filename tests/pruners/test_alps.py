@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from hf_sparsity.algorithm import NORMS, Layer, Pattern
 from hf_sparsity.core.least_squares import Problem, refit, solve_on_mask
@@ -17,25 +16,18 @@ from hf_sparsity.pruners import PRUNERS
 from hf_sparsity.pruners.admm import ADMM
 from hf_sparsity.pruners.alps import ALPS, Search
 from hf_sparsity.pruners.ria import RIA
-from tests.pruners.layers import error, with_gram
+from tests.conftest import GOLDENS
+from tests.pruners import layers
+from tests.pruners.layers import NAMES, error, with_gram
 
 SETTINGS = {"50": (0.5, "unstructured"), "70": (0.7, "unstructured"), "2of4": (0.5, "2:4"), "4of8": (0.5, "4:8")}
-NAMES = {"q": "model.layers.0.self_attn.q_proj", "o": "model.layers.0.self_attn.o_proj"}
 
 
-@pytest.fixture(scope="module")
-def golden():
-    from tests.conftest import GOLDENS
-
-    tensors = load_file(GOLDENS / "llama-tiny/alps_layer0.safetensors")
-    weights = load_file(GOLDENS / "models/llama-tiny/model.safetensors")
-    return tensors | {f"weight.{short}": weights[f"{name}.weight"].float() for short, name in NAMES.items()}
+golden = pytest.fixture(scope="module")(layers.golden)
 
 
 @pytest.fixture(scope="module")
 def unit():
-    from tests.conftest import GOLDENS
-
     with safe_open(GOLDENS / "edge/alps_unit.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()} | {"info": json.loads(file.metadata()["info"])}  # noqa: SIM118
 
