@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..model.accepted import quantization_of, quantized_message
 from .bitmask import codec
-from .packed_folder import METHOD, check_description, check_headers, check_tensors, is_dense
+from .packed_folder import LAYOUT_ENTRIES, METHOD, check_description, check_headers, check_tensors, is_dense
 from .safetensors_index import NAMES, Stored, find_files, read_headers
 
 
@@ -44,8 +46,20 @@ def find_stored(source: str | os.PathLike[str], config: Any, location: Mapping[s
     return {name: _matrix(name, place) if packed[name] else place for name, place in stored.items()}
 
 
+def find_stored_of(folder: Path, model: PreTrainedModel, described: Mapping[str, Any]) -> dict[str, Stored]:
+    """Returns name -> place of the tensors of a folder that holds a model which is in memory, too.
+
+    `described`: the folder's config, which says how its weights are stored; the model's own does not. Raises as `find_stored`.
+    """
+    config: Any = copy.deepcopy(model.config)
+    for name in LAYOUT_ENTRIES:
+        if name in described:
+            setattr(config, name, described[name])
+    return find_stored(folder, config, {})
+
+
 def _forget_layout(config: Any) -> None:
-    for name in ("quantization_config", "transformers_weights"):
+    for name in LAYOUT_ENTRIES:
         if hasattr(config, name):
             delattr(config, name)
 

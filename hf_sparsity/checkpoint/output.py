@@ -9,7 +9,6 @@ disk. The dense ones lie in the record of the run and go with it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -35,7 +34,7 @@ from .atomic import check_place, disk_errors, write_tensors
 from .completion import complete, with_notes
 from .conversion import read_parameters, targets, twin_of
 from .journal import Journal, digests
-from .locate import find_stored
+from .locate import find_stored_of
 from .packed_folder import check_layout, pack_into
 from .safetensors_index import DTYPES
 from .source import Source, find_source
@@ -225,12 +224,8 @@ class Output:
 
     def restore(self, model: PreTrainedModel, model_layers: ModelLayers) -> Report:
         """Puts the weights of a complete folder into the model, as pruning into it would have; returns its report."""
-        config = copy.deepcopy(model.config)
         described = read_json(self.path / CONFIG_NAME)
-        for key in ("quantization_config", "transformers_weights"):
-            if key in described:
-                setattr(config, key, described[key])
-        stored = find_stored(self.path, config, {})
+        stored = find_stored_of(self.path, model, described)
         streamed, uses = weight_store(model), targets(model, stored)
         by_block = {
             block.name: {key: stored[key] for key, name in uses.items() if name.startswith(f"{block.name}.")}

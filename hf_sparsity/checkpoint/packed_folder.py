@@ -38,6 +38,8 @@ from ..plan import LARGEST_FILE, Plan, read_json, write_json
 from .bitmask import codec
 from .bitmask.bits import GROUPS
 
+LAYOUT_ENTRIES = ("quantization_config", "transformers_weights")  # of a config: how the weights beside it are stored
+
 logger = logging.getLogger(__name__)
 
 METHOD, LAYOUT, VERSION = "hf_sparsity", "bitmask", 1

@@ -19,12 +19,20 @@ from .atomic import check_output
 from .bitmask import codec
 from .conversion import some
 from .locate import find_stored
-from .packed_folder import METHOD, checksums, dense_files, opened_file, other_files, read_config, unpack_tensor
+from .packed_folder import (
+    LAYOUT_ENTRIES,
+    METHOD,
+    checksums,
+    dense_files,
+    opened_file,
+    other_files,
+    read_config,
+    unpack_tensor,
+)
 from .source import try_loading
 
 logger = logging.getLogger(__name__)
 
-_OF_A_LAYOUT = ("quantization_config", "transformers_weights")  # entries of a config that say how weights are stored
 _OF_ONE_FOLDER = re.compile(r"README\.md|sparsity_.*")  # files that later commands write into a finished folder
 
 
@@ -82,7 +90,7 @@ def difference(folder: Path, output: Path, *, values: bool) -> str:
     bits are known.
     """
     configs = [read_config(one) for one in (folder, output)]
-    entries = [{key: value for key, value in config.items() if key not in _OF_A_LAYOUT} for config in configs]
+    entries = [{key: value for key, value in config.items() if key not in LAYOUT_ENTRIES} for config in configs]
     if differing := sorted(k for k in {**entries[0], **entries[1]} if entries[0].get(k) != entries[1].get(k)):
         return f"{', '.join(differing[:3])} in config.json"
     weights = [_weight_files(*pair) for pair in zip((folder, output), configs, strict=True)]

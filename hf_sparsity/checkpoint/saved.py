@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..model.layers import place_of
 from ..plan import read_json
 from .conversion import some
-from .locate import find_stored
+from .locate import find_stored_of
 from .safetensors_index import Stored, opened
 from .transformers_internals import revert_weight_conversion
 
@@ -56,16 +56,12 @@ def _difference(model: PreTrainedModel, folder: Path, described: dict[str, Any],
     }
     if other := [name for name, (there, here) in facts.items() if there != here]:
         return f"another {' and '.join(other)}"
-    config: Any = copy.deepcopy(model.config)
-    for key in ("quantization_config", "transformers_weights"):
-        if key in described:
-            setattr(config, key, described[key])
-    stored = find_stored(folder, config, {})
+    stored = find_stored_of(folder, model, described)
     named: dict[str, Tensor] = revert_weight_conversion(model, dict(model.state_dict()))
     both = sorted(named.keys() & stored.keys())
-    places = {_place(named[name]) for name in both}
+    places = {place_of(named[name]) for name in both}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    differing = [name for name in named.keys() - stored.keys() - ignored if _place(named[name]) not in places]
+    differing = [name for name in named.keys() - stored.keys() - ignored if place_of(named[name]) not in places]
     differing += [name for name, tensor in _read(stored, both) if not _equal(named[name], tensor)]
     return f"other values of {some(differing)}" if differing else ""
 
@@ -83,8 +79,3 @@ def _read(stored: Mapping[str, Stored], names: Sequence[str]) -> Iterator[tuple[
 
 def _equal(here: Tensor, there: Tensor) -> bool:
     return here.dtype == there.dtype and here.shape == there.shape and torch.equal(here.detach().cpu(), there)
-
-
-def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Returns what tied tensors share: one of them is stored."""
-    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape)

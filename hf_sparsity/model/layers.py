@@ -120,7 +120,7 @@ def find_layers(model: PreTrainedModel, ignore: Sequence[str] = (), include: Seq
     for name, module, reason in stacks:
         weights: dict[str, Weight] = {}
         for path, parameter, owner in _matrices(module, name):
-            first = first_paths.get(place := _place(parameter))
+            first = first_paths.get(place := place_of(parameter))
             if first is not None:
                 if first != path:
                     skipped[path] = f"is the same parameter as {first}"
@@ -135,7 +135,7 @@ def find_layers(model: PreTrainedModel, ignore: Sequence[str] = (), include: Seq
             weights |= {w.name: w for w in _views(path, parameter, owner, model)}
         blocks.append(Block(name, module, weights))
     for path, parameter, _ in _matrices(model, ""):
-        if _place(parameter) not in first_paths:
+        if place_of(parameter) not in first_paths:
             skipped[path] = "outside the blocks (embedding, head, projector)"
     model_layers = _without(ModelLayers(blocks, skipped), ignore)
     if not model_layers.weights:
@@ -149,12 +149,12 @@ def no_blocks(model: nn.Module) -> str:
     return f"no stack of blocks was found in {type(model).__name__}: hf_sparsity prunes models made of repeated blocks"
 
 
-def _place(parameter: nn.Parameter) -> Hashable:
-    """Returns a value that two parameters share only if they are the same numbers in memory, in the same order."""
-    address = 0 if parameter.device.type == "meta" else parameter.untyped_storage().data_ptr()
+def place_of(tensor: Tensor) -> Hashable:
+    """Returns a value that two tensors share only if they are the same numbers in memory, in the same order."""
+    address = 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
     if not address:
-        return id(parameter)
-    return address, parameter.storage_offset(), tuple(parameter.shape), parameter.stride()
+        return id(tensor)
+    return address, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def find_stacks(model: PreTrainedModel, include: Sequence[str] = ()) -> list[tuple[str, nn.Module, str]]:

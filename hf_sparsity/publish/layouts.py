@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.atomic import new_folder
 from ..checkpoint.packed_folder import (
+    LAYOUT_ENTRIES,
     check_description,
     check_headers,
     check_index,
@@ -83,7 +84,7 @@ def unpack(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pa
     check_loads(folder)
     with new_folder(output) as temporary:
         copy_other_files(folder, temporary, sources)
-        for key in ("quantization_config", "transformers_weights"):
+        for key in LAYOUT_ENTRIES:
             config.pop(key, None)
         write_json(temporary / "config.json", config)
         write_shards(sources, temporary, "model", unpack_tensor)
