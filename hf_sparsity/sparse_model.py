@@ -89,7 +89,12 @@ class SparseModel:
         config, plan = _what_is_wanted(sparsity_config, plan)
         wanted = config is not None or plan is not None
         _check_arguments(
-            wanted, offload=offload, output_dir=output_dir, layout=layout, calibration_data=calibration_data
+            wanted,
+            offload=offload,
+            output_dir=output_dir,
+            layout=layout,
+            calibration_data=calibration_data,
+            dequantize=dequantize,
         )
         location = location_of(kwargs)
         check_source(source, location)
@@ -151,8 +156,12 @@ def _what_is_wanted(
     return config, plan
 
 
-def _check_arguments(wanted: bool, *, offload: Any, output_dir: Any, layout: Any, calibration_data: Any) -> None:
+def _check_arguments(
+    wanted: bool, *, offload: Any, output_dir: Any, layout: Any, calibration_data: Any, dequantize: Any
+) -> None:
     """Raises ValueError for arguments that contradict each other; `wanted`: a config or a plan was given."""
+    if not isinstance(dequantize, bool):
+        raise ValueError(f"dequantize={dequantize!r}: True (dense weights) or False (packed in memory) is expected")
     if offload not in (None, "stream"):
         raise ValueError(
             f"offload={offload!r} is unknown; 'stream' reads the model from disk block by block, and for accelerate's "

@@ -81,6 +81,8 @@ class BitmaskConfig(QuantizationConfigMixin):
     def __init__(self, dequantize: bool | None = None, prefer: str = "memory", **described: Any) -> None:
         if prefer not in ("memory", "speed"):
             raise ValueError(f"prefer={prefer!r} is unknown; use 'memory' or 'speed'")
+        if not isinstance(dequantize, (bool, type(None))):
+            raise ValueError(f"dequantize={dequantize!r}: True (dense weights) or False (packed in memory) is expected")
         self.quant_method = METHOD  # type: ignore[assignment]  # of transformers' own methods there is an enum
         if described or dequantize is None:
             vars(self).update(check_description(described))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ..files import check_finished, read_json
 
 HELP = "tokens a second and memory of a sparse model, packed in memory and dense in bf16 and float32, in turn"
 
@@ -31,6 +34,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Loads the models, measures them in turn, prints a table, and keeps the result in the folder."""
     import torch
 
+    from .. import demo
     from ..model.loading import load_model
     from ..publish.card.make_card import refresh
     from ..runtime.choose import layer_speeds, show_speeds
@@ -41,7 +45,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if options.threads < 1:
             raise ValueError(f"--threads {options.threads}: at least 1 is needed")
         torch.set_num_threads(options.threads)
-    dense = options.against or options.folder
+    check_finished(options.folder)
+    read_json(Path(options.folder) / "config.json")  # raises for what is no model's folder: the result is kept there
+    dense = demo.resolve(options.against) or options.folder
     models = {PACKED: SparseModel.from_pretrained(options.folder, dequantize=False, dtype="auto")}
     models |= {
         name: load_model(dense, dtype=dtype)

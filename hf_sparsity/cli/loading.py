@@ -48,7 +48,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.model == DEMO and not stream:
         return load_demo()
     location = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    source = demo_model.PATH if options.model == DEMO else options.model
+    source = demo_model.resolve(options.model)
     if stream:
         if options.offload_folder:
             raise ValueError("give --stream or --offload-folder, not both: a streamed model is read from its own files")

@@ -112,11 +112,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.recipe is not None:
         print(in_words(options.recipe, method), file=sys.stderr if options.json else sys.stdout, flush=True)
     model = recover(
-        demo.PATH if options.model == DEMO else options.model,
+        demo.resolve(options.model),
         data,
         method,
         output_dir=options.output,
-        teacher=demo.PATH if teacher == DEMO else teacher,
+        teacher=demo.resolve(teacher),
         auto_class=options.model_class,
         length=length,
         **{name: getattr(options, name) for name in ("seed", "column", "split", "overwrite", "layout")},

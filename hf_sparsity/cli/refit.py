@@ -31,6 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Refits and saves; goes on where an earlier run was interrupted."""
+    from .. import demo
     from ..checkpoint.output import Output
     from ..checkpoint.zeros import folder_bytes
     from ..planning.preparation import Prepared
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     report = refit(
         model,
-        options.sparse,
+        demo.resolve(options.sparse),
         calibration_text(options, options.seed, model, tokenizer),
         refine=options.refine,
         output_dir=output,

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from .. import demo
     from ..publish.verify.verify import verify
 
-    against = demo.PATH if options.against == "demo" else options.against
+    against = demo.resolve(options.against)
     location = {"revision": options.revision} if options.revision else {}
     result = verify(options.folder, against, auto_class=options.model_class, **location)
     findings = result.to_dict()
@@ -56,10 +56,10 @@ def _certificate(options: argparse.Namespace) -> dict[str, Any]:
     from ..model.loading import find_tokenizer, load_model
     from ..plan import Plan
     from ..planning.checks import plan_config
-    from .loading import DEMO, calibration
+    from .loading import calibration
 
     model = load_model(options.folder, auto_class=options.model_class)
-    against = demo.PATH if options.against == DEMO else options.against
+    against = demo.resolve(options.against)
     dense = load_model(against, auto_class=options.model_class) if against else None
     options.model = options.against
     config = plan_config(Plan.load(options.folder))

@@ -12,6 +12,7 @@ there are depends on the Python version (26 held out, 592 for calibration on Pyt
 import hashlib
 import sysconfig
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 NAME = "demo"  # what the command line calls it
 PATH = str(Path(__file__).parent / "model")  # what `from_pretrained` takes; a folder of nothing but the model
@@ -19,6 +20,11 @@ LENGTH = 512  # tokens of a window of text that it is calibrated on and evaluate
 TRAINING_LENGTH = 128  # tokens of a sequence that it is trained on, so that a default run takes minutes
 
 SPLITS = ("calibration", "heldout", "training")
+
+
+def resolve(model: Any) -> Any:
+    """Returns the embedded model's folder for its name on the command line, and what names another model as it is."""
+    return PATH if model == NAME else model
 
 
 def texts(split: str) -> list[tuple[str, str]]:

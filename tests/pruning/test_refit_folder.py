@@ -151,3 +151,9 @@ def test_the_command(tmp_path, capsys):
     assert main([*line, "--stream"]) == 0 and "complete already" in capsys.readouterr().out
     assert main(["card", str(tmp_path / "out")]) == 0
     assert "hf-sparsity refit SPARSE_MODEL --dense BASE_MODEL" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_embedded_model_by_its_name_has_no_zeros(tmp_path, capsys):
+    small = ["--sequences", "4", "--length", "32", "--output", str(tmp_path / "out")]
+    assert main(["refit", "demo", "--dense", "demo", *small]) == 2
+    assert "has no zeros: prune it first" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -156,6 +157,9 @@ def test_what_cannot_be_packed(llama):
         unpack_model(llama)
     with pytest.raises(ValueError, match="prefer='size'"):
         BitmaskConfig(dequantize=False, prefer="size")
+    for load_with in (BitmaskConfig, partial(SparseModel.from_pretrained, "nowhere")):
+        with pytest.raises(ValueError, match="dequantize='no'"):
+            load_with(dequantize="no")
 
 
 def test_loaded_by_us(folder):

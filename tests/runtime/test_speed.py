@@ -47,7 +47,9 @@ def test_what_is_read(model):
     assert bytes_read(model) == whole + sum(b.nbytes for b in model.buffers()) - 40 * 64 * 4
 
 
-def test_refused(model, tmp_path):
+def test_refused(model, tmp_path, capsys):
+    for folder, says in (("nowhere", "nowhere is not a folder"), (str(tmp_path), "has no config.json")):
+        assert main(["bench", folder]) == 2 and says in capsys.readouterr().err
     with pytest.raises(ValueError, match="'packed'"):
         measure_speed({"dense": model})
     with pytest.raises(ValueError, match="at least 1"):
