@@ -27,6 +27,13 @@ def resolve(model: Any) -> Any:
     return PATH if model == NAME else model
 
 
+def is_embedded(recorded: str) -> bool:
+    """Returns whether a name that a plan recorded is the embedded model's, wherever the package lay when it was made."""
+    parts = Path(recorded).parts
+    inside = (("hf_sparsity", NAME), ("hf_sparsity", NAME, "model"))  # the first: before it had a folder of its own
+    return recorded == NAME or any(parts[-len(end) :] == end for end in inside)
+
+
 def texts(split: str) -> list[tuple[str, str]]:
     """Return the modules of a split, sorted by path: [(path in the library, source)].
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..allocators import ALLOCATORS
+from ..demo import NAME, is_embedded
 from ..plan import LayerPlan, Plan, Report
 
 LARGEST = (1000, 100)  # blocks and projections of a picture
@@ -123,8 +124,10 @@ def check_alike(first: Plan, second: Plan) -> None:
 
 
 def model_name(plan: Plan) -> str:
-    """Returns the model's name as the plan has it; of a local path only the last part."""
+    """Returns the model's name as the plan has it; of a local path only the last part, and of the embedded model `demo`."""
     name = str(plan.model.get("name") or plan.model.get("type") or "model")
+    if is_embedded(name):
+        return NAME
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if re.match(r"[/\\.~]|[A-Za-z]:", name) else name
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from hf_sparsity import demo
 from hf_sparsity.pictures import heatmaps, panels
 from hf_sparsity.pictures.grid import by_block_and_projection, make_grid, places, split_name
 from hf_sparsity.pictures.panels import Dots, bounds, make_picture
@@ -180,6 +183,13 @@ def test_encoder_and_decoder_are_told_apart():
 def test_a_local_path_is_not_published():
     assert make_grid(plan({"h.0.a": 0.5}, name="/home/me/models/gpt2/")).name == "gpt2"
     assert make_grid(plan({"h.0.a": 0.5}, name="meta-llama/Llama-3.1-8B")).name == "meta-llama/Llama-3.1-8B"
+
+
+def test_the_embedded_model_has_its_name_wherever_the_package_lies():
+    here = str(Path(demo.__file__).parent / "model")
+    for path in (here, "/elsewhere/site-packages/hf_sparsity/demo/model", "/elsewhere/hf_sparsity/demo", "demo"):
+        assert make_grid(plan({"h.0.a": 0.5}, name=path)).name == "demo"
+    assert make_grid(plan({"h.0.a": 0.5}, name="/data/model")).name == "model"
 
 
 # ---- files

@@ -16,6 +16,7 @@ from ...checkpoint.bitmask.codec import Header
 from ...checkpoint.packed_folder import METHOD
 from ...checkpoint.zeros import REPORT_FILE
 from ...demo import NAME as DEMO
+from ...demo import is_embedded
 from ...evaluation.metrics import METRICS_FILE, Metrics, TaskRecord, TextRecord
 from ...files import check_finished
 from ...plan import LayerPlan, Plan, Report, read_json
@@ -107,9 +108,7 @@ class Facts:
     @property
     def is_demo(self) -> bool:
         """True if the dense model is the one inside the package."""
-        parts = Path(self._recorded_name).parts
-        inside = (("hf_sparsity", DEMO), ("hf_sparsity", DEMO, "model"))  # the first: before it had a folder of its own
-        return self._recorded_name == DEMO or any(parts[-len(end) :] == end for end in inside)
+        return is_embedded(self._recorded_name)
 
     @property
     def _recorded_name(self) -> str:
